@@ -1,0 +1,57 @@
+"""nestc compiles trained networks to native code; this is the public face, and each part is imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from nestc.errors import BundleError, Error, ModelError, PlanError, ShapeError, TargetError, UnsupportedOp
+
+if TYPE_CHECKING:
+    from nestc.driver import compile
+    from nestc.importers.onnx import Model, load
+    from nestc.partition.plan import Plan
+    from nestc.runtime import Executable, open
+    from nestc.targets import installed as targets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BundleError",
+    "Error",
+    "Executable",
+    "Model",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "ShapeError",
+    "TargetError",
+    "UnsupportedOp",
+    "__version__",
+    "compile",
+    "load",
+    "open",
+    "targets",
+]
+
+# Where each name lives. `open` must not import a compiler stage, so nothing here is imported until it is asked for.
+_HOMES = {
+    "Executable": "nestc.runtime",
+    "Model": "nestc.importers.onnx",
+    "Plan": "nestc.partition.plan",
+    "compile": "nestc.driver",
+    "load": "nestc.importers.onnx",
+    "open": "nestc.runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "targets":
+        return importlib.import_module("nestc.targets")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nestc' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

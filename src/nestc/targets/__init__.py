@@ -1,0 +1,119 @@
+"""Targets: finding the installed ones through the entry-point group ``nestc.targets``, and making one from its text."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+
+from nestc.errors import TargetError
+from nestc.targets.api import Target
+
+GROUP = "nestc.targets"
+
+
+def entries() -> dict[str, importlib.metadata.EntryPoint]:
+    """The entry points of the group ``nestc.targets`` by target name, sorted; nothing is imported."""
+    found = importlib.metadata.entry_points(group=GROUP)
+    return {entry.name: entry for entry in sorted(found, key=lambda entry: entry.name)}
+
+
+def installed() -> dict[str, Target]:
+    """Every installed target with its default options, by name; one that cannot be loaded here is left out."""
+    available: dict[str, Target] = {}
+    for name in entries():
+        try:
+            available[name] = make(name)
+        except TargetError:
+            continue
+    return available
+
+
+def make(text: str) -> Target:
+    """Make a target of ``name`` or ``name:option=value,option2=value2``.
+
+    Raises TargetError for an unknown name or option (the nearest is suggested), a value of the wrong kind, or a
+    target whose package does not load.
+    """
+    name, _, rest = text.partition(":")
+    known = entries()
+    if name not in known:
+        raise TargetError(
+            f"unknown target {name!r}{suggestion(name, known)}; installed targets: {', '.join(known) or 'none'}"
+        )
+    try:
+        factory = known[name].load()
+    except (ImportError, AttributeError) as error:
+        raise TargetError(f"target {name!r} does not load: {error}") from error
+    return factory(**_options(name, rest, factory))
+
+
+def resolve(targets: Iterable[str | Target]) -> tuple[Target, ...]:
+    """Targets from names, texts with options, or Target objects, in the order given and each name once."""
+    made = [make(target) if isinstance(target, str) else target for target in targets]
+    names = [target.name for target in made]
+    for name in names:
+        if names.count(name) > 1:
+            raise TargetError(f"target {name!r} is given twice; give each target once")
+    return tuple(made)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` for the nearest of the known words, or an empty text."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _options(name: str, text: str, factory: typing.Any) -> dict[str, object]:
+    """Read ``option=value,...`` by the parameters of the target's constructor, whose annotations give the kinds."""
+    if not text:
+        return {}
+    kinds = _parameters(factory)
+    options: dict[str, object] = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise TargetError(f"option {part!r} of target {name!r} has no value; write {name}:{part}=VALUE")
+        if key not in kinds:
+            listed = ", ".join(kinds) or "it has none"
+            raise TargetError(f"target {name!r} has no option {key!r}{suggestion(key, kinds)}; its options: {listed}")
+        options[key] = _convert(name, key, value, kinds[key])
+    return options
+
+
+def _parameters(factory: typing.Any) -> dict[str, type]:
+    """Kind of each constructor parameter: bool, int, float, or str where the annotation names none of them."""
+    hints: Mapping[str, typing.Any] = typing.get_type_hints(factory.__init__)
+    kinds: dict[str, type] = {}
+    for parameter in inspect.signature(factory).parameters:
+        hint = hints.get(parameter)
+        choices = (hint, *typing.get_args(hint))
+        kinds[parameter] = next((kind for kind in (bool, int, float) if kind in choices), str)
+    return kinds
+
+
+def _convert(name: str, key: str, value: str, kind: type) -> object:
+    """The value of an option as its kind; TargetError if it does not read as one."""
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if value.lower() in words:
+            return words[value.lower()]
+        raise TargetError(f"option {key!r} of target {name!r} is true or false, not {value!r}")
+    try:
+        return kind(value)
+    except ValueError:
+        raise TargetError(f"option {key!r} of target {name!r} is a number ({kind.__name__}), not {value!r}") from None
+
+
+class _CallableModule(types.ModuleType):
+    """This module, callable: the public contract has ``nestc.targets()`` where Python has the package's name."""
+
+    def __call__(self) -> dict[str, Target]:
+        return installed()
+
+
+sys.modules[__name__].__class__ = _CallableModule
