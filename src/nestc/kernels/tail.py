@@ -1,0 +1,69 @@
+"""The elementwise tail of a region, inlined where the anchor's kernel stores its result."""
+
+from __future__ import annotations
+
+from nestc.errors import UnsupportedOp
+from nestc.graph.region import Op, Region
+from nestc.kernels.elementwise import apply_elementwise, is_elementwise
+from nestc.kernels.operands import Index, Operands
+from nestc.tensor.build import within
+from nestc.tensor.ir import Const, Expr, Stmt
+from nestc.tensor.rewrite import binary
+
+
+def tail_refusal(region: Region, anchor: Op) -> str | None:
+    """Why the operators after `anchor` cannot be computed where it stores; None if they can.
+
+    Every one must be elementwise with the shape of the anchor's first output, in terms of it, of other values of
+    the region and of constants.
+    """
+    shape = region.types[anchor.outputs[0]].shape
+    for op in region.ops:
+        if op is anchor:
+            continue
+        if not is_elementwise(op):
+            return f"{op.op_type} (node {op.name!r}) is not elementwise"
+        if region.types[op.outputs[0]].shape != shape:
+            return f"{op.op_type} (node {op.name!r}) changes the shape of its anchor"
+    return None
+
+
+class Tail:
+    """Turns the anchor's value at an index into stores of the region's outputs."""
+
+    def __init__(self, operands: Operands, anchor: Op) -> None:
+        refusal = tail_refusal(operands.region, anchor)
+        if refusal:
+            raise UnsupportedOp(f"region {operands.region.name}: {refusal}")
+        self.operands = operands
+        self.region = operands.region
+        self.anchor = anchor
+
+    def declare(self) -> None:
+        """Declare the outputs as parameters now, so that their order does not depend on the loops."""
+        for name in self.region.outputs:
+            self.operands.buffer(name)
+
+    def stores(self, index: Index, value: Expr, mask: Expr | None = None) -> tuple[Stmt, ...]:
+        """Scalar stores of every output of the region at logical `index`, where the anchor's first output is `value`.
+
+        The index may run past the shape (ragged tiles): reads and writes are masked there, and the channel padding of
+        blocked layouts is filled with zeros. The caller vectorises the statements (`tensor.vectorize`).
+        """
+        region, operands = self.region, self.operands
+        shape = region.types[self.anchor.outputs[0]].shape
+        valid: Expr = Const(True, "bool") if mask is None else mask
+        for i, extent in zip(index, shape):
+            valid = binary("and", valid, within(i, extent))
+        values: dict[str, Expr] = {self.anchor.outputs[0]: value}
+        inner = None if isinstance(valid, Const) and valid.value else valid
+
+        for op in region.ops:
+            if op is self.anchor:
+                continue
+            arguments = [
+                None if not name else values[name] if name in values else operands.broadcast(name, index, inner)
+                for name in op.inputs
+            ]
+            values[op.outputs[0]] = apply_elementwise(op, arguments, region)
+        return tuple(s for name in region.outputs for s in operands.stores(name, index, values[name], mask))

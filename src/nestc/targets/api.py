@@ -1,0 +1,132 @@
+"""The target API: what a CPU, an NPU, a PIM or a vendor's runtime states about itself, and nothing else.
+
+A target never edits the graph; matching, placement, transfers, memory and bundling belong to the framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nestc.bundle.artifact import Artifact, Device, Elapsed, Program
+from nestc.graph.region import Region, TensorType
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = [
+    "Artifact",
+    "Constraint",
+    "Device",
+    "Elapsed",
+    "Machine",
+    "Memory",
+    "Offer",
+    "Partition",
+    "Program",
+    "QuantSpec",
+    "Target",
+    "constraint",
+]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One memory of a device: `bytes` of capacity (0: not limited here), `alignment` in bytes."""
+
+    name: str
+    bytes: int
+    alignment: int = 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts of a device that the compiler needs. Rates are per second, energies in joules; 0 means not stated."""
+
+    name: str
+    memories: tuple[Memory, ...]
+    dtypes: tuple[str, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The number format that an offer needs, by the name of a quantization scheme (``int8-pow2``, ``bf16`` ...)."""
+
+    scheme: str
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A predicate over a region; ``reason`` is the sentence shown to the user when it does not hold."""
+
+    holds: Callable[[Region], bool]
+    reason: str
+
+
+def constraint(predicate: Callable[[Region], bool]) -> Constraint:
+    """Make a Constraint of a function, whose docstring is the reason shown on refusal."""
+    reason = (predicate.__doc__ or "").strip()
+    if not reason:
+        raise ValueError(f"constraint {predicate.__name__} needs a docstring: it is the reason shown to the user")
+    return Constraint(predicate, " ".join(reason.split()))
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One thing a target can do: regions whose operators are all in `ops` and (if given) whose anchor is in `anchors`.
+
+    ``cost`` gives the modelled seconds for a region, used where the device cannot be measured.
+    """
+
+    name: str
+    ops: frozenset[str]
+    anchors: frozenset[str | None] | None = None
+    where: tuple[Constraint, ...] = ()
+    quant: QuantSpec | None = None
+    cost: Callable[[Region], float] | None = None
+
+    def refusal(self, region: Region) -> str | None:
+        """Why this offer does not take `region`, in words; None if it does."""
+        if self.anchors is not None and region.anchor not in self.anchors:
+            return f"offer {self.name} is not for {region.anchor or 'elementwise'} regions"
+        for op in region.ops:
+            name = op.op_type if not op.domain else f"{op.domain}::{op.op_type}"
+            if name not in self.ops:
+                return f"operator {name} (node {op.name!r}) is not offered"
+        for rule in self.where:
+            if not rule.holds(region):
+                return rule.reason
+        return None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Regions of one device, in execution order, with the partition's border.
+
+    ``model`` is the same thing as a self-contained ONNX model (built on demand), so that a vendor's runtime can
+    take it. ``inputs``/``outputs`` are value names; constants are inside the regions.
+    """
+
+    name: str
+    device: str
+    regions: tuple[Region, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    types: Mapping[str, TensorType]
+    model: Callable[[], ir.Model]
+
+
+class Target(Protocol):
+    """The compile side of a target; needs no hardware."""
+
+    name: str
+    machine: Machine
+    offers: tuple[Offer, ...]
+
+    def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:
+        """Compile one partition. `emit(level, name, text)` receives each intermediate form (tensor, llvm, asm ...)."""
+        ...
+
+    def open(self) -> Device: ...

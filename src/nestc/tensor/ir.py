@@ -1,0 +1,387 @@
+"""Tensor IR (L2): typed buffers, index and value expressions, and loop nests, all frozen data on one page.
+
+An index is an ordinary int64 expression, kept simple by `nestc.tensor.index`. A value with ``lanes > 1`` is a vector.
+`nestc.tensor.interp` is the definition of every node; `nestc.tensor.verify` states what a kernel must satisfy.
+float16 and bfloat16 exist only in memory and in `Cast`: arithmetic on them is done in float32 and rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+Memory = Literal["param", "regs", "stack", "scratch"]
+LoopKind = Literal["serial", "parallel", "unroll"]
+
+UNARY = frozenset(
+    "neg abs not bitnot exp log sqrt sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf"
+    " floor ceil rint trunc isnan".split()
+)
+# floordiv and mod round towards minus infinity, div and rem towards zero (integers) or are exact (floats).
+# max(a, b) is `a if a > b else b`, min(a, b) is `a if a < b else b`: if `b` is NaN the result is NaN.
+ARITHMETIC = frozenset("add sub mul div rem floordiv mod pow min max atan2 and or xor shl shr".split())
+COMPARE = frozenset("eq ne lt le gt ge".split())
+REDUCE = frozenset("add mul min max".split())
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A typed array in row-major order. ``memory``: ``param`` (a kernel argument), ``regs`` (indexed by constants once
+    loops are unrolled, so that it lives in registers), ``stack``, or ``scratch`` (private to one worker).
+
+    A ``regs`` buffer holds vectors: its last dimension is the number of lanes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    memory: Memory = "param"
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+class Node:
+    """Frozen, compared by structure, with its hash computed once (expressions share subtrees heavily)."""
+
+    def _key(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, f.name) for f in fields(self) if f.compare)  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:
+        cached: int | None = self.__dict__.get("_hash")
+        if cached is None:
+            cached = hash((type(self).__name__, self._key()))
+            object.__setattr__(self, "_hash", cached)
+        return cached
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return type(self) is type(other) and hash(self) == hash(other) and self._key() == other._key()  # type: ignore[attr-defined]
+
+
+class Expr(Node):
+    """A pure value of one dtype and a number of lanes."""
+
+    dtype: str
+    lanes: int
+
+    def children(self) -> tuple[Expr, ...]:
+        """Operand expressions."""
+        return ()
+
+
+def _set(node: Expr, dtype: str, lanes: int) -> None:
+    object.__setattr__(node, "dtype", dtype)
+    object.__setattr__(node, "lanes", lanes)
+
+
+def _same(op: str, *values: Expr) -> None:
+    """Operands of one operation agree in dtype and lanes."""
+    first = values[0]
+    for value in values[1:]:
+        if value.dtype != first.dtype or value.lanes != first.lanes:
+            shown = ", ".join(f"{v.dtype}x{v.lanes}" for v in values)
+            raise TypeError(f"{op}: operands differ in type: {shown}")
+
+
+@dataclass(frozen=True, eq=False)
+class Const(Expr):
+    """A scalar constant."""
+
+    value: int | float | bool
+    dtype: str = "float32"
+    lanes: int = field(default=1, init=False)
+
+    def _key(self) -> tuple[Any, ...]:
+        return (repr(self.value), self.dtype)  # repr: NaN equals itself, 0.0 differs from -0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Var(Expr):
+    """A loop variable: int64, 0 <= var < extent. Its name is unique in its kernel."""
+
+    name: str
+    extent: int
+    dtype: str = field(default="int64", init=False)
+    lanes: int = field(default=1, init=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Load(Expr):
+    """``lanes`` neighbours along the last dimension from scalar ``index``; or, if an index is a vector, a gather.
+
+    Where ``mask`` is false the result is 0 and nothing is read, so the index may then be outside the buffer.
+    """
+
+    buffer: Buffer
+    index: tuple[Expr, ...]
+    lanes: int = 1
+    mask: Expr | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.index) != len(self.buffer.shape):
+            raise TypeError(f"load of {self.buffer.name}: {len(self.index)} indices for shape {self.buffer.shape}")
+        object.__setattr__(self, "dtype", self.buffer.dtype)
+
+    def children(self) -> tuple[Expr, ...]:
+        return self.index if self.mask is None else (*self.index, self.mask)
+
+
+@dataclass(frozen=True, eq=False)
+class Unary(Expr):
+    """One of `UNARY`; ``isnan`` and ``not`` give bool."""
+
+    op: str
+    x: Expr
+
+    def __post_init__(self) -> None:
+        if self.op not in UNARY:
+            raise TypeError(f"unknown unary operation {self.op!r}")
+        _set(self, "bool" if self.op in ("isnan", "not") else self.x.dtype, self.x.lanes)
+
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True, eq=False)
+class Binary(Expr):
+    """One of `ARITHMETIC` or `COMPARE` (which gives bool); operands have one dtype and lane count."""
+
+    op: str
+    a: Expr
+    b: Expr
+
+    def __post_init__(self) -> None:
+        if self.op not in ARITHMETIC and self.op not in COMPARE:
+            raise TypeError(f"unknown binary operation {self.op!r}")
+        _same(self.op, self.a, self.b)
+        _set(self, "bool" if self.op in COMPARE else self.a.dtype, self.a.lanes)
+
+    def children(self) -> tuple[Expr, ...]:
+        return (self.a, self.b)
+
+
+@dataclass(frozen=True, eq=False)
+class Select(Expr):
+    """``a`` where ``cond`` (bool) holds, else ``b``. Both sides are evaluated; ``cond`` may be scalar for vectors."""
+
+    cond: Expr
+    a: Expr
+    b: Expr
+
+    def __post_init__(self) -> None:
+        _same("select", self.a, self.b)
+        if self.cond.dtype != "bool" or self.cond.lanes not in (1, self.a.lanes):
+            raise TypeError(f"select: condition is {self.cond.dtype}x{self.cond.lanes}")
+        _set(self, self.a.dtype, self.a.lanes)
+
+    def children(self) -> tuple[Expr, ...]:
+        return (self.cond, self.a, self.b)
+
+
+@dataclass(frozen=True, eq=False)
+class Cast(Expr):
+    """Conversion by value: to integers truncates towards zero, between integers wraps, to bool is ``x != 0``,
+    to narrower floats rounds to nearest even."""
+
+    x: Expr
+    dtype: str
+
+    def __post_init__(self) -> None:
+        _set(self, self.dtype, self.x.lanes)
+
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True, eq=False)
+class Bitcast(Expr):
+    """The same bits as another dtype of equal width."""
+
+    x: Expr
+    dtype: str
+
+    def __post_init__(self) -> None:
+        _set(self, self.dtype, self.x.lanes)
+
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True, eq=False)
+class Broadcast(Expr):
+    """A scalar repeated in every lane."""
+
+    x: Expr
+    lanes: int
+
+    def __post_init__(self) -> None:
+        if self.x.lanes != 1:
+            raise TypeError("broadcast of a vector")
+        _set(self, self.x.dtype, self.lanes)
+
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True, eq=False)
+class Ramp(Expr):
+    """int64 lanes ``base, base + stride, base + 2 * stride ...``."""
+
+    base: Expr
+    stride: int
+    lanes: int
+
+    def __post_init__(self) -> None:
+        _set(self, "int64", self.lanes)
+
+    def children(self) -> tuple[Expr, ...]:
+        return (self.base,)
+
+
+@dataclass(frozen=True, eq=False)
+class Fma(Expr):
+    """``a * b + c`` with one rounding where the machine has it (two elsewhere)."""
+
+    a: Expr
+    b: Expr
+    c: Expr
+
+    def __post_init__(self) -> None:
+        _same("fma", self.a, self.b, self.c)
+        _set(self, self.a.dtype, self.a.lanes)
+
+    def children(self) -> tuple[Expr, ...]:
+        return (self.a, self.b, self.c)
+
+
+@dataclass(frozen=True, eq=False)
+class Reduce(Expr):
+    """All lanes of a vector combined with one of `REDUCE`, in any order."""
+
+    op: str
+    x: Expr
+
+    def __post_init__(self) -> None:
+        if self.op not in REDUCE:
+            raise TypeError(f"unknown reduction {self.op!r}")
+        _set(self, self.x.dtype, 1)
+
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+class Stmt(Node):
+    """An effect on buffers."""
+
+
+Block = tuple[Stmt, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class For(Stmt):
+    """``body`` for var = 0 .. extent-1. ``unroll`` is expanded by the code generator; ``parallel`` only at the top."""
+
+    var: Var
+    body: Block
+    kind: LoopKind = "serial"
+
+
+@dataclass(frozen=True, eq=False)
+class Store(Stmt):
+    """Write ``value`` (its lanes lie next to each other along the last dimension, or scatter if an index is a vector).
+
+    Where ``mask`` is false nothing is written.
+    """
+
+    buffer: Buffer
+    index: tuple[Expr, ...]
+    value: Expr
+    mask: Expr | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.index) != len(self.buffer.shape):
+            raise TypeError(f"store to {self.buffer.name}: {len(self.index)} indices for shape {self.buffer.shape}")
+        if self.value.dtype != self.buffer.dtype:
+            raise TypeError(f"store of {self.value.dtype} to {self.buffer.name}, which is {self.buffer.dtype}")
+
+
+@dataclass(frozen=True, eq=False)
+class If(Stmt):
+    """A branch on a scalar bool."""
+
+    cond: Expr
+    then: Block
+    orelse: Block = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A place in a buffer, as an operand of an intrinsic: the element at ``index`` and what follows it."""
+
+    buffer: Buffer
+    index: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Intrinsic:
+    """A device's instruction as a library function: ``body`` over ``params`` is its meaning."""
+
+    name: str
+    params: tuple[Buffer, ...]
+    body: Block = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Call(Stmt):
+    """Issue an intrinsic on windows of buffers."""
+
+    intrinsic: Intrinsic
+    operands: tuple[Window, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """One function of device code. ``body`` is either one parallel loop or a serial block.
+
+    ``locals`` are its regs, stack and scratch buffers; ``origin`` names the ONNX nodes it computes.
+    """
+
+    name: str
+    params: tuple[Buffer, ...]
+    body: Block
+    locals: tuple[Buffer, ...] = ()
+    origin: tuple[str, ...] = ()
+
+    @property
+    def parallel(self) -> Var | None:
+        """The variable of the top-level parallel loop, or None for a serial kernel."""
+        first = self.body[0] if len(self.body) == 1 else None
+        return first.var if isinstance(first, For) and first.kind == "parallel" else None
+
+
+PREFETCH = Intrinsic("prefetch", (Buffer("address", "int8", (1,)),))
+
+
+def statements(block: Block) -> Iterator[Stmt]:
+    """Every statement of a block, outer before inner."""
+    for statement in block:
+        yield statement
+        if isinstance(statement, For):
+            yield from statements(statement.body)
+        elif isinstance(statement, If):
+            yield from statements(statement.then)
+            yield from statements(statement.orelse)
+
+
+def written(kernel: Kernel) -> frozenset[str]:
+    """Names of the parameters that the kernel stores to."""
+    names = {s.buffer.name for s in statements(kernel.body) if isinstance(s, Store)}
+    return frozenset(p.name for p in kernel.params if p.name in names)

@@ -1,0 +1,141 @@
+"""What every kernel must satisfy before code is generated from it; each rule yields a sentence where it is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nestc.errors import Error
+from nestc.tensor import index as ix
+from nestc.tensor.ir import Block, Call, Expr, For, If, Kernel, Load, Stmt, Store, Var, statements
+from nestc.tensor.rewrite import substitute
+
+_SAMPLES = 64  # iterations of a parallel loop that are compared for races
+
+
+def verify(kernel: Kernel) -> None:
+    """Raise nestc.Error with every violation found in `kernel`.
+
+    Rules: names are unique; buffers are declared; types of stores and masks agree; unmasked accesses stay inside
+    their buffers (interval arithmetic); local buffers are written before they are read; registers are indexed by
+    constants and unrolled loops only; a parallel loop stands alone at the top, and its iterations write disjoint places.
+    """
+    problems = [*_declarations(kernel), *_accesses(kernel), *_loops(kernel), *_races(kernel)]
+    if problems:
+        shown = "; ".join(dict.fromkeys(problems))
+        raise Error(f"kernel {kernel.name} is not valid: {shown}")
+
+
+def _declarations(kernel: Kernel) -> Iterator[str]:
+    seen: set[str] = set()
+    for buffer in (*kernel.params, *kernel.locals):
+        if buffer.name in seen:
+            yield f"buffer {buffer.name} is declared twice"
+        seen.add(buffer.name)
+        if (buffer.memory == "param") != (buffer in kernel.params):
+            yield f"buffer {buffer.name} in {buffer.memory} stands in the wrong list"
+    names: set[str] = set()
+    for s in statements(kernel.body):
+        if isinstance(s, For):
+            if s.var.name in names:
+                yield f"two loops use the variable {s.var.name}"
+            names.add(s.var.name)
+
+
+def _expressions(s: Stmt) -> tuple[Expr, ...]:
+    if isinstance(s, Store):
+        return (*s.index, s.value) if s.mask is None else (*s.index, s.value, s.mask)
+    if isinstance(s, If):
+        return (s.cond,)
+    if isinstance(s, Call):
+        return tuple(i for w in s.operands for i in w.index)
+    return ()
+
+
+def _loads(e: Expr, seen: set[int]) -> Iterator[Load]:
+    if id(e) in seen:
+        return
+    seen.add(id(e))
+    for child in e.children():
+        yield from _loads(child, seen)
+    if isinstance(e, Load):
+        yield e
+
+
+def _accesses(kernel: Kernel) -> Iterator[str]:
+    declared = {b.name: b for b in (*kernel.params, *kernel.locals)}
+    stored: set[str] = set()
+    for s in statements(kernel.body):
+        for e in _expressions(s):
+            for access in _loads(e, set()):
+                if declared.get(access.buffer.name) != access.buffer:
+                    yield f"{access.buffer.name} is read but not declared"
+                elif access.mask is None:
+                    problem = ix.in_bounds(access.index, access.buffer, access.lanes)
+                    if problem:
+                        yield problem
+                if access.buffer.memory != "param" and access.buffer.name not in stored:
+                    yield f"{access.buffer.name} is read before it is written"
+                if access.mask is not None and access.mask.dtype != "bool":
+                    yield f"mask of a load of {access.buffer.name} is {access.mask.dtype}"
+        if isinstance(s, Call):
+            stored.update(w.buffer.name for w in s.operands)
+        if not isinstance(s, Store):
+            continue
+        if declared.get(s.buffer.name) != s.buffer:
+            yield f"{s.buffer.name} is written but not declared"
+        if s.mask is None:
+            problem = ix.in_bounds(s.index, s.buffer, s.value.lanes)
+            if problem:
+                yield problem
+        elif s.mask.lanes not in (1, s.value.lanes):
+            yield f"mask of a store to {s.buffer.name} has {s.mask.lanes} lanes for {s.value.lanes}"
+        stored.add(s.buffer.name)
+
+
+def _loops(kernel: Kernel) -> Iterator[str]:
+    for s in statements(kernel.body):
+        if isinstance(s, For) and s.kind == "parallel" and not (len(kernel.body) == 1 and kernel.body[0] is s):
+            yield f"parallel loop {s.var.name} does not stand alone at the top"
+    yield from _registers(kernel.body, frozenset())
+
+
+def _registers(block: Block, unrolled: frozenset[Var]) -> Iterator[str]:
+    for s in block:
+        if isinstance(s, For):
+            yield from _registers(s.body, unrolled | {s.var} if s.kind == "unroll" else unrolled)
+            continue
+        if isinstance(s, If):
+            yield from _registers((*s.then, *s.orelse), unrolled)
+        accesses = [(a.buffer, a.index) for e in _expressions(s) for a in _loads(e, set())]
+        if isinstance(s, Store):
+            accesses.append((s.buffer, s.index))
+        for buffer, index in accesses:
+            if buffer.memory == "regs" and any(ix.variables(i) - unrolled for i in index):
+                yield f"registers {buffer.name} are indexed by a loop that is not unrolled"
+
+
+def _races(kernel: Kernel) -> Iterator[str]:
+    var = kernel.parallel
+    if var is None or var.extent < 2:
+        return
+    step = max(1, var.extent // _SAMPLES)
+    picks = sorted({*range(0, var.extent, step), *range(min(var.extent, 8)), var.extent - 1})
+    for s in statements(kernel.body):
+        if not isinstance(s, Store) or s.buffer.memory != "param" or s.mask is not None:
+            continue
+        if any(i.lanes > 1 for i in s.index):
+            continue  # a scatter: the lowering that makes one answers for it
+        boxes = [_box(s, var, p) for p in picks]
+        for (p, a), (q, b) in zip(zip(picks, boxes), zip(picks[1:], boxes[1:])):
+            if all(low <= other_high and other_low <= high for (low, high), (other_low, other_high) in zip(a, b)):
+                yield f"iterations {p} and {q} of {var.name} both write {s.buffer.name}"
+                break
+
+
+def _box(s: Store, var: Var, at: int) -> list[tuple[int, int]]:
+    """The range of each index of a store in one iteration of the parallel loop."""
+    box = [ix.bounds(substitute(i, {var: ix.const(at)})) for i in s.index]
+    if box:
+        low, high = box[-1]
+        box[-1] = (low, high + s.value.lanes - 1)
+    return box
