@@ -1,0 +1,258 @@
+"""What the commands share: common options, reading inputs, progress on a terminal, and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nestc.errors import ModelError, ShapeError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nestc.runtime import Executable
+
+
+def _set_verbosity(verbose: bool) -> bool:
+    if verbose:
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
+    return verbose
+
+
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", callback=_set_verbosity, help="Log what is done, on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="T",
+        help="A target, `name` or `name:option=value,...`; repeatable, in the order of preference. [default: cpu]",
+    ),
+]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape", metavar="NAME=D0,D1,...", help="The shape of an input, e.g. `input=1,3,224,224`; repeatable."
+    ),
+]
+Dims = Annotated[
+    list[str] | None,
+    typer.Option("--dim", metavar="NAME=SIZE", help="The size of a symbolic dimension, e.g. `batch=1`; repeatable."),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, metavar="N", help="Threads to run with. [default: the CPUs allowed]")
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        "-i",
+        metavar="NAME=FILE",
+        help="An input from a .npy, .npz, .png or .jpg file (an .npz without NAME= may hold several); repeatable. "
+        "[default: random, seed 0]",
+    ),
+]
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """Print the one JSON object of ``--json``."""
+    print(json.dumps(data))
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether the file is a bundle rather than a model; a file named ``.nest`` is, whatever it holds."""
+    return path.suffix == ".nest" or (path.is_file() and zipfile.is_zipfile(path))
+
+
+def open_or_compile(
+    path: Path, targets: Sequence[str], shapes: Sequence[str], dims: Sequence[str], threads: int | None
+) -> Executable:
+    """The executable of a bundle, or of a model compiled on the spot.
+
+    Raises nestc.Error if the file is neither, or if an option does not apply to a bundle.
+    """
+    require_file(path)
+    if is_bundle(path):
+        for option, given in (("--target", targets), ("--shape", shapes), ("--dim", dims)):
+            if given:
+                raise ModelError(f"{option} is for a model; {path} is a bundle, which is compiled already")
+        from nestc.runtime import open as open_bundle
+
+        return open_bundle(path, threads=threads)
+    from nestc.driver import compile as compile_model
+
+    bound_shapes, bound_dims = bindings(shapes, dims)
+    with progress() as step:
+        return compile_model(
+            path,
+            targets=targets or ["cpu"],
+            threads=threads,
+            shapes=bound_shapes,
+            dims=bound_dims,
+            bound=True,
+            progress=step,
+        )
+
+
+def require_file(path: Path) -> None:
+    """Raise ModelError unless `path` is a file that exists."""
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder; give a model (.onnx) or a bundle (.nest)")
+    if not path.exists():
+        raise ModelError(f"there is no file {path}")
+
+
+def bindings(shapes: Sequence[str], dims: Sequence[str]) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Read the values of ``--shape`` and ``--dim``. Raises ShapeError."""
+    from nestc.graph.model import parse_dim, parse_shape
+
+    return dict(parse_shape(text) for text in shapes), dict(parse_dim(text) for text in dims)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, float], None]]:
+    """A function to be told (what is being done, the fraction done); draws a bar on a terminal, else stays quiet."""
+    if not sys.stderr.isatty():
+        yield lambda what, fraction: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda what, fraction: bar.update(task, description=what, completed=fraction)
+
+
+def read_inputs(given: Sequence[str], wanted: Mapping[str, tuple[str, tuple[int | str, ...]]]) -> dict[str, np.ndarray]:
+    """Arrays from ``NAME=FILE`` texts. `wanted` has the (dtype, shape) of each input.
+
+    Raises ShapeError for a name that is not an input, and nestc.Error for a file that cannot be read.
+    """
+    from nestc.targets import suggestion
+
+    arrays: dict[str, np.ndarray] = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        if not equals and text.endswith(".npz"):
+            arrays.update(_read_npz(Path(text)))
+            continue
+        if not equals:
+            if len(wanted) != 1:
+                raise ShapeError(f"--input {text!r} does not say which input it is; write NAME={text}")
+            name, file = next(iter(wanted)), text
+        if name in wanted:
+            arrays[name] = _read_array(Path(file), name, *wanted[name])
+        else:
+            listed = ", ".join(wanted)
+            raise ShapeError(f"there is no input {name!r}{suggestion(name, wanted)}; the inputs are {listed}")
+    unknown = next((name for name in arrays if name not in wanted), None)
+    if unknown is not None:
+        raise ShapeError(
+            f"there is no input {unknown!r}{suggestion(unknown, wanted)}; the inputs are {', '.join(wanted)}"
+        )
+    missing = [name for name in wanted if name not in arrays]
+    if arrays and missing:
+        raise ShapeError(f"input {missing[0]!r} is missing; give --input {missing[0]}=FILE")
+    return arrays
+
+
+def random_inputs(wanted: Mapping[str, tuple[str, tuple[int | str, ...]]]) -> dict[str, np.ndarray]:
+    """Inputs drawn with seed 0: floats normally distributed, bytes over their range, bools, other integers 0 or 1.
+
+    0 and 1 are valid as token ids, masks and indices of nearly every model. Raises ShapeError where a dimension is
+    not bound or the element type has no random values (strings).
+    """
+    import ml_dtypes
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+    for name, (dtype, shape) in wanted.items():
+        unbound = next((size for size in shape if not isinstance(size, int)), None)
+        if unbound is not None:
+            raise ShapeError(f"input {name!r} has the unbound dimension {unbound!r}; bind it with --dim {unbound}=SIZE")
+        sizes = [int(size) for size in shape]
+        if dtype == "bool":
+            arrays[name] = generator.integers(0, 2, sizes).astype(bool)
+        elif dtype in ("int8", "uint8"):
+            limits = np.iinfo(dtype)
+            arrays[name] = generator.integers(limits.min, limits.max + 1, sizes).astype(dtype)
+        elif dtype.startswith(("int", "uint")):
+            kind = dtype if hasattr(np, dtype) else getattr(ml_dtypes, dtype)
+            arrays[name] = generator.integers(0, 2, sizes).astype(kind)
+        elif dtype.startswith(("float", "bfloat")):
+            kind = dtype if hasattr(np, dtype) else getattr(ml_dtypes, dtype)
+            arrays[name] = generator.standard_normal(sizes).astype(kind)
+        else:
+            raise ShapeError(f"input {name!r} is of type {dtype}, which has no random values; give --input {name}=FILE")
+    return arrays
+
+
+def _read_array(path: Path, name: str, dtype: str, shape: tuple[int | str, ...]) -> np.ndarray:
+    import numpy as np
+
+    require_file(path)
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        held = _read_npz(path)
+        if name not in held and len(held) != 1:
+            raise ShapeError(f"{path} holds no array {name!r}, only {', '.join(held) or 'nothing'}")
+        return held.get(name, next(iter(held.values())))
+    if suffix in (".png", ".jpg", ".jpeg"):
+        return _read_image(path, name, dtype, shape)
+    if suffix != ".npy":
+        raise ModelError(f"{path} is of no kind that --input reads; it reads .npy, .npz, .png and .jpg")
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ModelError(f"{path} is not a .npy file that can be read: {error}") from error
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    import numpy as np
+
+    require_file(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise ModelError(f"{path} is not an .npz file that can be read: {error}") from error
+
+
+def _read_image(path: Path, name: str, dtype: str, shape: tuple[int | str, ...]) -> np.ndarray:
+    """An image resized (bilinear) to the input's height and width; 0..1 for float inputs, 0..255 for uint8.
+
+    The input is NCHW, or NHWC where its last axis is 1 or 3. Other preprocessing belongs into the model or a .npy file.
+    """
+    import numpy as np
+
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise ModelError(f"reading {path.name} needs Pillow: pip install 'nestc[image]'") from None
+    channels_last = len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3)
+    sizes = shape[1:] if channels_last or len(shape) != 4 else (*shape[2:], shape[1])
+    if len(sizes) != 3 or not all(isinstance(size, int) for size in sizes) or sizes[2] not in (1, 3):
+        listed = ",".join(str(size) for size in shape)
+        raise ShapeError(f"input {name!r} of shape ({listed}) is no image; give a .npy file")
+    height, width, channels = (int(size) for size in sizes)
+    try:
+        with Image.open(path) as image:
+            pixels = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ModelError(f"{path} is not an image that can be read: {error}") from error
+    array = np.asarray(pixels).reshape(height, width, channels)
+    if dtype != "uint8":
+        array = (array / 255.0).astype(dtype)
+    return np.ascontiguousarray(array[None] if channels_last else np.moveaxis(array, 2, 0)[None])

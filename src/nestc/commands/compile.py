@@ -1,0 +1,153 @@
+"""``nestc compile``: a model into a bundle."""
+
+from __future__ import annotations
+
+import enum
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nestc.commands import common
+from nestc.errors import Error
+
+
+class Objective(str, enum.Enum):
+    """What the placement minimises."""
+
+    latency = "latency"
+    throughput = "throughput"
+    energy = "energy"
+
+
+class Level(str, enum.Enum):
+    """An intermediate form that can be written out."""
+
+    graph = "graph"
+    tensor = "tensor"
+    llvm = "llvm"
+    asm = "asm"
+
+
+SUFFIX = {Level.graph: ".onnx.txt", Level.tensor: ".tensor", Level.llvm: ".ll", Level.asm: ".s"}
+
+
+def compile_(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT.nest", help="The bundle. [default: MODEL's name]")
+    ] = None,
+    target: common.Targets = None,
+    shape: common.Shapes = None,
+    dim: common.Dims = None,
+    threads: common.Threads = None,
+    objective: Annotated[Objective, typer.Option(help="What the placement minimises.")] = Objective.latency,
+    emit: Annotated[
+        list[Level] | None, typer.Option("--emit", help="Write an intermediate form into --emit-dir; repeatable.")
+    ] = None,
+    emit_dir: Annotated[
+        Path | None, typer.Option("--emit-dir", metavar="DIR", help="Where --emit writes. [default: emit]")
+    ] = None,
+    json: common.Json = False,
+    verbose: common.Verbose = False,
+    debug: common.Debug = False,
+) -> None:
+    """Compile a model into one bundle of native code.
+
+    Example: `nestc compile resnet50.onnx -o resnet50.nest --dim batch=1 --threads 2`
+    """
+    started = time.perf_counter()
+    common.require_file(model)
+    if common.is_bundle(model):
+        raise Error(f"{model} is a bundle already; compile takes a model (.onnx)")
+    destination = output or Path(model.name).with_suffix(".nest")
+    if destination.is_dir() or not destination.parent.is_dir():
+        reason = "is a folder" if destination.is_dir() else "is in a folder that does not exist"
+        raise Error(f"cannot write {destination}: it {reason}")
+    levels = emit or []
+    sink = Sink(emit_dir or Path("emit"), levels) if levels else None
+
+    from nestc.driver import compile as compile_model
+
+    shapes, dims = common.bindings(shape or [], dim or [])
+    with common.progress() as step:
+        executable = compile_model(
+            model,
+            targets=target or ["cpu"],
+            threads=threads,
+            shapes=shapes,
+            dims=dims,
+            objective=objective.value,
+            emit=sink,
+            bound=True,
+            progress=step,
+        )
+        executable.save(destination)
+    report = summary(executable, destination, time.perf_counter() - started)
+    if json:
+        common.print_json(report)
+        return
+    show(report, sink)
+
+
+def summary(executable: Any, destination: Path, seconds: float) -> dict[str, Any]:
+    """The JSON object of ``nestc compile --json``."""
+    plan = executable.plan
+    return {
+        "bundle": str(destination),
+        "seconds": round(seconds, 3),
+        "regions": len(plan.regions),
+        "partitions": [
+            {"device": partition.device, "regions": len(partition.regions), "ops": plan.ops(partition)}
+            for partition in plan.partitions
+        ],
+        "fallback_ops": plan.fallback_ops,
+        "arena_bytes": executable.arena_bytes,
+        "weights_bytes": executable.weights_bytes,
+        "predicted_ms": plan.predicted_ms,
+    }
+
+
+def show(report: dict[str, Any], sink: Sink | None) -> None:
+    """Print the summary for people."""
+    print(f"{report['bundle']}: {report['regions']} regions compiled in {report['seconds']:.2f} s")
+    for partition in report["partitions"]:
+        ops = ", ".join(f"{op} {count}" for op, count in partition["ops"].items())
+        print(f"  {partition['device']}: {partition['regions']} regions ({ops})")
+    if report["fallback_ops"]:
+        listed = ", ".join(f"{op} {count}" for op, count in report["fallback_ops"].items())
+        print(f"  interpreted, not compiled: {listed}")
+    print(f"  weights {report['weights_bytes'] / 1e6:.1f} MB, working memory {report['arena_bytes'] / 1e6:.1f} MB")
+    if sink is not None:
+        print(f"  {len(sink.written)} intermediate forms in {sink.folder}")
+
+
+class Sink:
+    """Writes intermediate forms of the levels asked for as files of a folder, one a form."""
+
+    def __init__(self, folder: Path, levels: Sequence[Level]) -> None:
+        self.folder = folder
+        self.levels = frozenset(level.value for level in levels)
+        self.written: list[Path] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Error(f"cannot make the folder {folder}: {error.strerror or error}") from error
+
+    def __call__(self, level: str, name: str, text: str) -> None:
+        """Write one form; those of a level that nobody asked for are dropped."""
+        if level not in self.levels:
+            return
+        # Names come from the model and may hold anything; two may become alike, so a number keeps them apart.
+        stem = re.sub(r"[^\w.-]+", "_", name)[:120]
+        path = self.folder / f"{stem}{SUFFIX[Level(level)]}"
+        if path in self.written:
+            path = path.with_name(f"{stem}-{len(self.written)}{SUFFIX[Level(level)]}")
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise Error(f"cannot write {path}: {error.strerror or error}") from error
+        self.written.append(path)
