@@ -1,0 +1,131 @@
+"""The generated SPMD program of a partition: a step table, and the native loop in which all workers walk it.
+
+Every worker runs ``<prefix>_main``; nothing returns to Python between steps. The code is the same for every model; the
+model is in the constant tables (steps, and the place of every argument), so hundreds of steps compile in milliseconds.
+
+Exported functions (i64 = 64-bit integer):
+
+- ``void <prefix>_main(ptr table, ptr ctx, i64 tid, i64 nthreads)``: all steps, as worker `tid` of `nthreads`;
+  with one thread `ctx` is not read.
+- ``void <prefix>_run(ptr ctx, ptr table)``: what the caller's thread runs: starts the workers and is worker 0.
+- ``void <prefix>_worker(ptr ctx, i64 tid)``: what every other thread runs until ``<prefix>_stop(ptr ctx)``.
+- ``void <prefix>_profile(ptr table, ptr ns)``: all steps on one thread; writes the nanoseconds of each (i64).
+
+`ctx` is zeroed, 64-byte aligned memory of ``CONTEXT_BYTES + nthreads * thread_bytes`` with the number of threads at
+``CONTEXT_THREADS``. If the pointer at ``CONTEXT_TRACE`` is not null, worker t writes the CLOCK_MONOTONIC nanoseconds of
+the begin and end of its share of step s to ``trace[t][s]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from nestc.codegen.schedule import PARALLEL, Alias, Schedule, Step, schedule
+from nestc.codegen.spmd import CONTEXT_BYTES, CONTEXT_THREADS, CONTEXT_TRACE, emit
+from nestc.errors import TargetError
+from nestc.graph.region import TensorType
+from nestc.kernels.api import CpuMachine
+
+__all__ = ["Alias", "Main", "Step", "build_main"]
+
+LAYOUT_VERSION = 1
+"""Version of the table, the context and the metadata; `runtime.native` reads exactly this one."""
+
+
+@dataclass(frozen=True)
+class Main:
+    """The object file with the exported functions, its LLVM IR, the schedule, and the metadata that the runtime needs."""
+
+    object: bytes
+    llvm: str
+    schedule: Schedule
+    metadata: Mapping[str, Any]
+
+
+def build_main(
+    steps: Sequence[Step],
+    *,
+    inputs: Mapping[str, TensorType],
+    outputs: Mapping[str, TensorType],
+    constants: Sequence[str],
+    sizes: Mapping[str, int],
+    machine: CpuMachine,
+    aliases: Mapping[str, Alias] | None = None,
+    scratch_bytes: int = 0,
+    threads: int = 1,
+    prefix: str = "nestc",
+) -> Main:
+    """Schedule `steps` and generate the program of a partition; see `schedule` for `sizes`, `aliases` and `threads`.
+
+    `constants` are names of the artifact's weights. The object for the kernels and ``Main.object`` go into
+    ``Artifact.files`` and ``Main.metadata`` is ``Artifact.metadata``. Raises TargetError if LLVM cannot make code for
+    the machine's triple.
+    """
+    plan = schedule(
+        steps,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        constants=constants,
+        sizes=sizes,
+        aliases=aliases,
+        scratch_bytes=scratch_bytes,
+        threads=threads,
+    )
+    text = emit(plan, machine.triple, prefix)
+    metadata: dict[str, Any] = {
+        "layout": LAYOUT_VERSION,
+        "triple": machine.triple,
+        "cpu": machine.cpu,
+        "features": [name[1:] for name in machine.features.split(",") if name.startswith("+")],
+        "prefix": prefix,
+        "inputs": [_spec(name, type_) for name, type_ in inputs.items()],
+        "outputs": [_spec(name, type_) for name, type_ in outputs.items()],
+        "constants": list(constants),
+        "arena_bytes": plan.arena_bytes,
+        "scratch_bytes": plan.scratch_bytes,
+        "context": {
+            "bytes": CONTEXT_BYTES,
+            "thread_bytes": plan.thread_bytes,
+            "threads": CONTEXT_THREADS,
+            "trace": CONTEXT_TRACE,
+        },
+        "worth_threads": plan.worth_threads,
+        "steps": [
+            {
+                "symbol": item.step.symbol,
+                "origin": list(item.step.origin),
+                "extent": item.step.extent,
+                "grain": item.grain,
+                "parallel": item.lane == PARALLEL,
+                "barrier": item.barrier,
+                "cost": item.step.cost,
+            }
+            for item in plan.steps
+        ],
+    }
+    return Main(_compile(text, machine), text, plan, metadata)
+
+
+def _spec(name: str, type_: TensorType) -> dict[str, Any]:
+    return {"name": name, "dtype": type_.dtype, "shape": list(type_.shape)}
+
+
+def _compile(text: str, machine: CpuMachine) -> bytes:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    try:
+        target = llvm.Target.from_triple(machine.triple)
+        # The walker itself needs no vector instructions, and plain code runs on every CPU of the triple.
+        target_machine = target.create_target_machine(opt=2, reloc="pic", codemodel="small")
+        module = llvm.parse_assembly(text)
+        module.verify()
+    except RuntimeError as error:
+        raise TargetError(f"LLVM cannot make code for {machine.triple!r}: {error}") from error
+    options = llvm.PipelineTuningOptions(speed_level=1)
+    passes = llvm.create_pass_builder(target_machine, options)
+    passes.getModulePassManager().run(module, passes)
+    return target_machine.emit_object(module)

@@ -1,0 +1,332 @@
+"""Turn kernel steps into a static SPMD schedule: places in memory, serial lanes, chunk sizes and the fewest barriers.
+
+Nothing here is machine code; `codegen.main` prints a Schedule as LLVM IR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from nestc.codegen.arena import ArenaPlan, Buffer, plan_arena
+
+PARALLEL = -1
+"""Lane of a step that all workers share; a serial step has the lane of the one worker that runs it (modulo workers)."""
+
+SMALL_SECONDS = 2e-6
+"""A step below this cost stays on one worker: halving it would save less than the barriers around it can cost."""
+
+CHUNK_SECONDS = 5e-6
+"""Cost of a chunk where the grain is chosen here: long beside an atomic (20 ns), short beside a typical step."""
+
+CHUNKS_PER_WORKER = 8
+"""At most so many chunks a worker where the grain is chosen here; more would not balance better."""
+
+SPREAD_SECONDS = 20e-6
+"""A serial step above this cost may get a lane of its own, beside independent serial steps."""
+
+BARRIER_SECONDS = 0.5e-6
+WAKE_SECONDS = 5e-6
+MAX_LANES = 8
+SCRATCH_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the kernel `symbol`, whose parallel loop runs over [0, extent).
+
+    ``args`` are value names and ``writes`` says of each whether the kernel writes it. ``grain`` is the number of
+    iterations in a chunk (0: chosen from the cost); ``cost`` is the estimated time on one thread in seconds
+    (0: unknown). ``origin`` names the ONNX nodes it computes.
+    """
+
+    symbol: str
+    args: tuple[str, ...]
+    writes: tuple[bool, ...]
+    extent: int = 1
+    grain: int = 0
+    cost: float = 0.0
+    origin: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A value that has no storage of its own: it is `value`, from byte `offset` on (a view, or a part of a concatenation)."""
+
+    value: str
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an argument lies: pointer number `slot` of the table, plus `offset` bytes; ``end`` is exclusive."""
+
+    slot: int
+    offset: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ScheduledStep:
+    """A step with the places of its arguments, its lane and grain; ``barrier``: all workers meet before it."""
+
+    step: Step
+    places: tuple[Place, ...]
+    lane: int
+    grain: int
+    barrier: bool
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks that workers claim."""
+        return 1 if self.lane != PARALLEL else -(-self.step.extent // self.grain)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The whole program. The pointer table holds inputs, outputs, constants, the arena and the scratch, in this order."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: tuple[str, ...]
+    steps: tuple[ScheduledStep, ...]
+    arena_bytes: int
+    scratch_bytes: int
+    worth_threads: bool
+
+    @property
+    def arena_slot(self) -> int:
+        """Number of the arena's base in the pointer table."""
+        return len(self.inputs) + len(self.outputs) + len(self.constants)
+
+    @property
+    def scratch_slot(self) -> int:
+        """Number of the scratch memory's base in the pointer table; a worker's own is ``scratch_bytes`` apart."""
+        return self.arena_slot + 1
+
+    @property
+    def slots(self) -> int:
+        """Number of pointers in the table."""
+        return self.arena_slot + 2
+
+    @property
+    def thread_bytes(self) -> int:
+        """Bytes of the shared context that each worker owns: two banks of a 64-bit chunk counter a step."""
+        return 2 * -(-8 * len(self.steps) // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+
+
+_Access: TypeAlias = tuple[int, int, int, bool]
+"""What a step touches: slot, first byte, end, whether it writes."""
+
+
+def schedule(
+    steps: Sequence[Step],
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    constants: Sequence[str],
+    sizes: Mapping[str, int],
+    aliases: Mapping[str, Alias] | None = None,
+    scratch_bytes: int = 0,
+    threads: int = 1,
+) -> Schedule:
+    """Plan memory, lanes and barriers for `steps`, which run in the given order wherever they depend on each other.
+
+    `sizes` gives the bytes of every value that is not an input, output or constant, aliases included. `threads` is
+    only a hint (chunk sizes, and whether arena memory may be reused among steps that can overlap): the schedule is
+    right for any number of workers. Raises ValueError if a value is unknown or read before it is written.
+    """
+    aliases = aliases or {}
+    slots = {name: slot for slot, name in enumerate((*inputs, *outputs, *constants))}
+    if len(slots) != len(inputs) + len(outputs) + len(constants):
+        raise ValueError("a value is listed twice among inputs, outputs and constants")
+    roots = {name: _root(name, aliases) for step in steps for name in step.args}
+    _check(steps, roots, slots, sizes, frozenset(inputs) | frozenset(constants))
+    arena_slot = len(slots)
+
+    # Before the arena is planned each value has a slot of its own, so that only true dependences count.
+    own = {name: arena_slot + 2 + number for number, name in enumerate(sorted({r for r, _ in roots.values()} - set(slots)))}
+    apart = {name: _place(name, roots, {**own, **slots}, {}, sizes) for name in roots}
+    lanes = _lanes(steps, apart, threads)
+    phases = _phases(steps, apart, lanes)
+    arena = _plan(steps, roots, own, sizes, phases if threads > 1 else None)
+
+    places = {
+        name: _place(name, roots, {**dict.fromkeys(own, arena_slot), **slots}, arena.offsets, sizes) for name in roots
+    }
+    phases = _phases(steps, places, lanes)
+    scheduled = tuple(
+        ScheduledStep(
+            step,
+            tuple(places[name] for name in step.args),
+            lanes[number],
+            _grain(step, threads),
+            barrier=number > 0 and phases[number] != phases[number - 1],
+        )
+        for number, step in enumerate(steps)
+    )
+    return Schedule(
+        tuple(inputs),
+        tuple(outputs),
+        tuple(constants),
+        scheduled,
+        arena.nbytes,
+        -(-scratch_bytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT,
+        _worth_threads(scheduled),
+    )
+
+
+def _root(name: str, aliases: Mapping[str, Alias]) -> tuple[str, int]:
+    """The value that owns the storage of `name`, and the byte offset in it."""
+    offset = 0
+    seen: set[str] = set()
+    while name in aliases:
+        if name in seen:
+            raise ValueError(f"value {name!r} is an alias of itself")
+        seen.add(name)
+        offset += aliases[name].offset
+        name = aliases[name].value
+    return name, offset
+
+
+def _check(
+    steps: Sequence[Step],
+    roots: Mapping[str, tuple[str, int]],
+    slots: Mapping[str, int],
+    sizes: Mapping[str, int],
+    given: frozenset[str],
+) -> None:
+    written = set(given)
+    for number, step in enumerate(steps):
+        where = f"step {number} ({step.symbol})"
+        if len(step.args) != len(step.writes):
+            raise ValueError(f"{where} has {len(step.args)} arguments and {len(step.writes)} write flags")
+        if step.extent < 1 or step.grain < 0:
+            raise ValueError(f"{where} has extent {step.extent} and grain {step.grain}")
+        for name, write in zip(step.args, step.writes, strict=True):
+            root, offset = roots[name]
+            if name not in slots and name not in sizes:
+                raise ValueError(f"{where} uses {name!r}, which has no size")
+            if root not in slots and offset + sizes[name] > sizes[root]:
+                raise ValueError(f"{where} uses {name!r}, which reaches beyond {root!r}")
+            if write and root in given:
+                raise ValueError(f"{where} writes {name!r}, which is an input or a constant")
+            if not write and root not in written:
+                raise ValueError(f"{where} reads {name!r} before any step has written it")
+        written.update(roots[name][0] for name, write in zip(step.args, step.writes, strict=True) if write)
+
+
+def _place(
+    name: str,
+    roots: Mapping[str, tuple[str, int]],
+    slots: Mapping[str, int],
+    offsets: Mapping[str, int],
+    sizes: Mapping[str, int],
+) -> Place:
+    root, offset = roots[name]
+    begin = offsets.get(root, 0) + offset
+    # Inputs, outputs and constants have no size here: a use of the whole is a use of everything in the slot.
+    end = begin + sizes[name] if name in sizes else 1 << 62
+    return Place(slots[root], begin, end)
+
+
+def _lanes(steps: Sequence[Step], places: Mapping[str, Place], threads: int) -> list[int]:
+    """Lane of each step: PARALLEL, or the worker of a serial one. Costly independent serial steps get lanes of their own.
+
+    A serial step follows the serial step that it depends on, so that chains need no barrier.
+    """
+    lanes: list[int] = []
+    recent: dict[int, list[_Access]] = {}  # what serial steps touched since the last parallel one, by lane
+    busy = [0.0] * (MAX_LANES if threads > 1 else 1)
+    for step in steps:
+        if step.extent > 1 and not 0 < step.cost < SMALL_SECONDS:
+            lanes.append(PARALLEL)
+            recent.clear()
+            busy = [0.0] * len(busy)
+            continue
+        mine = _accesses(step, places)
+        spread = step.cost >= SPREAD_SECONDS
+        lane = 0
+        if spread or recent.keys() - {0}:
+            needs = [number for number, theirs in recent.items() if _conflict(mine, theirs)]
+            if needs:
+                lane = min(needs)
+            elif spread:
+                lane = min(range(len(busy)), key=lambda number: busy[number])
+        busy[lane] += step.cost
+        recent.setdefault(lane, []).extend(mine)
+        lanes.append(lane)
+    return lanes
+
+
+def _phases(steps: Sequence[Step], places: Mapping[str, Place], lanes: Sequence[int]) -> list[int]:
+    """Number of barriers before each step; steps of equal number may run at the same time unless they share a lane."""
+    phases: list[int] = []
+    since: dict[int, list[_Access]] = {}
+    phase = 0
+    for step, lane in zip(steps, lanes, strict=True):
+        mine = _accesses(step, places)
+        # Steps on one serial lane are run by one worker in order, so they never need to meet.
+        if any(_conflict(mine, theirs) for other, theirs in since.items() if other != lane or lane == PARALLEL):
+            phase += 1
+            since.clear()
+        since.setdefault(lane, []).extend(mine)
+        phases.append(phase)
+    return phases
+
+
+def _accesses(step: Step, places: Mapping[str, Place]) -> list[_Access]:
+    return [
+        (places[name].slot, places[name].offset, places[name].end, write)
+        for name, write in zip(step.args, step.writes, strict=True)
+    ]
+
+
+def _conflict(mine: Sequence[_Access], others: Sequence[_Access]) -> bool:
+    """Whether two sets of accesses overlap with a write among them."""
+    return any(
+        slot == other_slot and (write or other_write) and lo < other_end and other_lo < end
+        for slot, lo, end, write in mine
+        for other_slot, other_lo, other_end, other_write in others
+    )
+
+
+def _plan(
+    steps: Sequence[Step],
+    roots: Mapping[str, tuple[str, int]],
+    own: Mapping[str, int],
+    sizes: Mapping[str, int],
+    phases: Sequence[int] | None,
+) -> ArenaPlan:
+    """Arena offsets. With `phases`, memory is not reused within a phase, unless that costs over a quarter more."""
+    lives: dict[str, tuple[int, int]] = {}
+    for number, step in enumerate(steps):
+        for name in step.args:
+            root = roots[name][0]
+            if root in own:
+                lives[root] = (lives.get(root, (number, 0))[0], number)
+    tight = plan_arena([Buffer(name, sizes[name], *life) for name, life in lives.items()])
+    if phases is None:
+        return tight
+    loose = plan_arena([Buffer(name, sizes[name], phases[lo], phases[hi]) for name, (lo, hi) in lives.items()])
+    return loose if loose.nbytes <= tight.nbytes * 1.25 else tight
+
+
+def _grain(step: Step, threads: int) -> int:
+    if step.grain:
+        return min(step.grain, step.extent)
+    most = -(-step.extent // (max(threads, 2) * CHUNKS_PER_WORKER))
+    if step.cost <= 0:
+        return most
+    by_cost = int(step.extent * CHUNK_SECONDS / step.cost)
+    return max(1, min(max(most, by_cost), -(-step.extent // max(threads, 2))))
+
+
+def _worth_threads(steps: Sequence[ScheduledStep]) -> bool:
+    """Whether a second worker can save more than waking it and meeting it costs (yes where costs are unknown)."""
+    shared = [item for item in steps if item.lane == PARALLEL or item.lane > 0]
+    if any(item.step.cost <= 0 for item in shared):
+        return True
+    barriers = sum(item.barrier for item in steps)
+    return sum(item.step.cost for item in shared) / 2 > WAKE_SECONDS + barriers * BARRIER_SECONDS
