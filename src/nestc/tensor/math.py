@@ -1,0 +1,158 @@
+"""Replace exp, log, tanh and erf on float32 by branch-free polynomials, so that they vectorise; float64 stays libm.
+
+The coefficients are minimax fits for this module (weighted least squares, Lawson's reweighting), rounded to float32.
+The largest errors against correctly rounded results, over all float32 inputs with or without fused multiply-add, are in
+`ERRORS`; tests/tensor/test_math.py measures them. Infinities, NaN, signed zeros and denormal numbers are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from nestc.kernels.api import CpuMachine
+from nestc.tensor.build import constant
+from nestc.tensor.ir import Binary, Bitcast, Cast, Expr, Fma, Kernel, Select, Unary
+from nestc.tensor.rewrite import map_statements, transform
+
+ERRORS = {"exp": 1.2e-7, "log": 1.2e-7, "tanh": 4e-7, "erf": 4e-7}
+"""Largest relative error of each function (an ulp is 6e-8 to 1.2e-7); denormal results of exp are within one ulp."""
+
+# Cody and Waite, "Software Manual for the Elementary Functions": ln 2 in two parts; the first has few bits, so that its
+# products with an exponent are exact.
+_LN2_HIGH = 0.693359375
+_LN2_LOW = -2.12194440e-4
+_LOG2_E = 1.4426950408889634
+# Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits of the sum.
+_ROUND = 12582912.0
+_ROUND_BITS = 0x4B400000
+
+# (e**r - 1 - r) / r**2 on |r| <= ln(2) / 2, 3e-9 of e**r.
+_EXP = (0.4999999403953552, 0.1666651964187622, 0.041668400168418884, 0.008368851616978645, 0.0013814318226650357)
+# (log(1 + f) - f + f**2 / 2) / f**3 on 1 + f in [sqrt(1/2), sqrt(2)], 6e-9 of log(1 + f).
+_LOG = (
+    0.3333333134651184,
+    -0.2500082552433014,
+    0.20001249015331268,
+    -0.16623148322105408,
+    0.14201036095619202,
+    -0.13161610066890717,
+    0.12767741084098816,
+    -0.07638527452945709,
+)
+# tanh(x) = x P(x**2) / Q(x**2) on |x| <= 9, 2e-8; beyond, tanh rounds to 1.
+_TANH_LIMIT = 9.0
+_TANH_P = (1.0, 0.13380974531173706, 0.0034955269657075405, 2.0608047634596005e-05, 1.335320654050065e-08)
+_TANH_Q = (1.0, 0.46714290976524353, 0.02587675116956234, 0.00032855334575288, 7.77596596890362e-07)
+# erf(x) = x P(x**2) / Q(x**2) on |x| <= 3.95, 2e-8; beyond, erf rounds to 1.
+_ERF_LIMIT = 3.95
+_ERF_P = (
+    1.1283791065216064,
+    0.19153693318367004,
+    0.052873432636260986,
+    0.0038075244519859552,
+    0.00028466313960962,
+    2.025876483457978e-06,
+)
+_ERF_Q = (
+    1.0,
+    0.5030778646469116,
+    0.11455387622117996,
+    0.015053817071020603,
+    0.001170552335679531,
+    3.7830188375664875e-05,
+)
+
+
+def expand(kernel: Kernel, machine: CpuMachine) -> Kernel:
+    """`kernel` with every float32 exp, log, tanh and erf written out, for machines with vectors.
+
+    A machine without vector registers keeps its calls of libm.
+    """
+    if machine.lanes("float32") == 1:
+        return kernel
+    # One memo for the whole kernel: equal operands give the identical tree, which keeps comparisons of trees cheap.
+    memo: dict[Expr, Expr] = {}
+    body = map_statements(kernel.body, lambda e: transform(e, _expand, memo))
+    return Kernel(kernel.name, kernel.params, body, kernel.locals, kernel.origin)
+
+
+def _expand(e: Expr) -> Expr | None:
+    if not isinstance(e, Unary) or e.dtype != "float32":
+        return None
+    function = _FUNCTIONS.get(e.op)
+    return None if function is None else function(e.x)
+
+
+def exp(x: Expr) -> Expr:
+    """e**x = 2**n e**r with n = rint(x / ln 2); 2**n in two factors, so that denormal results are rounded once."""
+    # Written with the constant first, min and max hand a NaN on.
+    x = Binary("min", _float(89.0, x), Binary("max", _float(-104.0, x), x))
+    shifted = Fma(x, _float(_LOG2_E, x), _float(_ROUND, x))
+    n = Binary("sub", shifted, _float(_ROUND, x))
+    r = Fma(n, _float(-_LN2_LOW, x), Fma(n, _float(-_LN2_HIGH, x), x))
+    value = Binary("add", Fma(_polynomial(_EXP, r), Binary("mul", r, r), r), _float(1.0, x))
+    power = Binary("sub", Bitcast(shifted, "int32"), _int(_ROUND_BITS, x))
+    half = Binary("shr", power, _int(1, x))
+    return Binary("mul", Binary("mul", value, _power(half)), _power(Binary("sub", power, half)))
+
+
+def log(x: Expr) -> Expr:
+    """log(2**n (1 + f)) = n ln 2 + log(1 + f) with 1 + f in [sqrt(1/2), sqrt(2))."""
+    denormal = Binary("lt", x, _float(2.0**-126, x))
+    scaled = Select(denormal, Binary("mul", x, _float(2.0**23, x)), x)
+    bits = Bitcast(scaled, "int32")
+    root_half = 0x3F3504F3
+    power = Binary("shr", Binary("sub", bits, _int(root_half, x)), _int(23, x))
+    mantissa = Bitcast(Binary("sub", bits, Binary("shl", power, _int(23, x))), "float32")
+    f = Binary("sub", mantissa, _float(1.0, x))
+    n = Binary("sub", Cast(power, "float32"), Select(denormal, _float(23.0, x), _float(0.0, x)))
+    square = Binary("mul", f, f)
+    small = Fma(n, _float(_LN2_LOW, x), Binary("mul", Binary("mul", f, square), _polynomial(_LOG, f)))
+    value = Fma(n, _float(_LN2_HIGH, x), Binary("add", Fma(square, _float(-0.5, x), small), f))
+    infinity = float("inf")
+    # x == inf and NaN give themselves: `x < inf` fails for both.
+    value = Select(Binary("lt", x, _float(infinity, x)), value, x)
+    value = Select(Binary("eq", x, _float(0.0, x)), _float(-infinity, x), value)
+    return Select(Binary("lt", x, _float(0.0, x)), _float(float("nan"), x), value)
+
+
+def tanh(x: Expr) -> Expr:
+    """Hyperbolic tangent as an odd rational function."""
+    return _odd_rational(x, _TANH_LIMIT, _TANH_P, _TANH_Q)
+
+
+def erf(x: Expr) -> Expr:
+    """The error function as an odd rational function."""
+    return _odd_rational(x, _ERF_LIMIT, _ERF_P, _ERF_Q)
+
+
+def _odd_rational(x: Expr, limit: float, p: Sequence[float], q: Sequence[float]) -> Expr:
+    """x P(x**2) / Q(x**2) with x limited to +-limit and the result to +-1."""
+    x = Binary("min", _float(limit, x), Binary("max", _float(-limit, x), x))
+    square = Binary("mul", x, x)
+    value = Binary("div", Binary("mul", x, _polynomial(p, square)), _polynomial(q, square))
+    return Binary("min", _float(1.0, x), Binary("max", _float(-1.0, x), value))
+
+
+def _polynomial(coefficients: Sequence[float], x: Expr) -> Expr:
+    """Horner's rule; the constant coefficient comes first."""
+    result: Expr = _float(coefficients[-1], x)
+    for coefficient in reversed(coefficients[:-1]):
+        result = Fma(result, x, _float(coefficient, x))
+    return result
+
+
+def _power(n: Expr) -> Expr:
+    """2**n as float32, for int32 n in [-126, 127]."""
+    return Bitcast(Binary("shl", Binary("add", n, _int(127, n)), _int(23, n)), "float32")
+
+
+def _float(value: float, like: Expr) -> Expr:
+    return constant(value, "float32", like.lanes)
+
+
+def _int(value: int, like: Expr) -> Expr:
+    return constant(value, "int32", like.lanes)
+
+
+_FUNCTIONS: dict[str, Callable[[Expr], Expr]] = {"exp": exp, "log": log, "tanh": tanh, "erf": erf}
