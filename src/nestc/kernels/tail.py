@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nestc.errors import UnsupportedOp
 from nestc.graph.region import Op, Region
-from nestc.kernels.elementwise import apply_elementwise, is_elementwise
+from nestc.kernels.elementwise import apply_elementwise, elementwise_refusal, operand_index
 from nestc.kernels.operands import Index, Operands
 from nestc.tensor.build import within
 from nestc.tensor.ir import Const, Expr, Stmt
@@ -21,8 +21,9 @@ def tail_refusal(region: Region, anchor: Op) -> str | None:
     for op in region.ops:
         if op is anchor:
             continue
-        if not is_elementwise(op):
-            return f"{op.op_type} (node {op.name!r}) is not elementwise"
+        refusal = elementwise_refusal(op, region)
+        if refusal:
+            return refusal
         if region.types[op.outputs[0]].shape != shape:
             return f"{op.op_type} (node {op.name!r}) changes the shape of its anchor"
     return None
@@ -61,9 +62,10 @@ class Tail:
         for op in region.ops:
             if op is self.anchor:
                 continue
-            arguments = [
-                None if not name else values[name] if name in values else operands.broadcast(name, index, inner)
-                for name in op.inputs
-            ]
+            arguments: list[Expr | None] = []
+            for position, name in enumerate(op.inputs):
+                place = operand_index(op, position, index, region)
+                known = None if place is None else values.get(name)
+                arguments.append(known if place is None or known is not None else operands.load(name, place, inner))
             values[op.outputs[0]] = apply_elementwise(op, arguments, region)
         return tuple(s for name in region.outputs for s in operands.stores(name, index, values[name], mask))
