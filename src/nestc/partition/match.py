@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from nestc.graph.region import Region
 from nestc.targets.api import Offer, Target
 
+DYNAMIC = "dynamic_shapes"
+"""A machine fact: true for a target that takes values whose sizes are known only at run time, and sequences."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -22,7 +25,11 @@ class Claim:
 def claim(region: Region, targets: Sequence[Target]) -> Claim:
     """The first target, in the order given, with an offer for `region`."""
     refusals: list[tuple[str, str]] = []
+    unsized = unknown_at_compile_time(region)
     for target in targets:
+        if unsized is not None and not target.machine.facts.get(DYNAMIC):
+            refusals.append((target.name, unsized))
+            continue
         reasons: list[str] = []
         for offer in target.offers:
             reason = offer.refusal(region)
@@ -31,6 +38,16 @@ def claim(region: Region, targets: Sequence[Target]) -> Claim:
             reasons.append(reason)
         refusals.append((target.name, best_reason(reasons)))
     return Claim(region, None, None, tuple(refusals))
+
+
+def unknown_at_compile_time(region: Region) -> str | None:
+    """Why a region cannot be compiled ahead, if a value of it has no fixed size or is not a tensor."""
+    for name, type_ in region.types.items():
+        if "(" in type_.dtype or type_.dtype == "undefined":
+            return f"value {name!r} is a {type_.dtype}, not a tensor"
+        if any(size < 0 for size in type_.shape):
+            return f"value {name!r} has a size that is known only at run time"
+    return None
 
 
 def best_reason(reasons: Sequence[str]) -> str:

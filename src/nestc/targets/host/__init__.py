@@ -16,6 +16,9 @@ from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partitio
 # From 2 GB on a protocol buffer cannot be written; the host's submodels travel as one.
 LARGEST_MODEL = 2**31 - 1
 
+FACTS = {"dynamic_shapes": True}
+"""Sizes known only at run time, and sequences of tensors, are no obstacle to an interpreter."""
+
 
 class HostTarget:
     """Runs a partition as an ONNX model in ``onnx.reference``: any dense tensor operator, control flow included.
@@ -25,7 +28,7 @@ class HostTarget:
 
     def __init__(self) -> None:
         self.name = "host"
-        self.machine = Machine(name="host", memories=(Memory("ram", 0),), dtypes=tuple(_dtypes()))
+        self.machine = Machine(name="host", memories=(Memory("ram", 0),), dtypes=tuple(_dtypes()), facts=FACTS)
         self.offers = (Offer("onnx.reference", ops=implemented()),)
 
     def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:

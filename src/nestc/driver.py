@@ -1,0 +1,221 @@
+"""The pipeline from a model to something that runs: one function that reads top to bottom, and its public faces."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import onnx
+
+from nestc.errors import PlanError
+from nestc.graph import pipeline, regions
+from nestc.graph.decompose import decompose
+from nestc.graph.model import Model, require_static, skeleton, unbound_dims
+from nestc.importers.onnx import load
+from nestc.partition.match import Claim, claim
+from nestc.partition.place import follow, place
+from nestc.partition.plan import Plan
+from nestc.specialise import Specialised, operands_of
+from nestc.targets import resolve
+from nestc.targets.api import Artifact, Partition, Target
+
+if TYPE_CHECKING:
+    from nestc.bundle.schema import Bundle
+    from nestc.runtime import Executable
+
+log = logging.getLogger("nestc")
+
+Stage = Literal["graph", "regions", "plan", "code", "bundle"]
+Emit = Callable[[str, str, str], None]
+Progress = Callable[[str, float], None]
+Source = str | os.PathLike[str] | onnx.ModelProto | bytes | Model
+
+OBJECTIVES = ("latency", "throughput", "energy")
+
+MAX_DESCENTS = 8
+"""Function bodies of ONNX call each other at most a few deep; more rounds would mean that one calls itself."""
+
+
+@dataclass
+class Compilation:
+    """What each stage of `build` has made; fields after `stop_after` stay empty."""
+
+    model: Model
+    optimised: Model | None = None
+    formed: Model | None = None
+    claims: list[Claim] = field(default_factory=list[Claim])
+    partitions: list[Partition] = field(default_factory=list[Partition])
+    plan: Plan | None = None
+    artifacts: dict[str, Artifact] = field(default_factory=dict[str, Artifact])
+    bundle: Bundle | None = None
+
+
+def build(
+    model: Model,
+    targets: Sequence[Target],
+    *,
+    threads: int | None = None,
+    objective: str = "latency",
+    plan: Plan | None = None,
+    stop_after: Stage = "bundle",
+    emit: Emit | None = None,
+    progress: Progress | None = None,
+) -> Compilation:
+    """Compile a model with static shapes for `targets`, which end with the ones that take what is left (cpu, host).
+
+    `emit(level, name, text)` receives each intermediate form, `progress(what, fraction)` how far it is. Raises
+    ShapeError if a dimension is not bound, UnsupportedOp if nobody takes an operator, PlanError if `plan` is not of
+    this model, and what a target raises.
+    """
+    tell = progress or _silent
+    done = Compilation(model)
+
+    # Everything below needs sizes: they decide kernels, layouts and memory.
+    require_static(model)
+
+    # Simplify first, so that regions are formed of what really has to be computed.
+    tell("optimise the graph", 0.0)
+    done.optimised = pipeline.optimize(model)
+    _verify(done.optimised)
+    if stop_after == "graph":
+        return done
+
+    # Regions before placement: a target takes a convolution with its activation, or not at all. What nobody takes is
+    # decomposed here and formed anew, since its pieces may join their neighbours.
+    tell("form regions", 0.1)
+    done.optimised, done.formed, done.claims = _claim_or_descend(done.optimised, targets)
+    _verify(done.formed)
+    if emit is not None:
+        emit("graph", "model", onnx.printer.to_text(skeleton(done.formed.ir)))
+    if stop_after == "regions":
+        return done
+
+    # Placement decides by the claims or by a given plan; partitions are as large as they can be without a cycle.
+    tell("place", 0.15)
+    claims = done.claims if plan is None else follow(plan, done.claims, targets)
+    done.partitions, done.plan = place(done.formed, claims, targets, objective)
+    for line in done.plan.explain().splitlines():
+        log.info("%s", line)
+    if stop_after == "plan":
+        return done
+
+    # Each target compiles its partitions on its own; verification of the levels below is the target's.
+    by_name = {target.name: target for target in targets}
+    for index, partition in enumerate(done.partitions):
+        tell(f"compile {partition.name}", 0.2 + 0.75 * index / len(done.partitions))
+        done.artifacts[partition.name] = by_name[partition.device].compile(partition, emit)
+    if stop_after == "code":
+        return done
+
+    # One bundle holds all of it; it is also what runs when nothing is ever saved.
+    tell("bundle", 0.95)
+    done.bundle = _bundle(done, threads)
+    tell("done", 1.0)
+    return done
+
+
+def compile(
+    model: Source,
+    targets: Sequence[str | Target] = ("cpu",),
+    *,
+    threads: int | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dims: Mapping[str, int] | None = None,
+    objective: str = "latency",
+    plan: Plan | str | os.PathLike[str] | None = None,
+    emit: Emit | None = None,
+    bound: bool = False,
+    progress: Progress | None = None,
+) -> Executable | Specialised:
+    """Compile a model (a file, bytes, a ModelProto or a `Model`) for the targets, most preferred first.
+
+    ``cpu`` and then ``host`` take what the targets given refuse. `threads` defaults to the CPUs this process may use.
+    A model whose inputs leave dimensions open, or the values that shapes depend on, is compiled at the first call
+    with the shapes (and these values) of that call, and kept for the next; with `bound` that is a ShapeError instead.
+    """
+    if objective not in OBJECTIVES:
+        raise PlanError(f"there is no objective {objective!r}; choose {', '.join(OBJECTIVES)}")
+    chosen = with_fallbacks(resolve(targets), threads)
+    loaded = _loaded(model, shapes, dims)
+    given = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
+
+    def make(ready: Model) -> Executable:
+        from nestc.runtime import open_bundle
+
+        done = build(ready, chosen, threads=threads, objective=objective, plan=given, emit=emit, progress=progress)
+        assert done.bundle is not None
+        return open_bundle(done.bundle, threads=threads)
+
+    if bound:
+        require_static(loaded)
+    if unbound_dims(loaded) or operands_of(loaded):
+        return Specialised(loaded, make)
+    return make(loaded)
+
+
+def explain(
+    model: Source,
+    targets: Sequence[str | Target] = ("cpu",),
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dims: Mapping[str, int] | None = None,
+    objective: str = "latency",
+) -> tuple[Plan, list[str]]:
+    """The plan for a model, without compiling it, and in words what each graph pass did."""
+    chosen = with_fallbacks(resolve(targets), None)
+    done = build(_loaded(model, shapes, dims), chosen, objective=objective, stop_after="plan")
+    assert done.plan is not None and done.formed is not None
+    return done.plan, done.formed.notes
+
+
+def with_fallbacks(targets: Sequence[Target], threads: int | None) -> tuple[Target, ...]:
+    """The targets given, then ``cpu`` and ``host`` unless they are among them; ``host`` is always last."""
+    from nestc.targets.cpu import CpuTarget
+    from nestc.targets.host import HostTarget
+
+    chosen: list[Target] = [target for target in targets if target.name != "host"]
+    if all(target.name != "cpu" for target in chosen):
+        chosen.append(CpuTarget())
+    return (*chosen, next((target for target in targets if target.name == "host"), HostTarget()))
+
+
+def _loaded(model: Source, shapes: Mapping[str, Sequence[int]] | None, dims: Mapping[str, int] | None) -> Model:
+    if not isinstance(model, Model):
+        return load(model, shapes, dims)
+    if not shapes and not dims:
+        return model
+    from nestc.graph.bind import bind
+
+    return bind(model, shapes, dims)
+
+
+def _claim_or_descend(model: Model, targets: Sequence[Target]) -> tuple[Model, Model, list[Claim]]:
+    """The model (with refused operators decomposed), its regions, and who takes each.
+
+    ``host``, the last target, would take nearly anything: it is asked only when decomposing helps no more.
+    """
+    natives = [target for target in targets if target.name != "host"]
+    for _ in range(MAX_DESCENTS):
+        formed = regions.form(model)
+        found = regions.regions(formed)
+        refused = [each for each in (claim(region, natives) for region in found) if each.target is None]
+        descended = decompose(model, {op.name for each in refused for op in each.region.ops}) if refused else None
+        if descended is None:
+            return model, formed, [claim(region, targets) for region in found]
+        model = descended
+    raise AssertionError("decomposition does not end")
+
+
+def _verify(model: Model) -> None:
+    """L1 is valid ONNX at every moment: a pass that broke it is found here, not three stages later."""
+    onnx.checker.check_model(skeleton(model.ir))
+
+
+def _bundle(done: Compilation, threads: int | None) -> Bundle: ...
+
+
+def _silent(what: str, fraction: float) -> None:
+    """Progress that nobody watches."""

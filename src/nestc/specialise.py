@@ -1,0 +1,177 @@
+"""An executable for a model whose sizes are known only at the call: it compiles for each, and keeps the last few."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nestc.errors import ShapeError
+from nestc.graph import pipeline
+from nestc.graph.bind import bind
+from nestc.graph.model import Model, require_static
+from nestc.graph.shape_operands import shape_operands
+
+if TYPE_CHECKING:
+    from nestc.partition.plan import Plan
+    from nestc.runtime import Executable
+
+Key = tuple[tuple[str, tuple[int, ...], bytes], ...]
+
+CAPACITY = 8
+"""Specialisations kept: as many as a server's batch sizes usually are; each holds its code and its packed weights."""
+
+
+def operands_of(model: Model) -> tuple[str, ...]:
+    """Inputs of a model with static shapes whose values it must be specialised for, in graph order."""
+    # Optimising only ever folds such dependences away, so most models need not be optimised to see that there are none.
+    return shape_operands(pipeline.optimize(model)) if shape_operands(model) else ()
+
+
+class Specialised:
+    """Compiles a model for the shapes of each call, and for the values of inputs that shapes depend on.
+
+    It has the interface of `nestc.Executable`; what describes a compilation (`plan`, `timeline` ...) is of the last
+    one used. The least recently used specialisation is dropped when there are more than `capacity`. May be called
+    from several threads: one compiles while others that need the same thing wait.
+    """
+
+    def __init__(self, model: Model, make: Callable[[Model], Executable], capacity: int = CAPACITY) -> None:
+        self._model = model
+        self._make = make
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._ready: OrderedDict[Key, Executable] = OrderedDict()
+        self._operands: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[str, ...]] = {}
+        self._last: Executable | None = None
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[str, tuple[int | str, ...]]]:
+        """(dtype, shape) of each input in graph order; an open dimension is its name."""
+        return self._model.inputs
+
+    @property
+    def outputs(self) -> Mapping[str, tuple[str, tuple[int | str, ...]]]:
+        """(dtype, shape) of each output in graph order; an open dimension is its name."""
+        return self._model.outputs
+
+    def __call__(self, *arrays: np.ndarray, out: Any = None) -> Any:
+        """Run with arrays in graph-input order; a tuple of arrays, or the array itself if there is one output."""
+        names = list(self._model.inputs)
+        if len(arrays) != len(names):
+            raise ShapeError(f"the model has {len(names)} inputs ({', '.join(names)}), but {len(arrays)} were given")
+        given = dict(zip(names, arrays, strict=True))
+        executable, rest = self._for(given)
+        return executable(*rest.values(), out=out)
+
+    def run(self, inputs: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None) -> Any:
+        """Run with named arrays and give named arrays; compiles first where these shapes are new."""
+        executable, rest = self._for(inputs)
+        return executable.run(rest, out=out)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """A bundle has fixed shapes, so this raises ShapeError: it names what is open and how to bind it."""
+        require_static(self._model)
+        names = ", ".join(map(repr, operands_of(self._model)))
+        raise ShapeError(
+            f"shapes depend on the values of {names}; load the model with these as constants (values=) to save it"
+        )
+
+    def close(self) -> None:
+        """Forget every specialisation; a later call compiles again."""
+        with self._lock:
+            self._ready.clear()
+            self._last = None
+
+    @property
+    def specialisations(self) -> int:
+        """How many are ready."""
+        return len(self._ready)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the specialisation used last."""
+        return self._current().plan
+
+    @property
+    def fallback_ops(self) -> Mapping[str, int]:
+        """Operators of the specialisation used last that an interpreter runs."""
+        return self._current().fallback_ops
+
+    @property
+    def arena_bytes(self) -> int:
+        """Working memory of the specialisation used last."""
+        return self._current().arena_bytes
+
+    @property
+    def weights_bytes(self) -> int:
+        """Packed weights of the specialisation used last."""
+        return self._current().weights_bytes
+
+    def timeline(self) -> Any:
+        """The last run of the specialisation used last."""
+        return self._current().timeline()
+
+    def _current(self) -> Executable:
+        if self._last is None:
+            require_static(self._model)
+            raise ShapeError("nothing is compiled yet: shapes depend on values of inputs, so call the executable first")
+        return self._last
+
+    def _for(self, inputs: Mapping[str, np.ndarray]) -> tuple[Executable, dict[str, np.ndarray]]:
+        """The executable for these inputs, compiled if need be, and the inputs that it still takes."""
+        arrays = self._checked(inputs)
+        shapes = tuple((name, array.shape) for name, array in arrays.items())
+        with self._lock:
+            operands = self._operands.get(shapes)
+            bound: Model | None = None
+            if operands is None:
+                bound = bind(self._model, {name: list(shape) for name, shape in shapes})
+                operands = operands_of(bound)
+                self._operands[shapes] = operands
+            key: Key = tuple(
+                (name, array.shape, array.tobytes() if name in operands else b"") for name, array in arrays.items()
+            )
+            executable = self._ready.get(key)
+            if executable is None:
+                sizes = {name: list(shape) for name, shape in shapes if name not in operands}
+                values = {name: arrays[name] for name in operands}
+                executable = self._make(bind(self._model, sizes, None, values) if operands or bound is None else bound)
+                self._ready[key] = executable
+            self._ready.move_to_end(key)
+            while len(self._ready) > self._capacity:
+                self._ready.popitem(last=False)
+            self._last = executable
+        return executable, {name: array for name, array in arrays.items() if name not in operands}
+
+    def _checked(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inputs as arrays in graph order. Raises ShapeError for a wrong name, rank, size or dtype."""
+        wanted = self._model.inputs
+        unknown = next((name for name in inputs if name not in wanted), None)
+        if unknown is not None:
+            raise ShapeError(f"there is no input {unknown!r}; the inputs are {', '.join(wanted)}")
+        unranked = {value.name for value in self._model.ir.graph.inputs if value.shape is None}
+        arrays: dict[str, np.ndarray] = {}
+        for name, (dtype, shape) in wanted.items():
+            if name not in inputs:
+                raise ShapeError(f"input {name!r} is missing; the inputs are {', '.join(wanted)}")
+            array = np.asarray(inputs[name])
+            if str(array.dtype) != dtype and dtype != "string":
+                raise ShapeError(f"input {name!r} is of dtype {dtype}, but {array.dtype} was given")
+            if name not in unranked:
+                _check_shape(name, shape, array.shape)
+            arrays[name] = array
+        return arrays
+
+
+def _check_shape(name: str, wanted: Sequence[int | str], given: Sequence[int]) -> None:
+    fits = len(wanted) == len(given) and all(
+        not isinstance(size, int) or size == actual for size, actual in zip(wanted, given, strict=True)
+    )
+    if not fits:
+        listed = ", ".join(map(str, wanted))
+        raise ShapeError(f"input {name!r} has the shape ({listed}), but {tuple(given)} was given")
