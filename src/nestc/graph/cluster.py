@@ -1,0 +1,179 @@
+"""Decide which nodes go together in one region: an anchor with its elementwise tail, or a group without an anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from nestc.graph.kinds import has_body, is_constant, is_elementwise, is_move, is_view
+from nestc.graph.model import static_shape
+
+MAX_NODES = 32
+"""Nodes of one region; longer chains spill registers and compile slowly without running faster."""
+MAX_OUTPUTS = 4
+_LOOK_AHEAD = 12  # nodes that one step may need to bring several live values back to one (Mish needs 3, tanh-Gelu 8)
+_PULL_DEPTH = 4  # elementwise operands computed on the way, e.g. the gate of a gated unit
+
+VIEW = "view"
+"""The anchor of a region that only gives a value another shape."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of one region in topological order; `anchor` is its one heavy operator, `VIEW`, or None."""
+
+    nodes: tuple[ir.Node, ...]
+    anchor: str | None
+
+
+def clusters(graph: ir.Graph) -> list[Cluster]:
+    """Cut a topologically sorted graph into regions, in an order in which they can run.
+
+    Greedy: a region starts at the first node that is left and takes in nodes whose other operands earlier regions
+    have computed. A region thus never waits for something that waits for it, so no cycle can arise.
+    """
+    return _Former(graph).run()
+
+
+class _Former:
+    """State of one run: which nodes have found their region."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.position = {node: index for index, node in enumerate(graph)}
+        self.done: set[ir.Node] = set()
+
+    def run(self) -> list[Cluster]:
+        found: list[Cluster] = []
+        for node in self.graph:
+            if node not in self.done:
+                cluster = self.start(node)
+                self.done.update(cluster.nodes)
+                found.append(cluster)
+        return found
+
+    def start(self, head: ir.Node) -> Cluster:
+        """The region whose first node is `head`."""
+        if is_view(head) and _known(head):
+            return Cluster(tuple(self.view_chain(head)), VIEW)
+        free = is_elementwise(head) or is_move(head)
+        anchor = None if free else head.op_type
+        if has_body(head) or not _known(head) or (is_move(head) and len(head.outputs) > 1):
+            return Cluster((head,), head.op_type if not free else None)
+        nodes = self.tail(head)
+        if all(map(is_elementwise, nodes)):
+            self.widen(nodes)
+        return Cluster(tuple(nodes), anchor)
+
+    def view_chain(self, head: ir.Node) -> list[ir.Node]:
+        """Views that follow each other, each the only user of the one before."""
+        chain = [head]
+        while len(chain) < MAX_NODES:
+            value = chain[-1].outputs[0]
+            users = {user for user, _ in value.uses()}
+            follower = next(iter(users)) if len(users) == 1 else None
+            if follower is None or value.is_graph_output() or follower not in self.position:
+                break
+            if not is_view(follower) or not _known(follower) or not self.ready(follower, set(chain)):
+                break
+            chain.append(follower)
+        return chain
+
+    def tail(self, head: ir.Node) -> list[ir.Node]:
+        """`head` and the elementwise nodes after it, as long as only one value of theirs is used further on."""
+        nodes = [head]
+        value = head.outputs[0]
+        shape = static_shape(value)
+        while len(nodes) < MAX_NODES and shape is not None and not value.is_graph_output():
+            step = self.step(set(nodes), value, shape)
+            if not step or len(nodes) + len(step) > MAX_NODES:
+                break
+            nodes += step
+            value = step[-1].outputs[0]
+        return nodes
+
+    def step(self, inside: set[ir.Node], value: ir.Value, shape: tuple[int, ...]) -> list[ir.Node]:
+        """The fewest nodes to add so that again one value, the last one's output, is all that is used outside."""
+        added: list[ir.Node] = []
+        live = [value]
+        while len(added) < _LOOK_AHEAD:
+            members = inside | set(added)
+            users = {user for item in live for user, _ in item.uses()} - members
+            grown = None
+            for user in sorted(users, key=lambda node: self.position.get(node, -1)):
+                grown = self.admit(user, members, shape, _PULL_DEPTH)
+                if grown:
+                    break
+            if not grown:
+                return []
+            added += grown
+            members.update(grown)
+            live = [item for item in (value, *_outputs(added)) if _escapes(item, members)]
+            if live == [added[-1].outputs[0]]:
+                return added
+        return []
+
+    def admit(self, node: ir.Node, inside: set[ir.Node], shape: tuple[int, ...], depth: int) -> list[ir.Node]:
+        """`node`, after those producers it needs to bring along, if it may join a region; else nothing."""
+        if node not in self.position or node in self.done or not is_elementwise(node) or not _known(node):
+            return []
+        if static_shape(node.outputs[0]) != shape:
+            return []
+        brought: list[ir.Node] = []
+        for operand in node.inputs:
+            source = None if operand is None else operand.producer()
+            if source is None or source in self.done or source in inside or source in brought:
+                continue
+            if depth == 0:
+                return []
+            more = self.admit(source, inside | set(brought), shape, depth - 1)
+            if not more or _escapes(source.outputs[0], inside | set(brought) | set(more) | {node}):
+                return []
+            brought += more
+        return [*brought, node]
+
+    def widen(self, nodes: list[ir.Node]) -> None:
+        """Take further elementwise nodes of the same shape into a group, whose values may then have users outside."""
+        shape = static_shape(nodes[0].outputs[0])
+        grown = True
+        while grown and shape is not None:
+            grown = False
+            members = set(nodes)
+            users = {user for value in _outputs(nodes) for user, _ in value.uses()} - members
+            for user in sorted(users, key=lambda node: self.position.get(node, -1)):
+                more = self.admit(user, members, shape, _PULL_DEPTH)
+                together = members | set(more)
+                outputs = sum(_escapes(value, together) for value in (*_outputs(nodes), *_outputs(more)))
+                if more and len(together) <= MAX_NODES and outputs <= MAX_OUTPUTS:
+                    nodes += more
+                    grown = True
+                    break
+
+    def ready(self, node: ir.Node, inside: set[ir.Node]) -> bool:
+        """Whether all operands of a node are computed by earlier regions or inside this one."""
+        sources = [value.producer() for value in node.inputs if value is not None]
+        return all(source is None or source in self.done or source in inside for source in sources)
+
+
+def _outputs(nodes: Iterable[ir.Node]) -> list[ir.Value]:
+    return [value for node in nodes for value in node.outputs]
+
+
+def _escapes(value: ir.Value, inside: set[ir.Node]) -> bool:
+    return value.is_graph_output() or any(user not in inside for user, _ in value.uses())
+
+
+def _known(node: ir.Node) -> bool:
+    """Whether every operand and result is a dense tensor of numbers with a known shape."""
+    values = [value for value in (*node.inputs, *node.outputs) if value is not None and not _unused(value)]
+    return all(
+        isinstance(value.type, ir.TensorType) and value.dtype != ir.DataType.STRING and static_shape(value) is not None
+        for value in values
+        if not is_constant(value) or value.dtype == ir.DataType.STRING
+    )
+
+
+def _unused(value: ir.Value) -> bool:
+    return value.producer() is not None and not value.uses() and not value.is_graph_output()

@@ -1,0 +1,65 @@
+"""Find the type and shape of every value, without copying weights."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+from nestc.errors import ModelError, ShapeError
+from nestc.graph.model import skeleton
+
+
+class InferShapes(ir.passes.InPlacePass):
+    """Run onnx's shape inference, with data propagation, over the graph without its large weights.
+
+    Shapes that inference finds replace those that the file claims; a rank or size found nowhere stays unknown.
+    Raises `ShapeError` where two shapes cannot go together, `ModelError` where types do not fit an operator.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        proto = skeleton(model)
+        declared = {info.name: info for info in proto.graph.output}
+        del proto.graph.value_info[:]
+        for info in declared.values():
+            if info.type.HasField("tensor_type"):
+                info.type.tensor_type.ClearField("shape")
+        try:
+            inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+        except onnx.shape_inference.InferenceError as error:
+            reason = _first_sentence(str(error))
+            kind = ModelError if "TypeInference" in str(error) else ShapeError
+            raise kind(f"the model's shapes or types do not fit together: {reason}") from error
+        found = {info.name: info for info in (*inferred.graph.value_info, *inferred.graph.output)}
+        modified = False
+        for node in model.graph:
+            for value in node.outputs:
+                if value.name in found:
+                    modified |= _merge(value, found[value.name].type)
+        return ir.passes.PassResult(model, modified)
+
+
+def _merge(value: ir.Value, proto: onnx.TypeProto) -> bool:
+    """Take the inferred type and every dimension that is known; True if something changed."""
+    before = (value.type, value.shape)
+    kind = ir.serde.deserialize_type_proto_for_type(proto)
+    if kind is not None and getattr(kind, "dtype", None) is not None:
+        value.type = kind
+    shape = ir.serde.deserialize_type_proto_for_shape(proto)
+    if shape is not None:
+        old = value.shape
+        if old is not None and len(old) == len(shape):
+            dims = [b if isinstance(b, int) or not _better(a, b) else a for a, b in zip(old, shape, strict=True)]
+            shape = ir.Shape(dims)
+        value.shape = shape
+    return before != (value.type, value.shape)
+
+
+def _better(old: int | ir.SymbolicDim, new: int | ir.SymbolicDim) -> bool:
+    """Whether the dimension known before says more than an inferred one that has no size."""
+    return isinstance(old, int) or (old.value is not None and not isinstance(new, int) and new.value is None)
+
+
+def _first_sentence(text: str) -> str:
+    """The reason in onnx's message, without the list of C++ frames before it."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

@@ -1,0 +1,1 @@
+"""L1 passes, one a file; `nestc.graph.pipeline` holds their order and says why."""

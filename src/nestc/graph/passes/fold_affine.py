@@ -1,0 +1,191 @@
+"""Fold batch normalization, and multiplying or adding a constant a channel, into the convolution or Gemm beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from nestc.graph.model import static_shape
+from nestc.graph.passes.rewrite import Rewrite, array, ints, only_use, operand, producer
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = x * scale + shift with one scale and shift a channel (axis 1), in float64."""
+
+    scale: np.ndarray
+    shift: np.ndarray
+
+
+class FoldAffine(Rewrite):
+    """Conv, ConvTranspose or Gemm followed by an affine map a channel becomes one with other weights and bias.
+
+    The map is a BatchNormalization in inference mode, or Mul, Div, Add or Sub with a constant. Weights are scaled in
+    float64 and rounded once. A batch normalization that stands before an unpadded Conv is folded forward.
+    """
+
+    what = "normalizations and biases folded into weights"
+
+    def rewrite(self, node: ir.Node) -> bool:
+        return self.backward(node) or self.forward(node)
+
+    def backward(self, node: ir.Node) -> bool:
+        """Fold `node` into the operator before it."""
+        for index in range(2 if node.op_type in {"Add", "Mul"} else 1):
+            value = operand(node, index)
+            before = producer(value, "Conv", "ConvTranspose", "Gemm")
+            if before is None or value is None or not only_use(value):
+                continue
+            channels = _channels(before)
+            affine = None if channels is None else affine_of(node, index, channels)
+            if affine is not None and self.absorb(before, affine, node.outputs[0]):
+                return True
+        return False
+
+    def absorb(self, before: ir.Node, affine: Affine, result: ir.Value) -> bool:
+        """Give `before` weights and bias that include `affine`, and let it stand for `result`."""
+        weight = array(before.inputs[1])
+        bias_value = operand(before, 2)
+        bias = array(bias_value)
+        if weight is None or (bias_value is not None and bias is None) or result.dtype not in _FLOATS:
+            return False
+        old_bias = np.zeros(affine.scale.shape) if bias is None else np.asarray(bias, np.float64)
+        if before.op_type == "Gemm":
+            old_bias = old_bias * before.attributes.get_float("beta", 1.0)
+            if old_bias.ndim > 2 or (old_bias.ndim == 2 and old_bias.shape[0] != 1):
+                return False
+            old_bias = np.broadcast_to(old_bias.reshape(-1), affine.scale.shape)
+        name = result.name or before.op_type
+        inputs = [before.inputs[0], before.inputs[1]]
+        if not np.all(affine.scale == 1.0):
+            scaled = np.asarray(weight, np.float64) * _over_outputs(before, weight.shape, affine.scale)
+            inputs[1] = self.constant(scaled.astype(weight.dtype), f"{name}.weight", before.inputs[1].dtype)  # pyright: ignore
+        shifted = old_bias * affine.scale + affine.shift
+        inputs.append(self.constant(shifted.astype(weight.dtype), f"{name}.bias", before.inputs[1].dtype))  # pyright: ignore
+        attributes = {key: value for key, value in before.attributes.items() if key != "beta"}
+        output = self.insert(before, before.op_type, inputs, like=result, name=f"{name}.folded")
+        made = output.producer()
+        assert made is not None
+        made.attributes.update(attributes)
+        made.name = before.name
+        self.replace(result, output)
+        return True
+
+    def forward(self, node: ir.Node) -> bool:
+        """Fold an affine map into the Conv after it; a shift may only go in where no zero padding meets it."""
+        if node.op_type not in {"BatchNormalization", "Mul", "Add", "Sub"} or not only_use(node.outputs[0]):
+            return False
+        after = next(iter(node.outputs[0].uses())).node
+        shape = static_shape(node.outputs[0])
+        if after.op_type != "Conv" or after.domain or after.inputs[0] is not node.outputs[0] or shape is None:
+            return False
+        weight, bias_value = array(after.inputs[1]), operand(after, 2)
+        bias = array(bias_value)
+        index = next((i for i, value in enumerate(node.inputs[:2]) if array(value) is None), 0)
+        affine = affine_of(node, index, shape[1]) if len(shape) > 2 else None
+        if affine is None or weight is None or (bias_value is not None and bias is None):
+            return False
+        padded = any(ints(after, "pads")) or after.attributes.get_string("auto_pad", "NOTSET") not in {"NOTSET", "VALID"}
+        if (padded and np.any(affine.shift)) or node.outputs[0].dtype not in _FLOATS or not np.isfinite(affine.scale).all():
+            return False
+        groups = after.attributes.get_int("group", 1)
+        per_output = lambda vector: np.repeat(vector.reshape(groups, -1), weight.shape[0] // groups, axis=0)  # noqa: E731
+        wide = np.asarray(weight, np.float64)
+        spatial = (1,) * (weight.ndim - 2)
+        scaled = wide * per_output(affine.scale).reshape(weight.shape[:2] + spatial)
+        added = (wide.reshape(weight.shape[0], weight.shape[1], -1).sum(2) * per_output(affine.shift)).sum(1)
+        total = added if bias is None else added + np.asarray(bias, np.float64)
+        name, dtype = after.outputs[0].name, after.inputs[1].dtype  # pyright: ignore
+        after.replace_input_with(0, node.inputs[index])
+        after.replace_input_with(1, self.constant(scaled.astype(weight.dtype), f"{name}.weight", dtype))
+        after.resize_inputs(3)
+        after.replace_input_with(2, self.constant(total.astype(weight.dtype), f"{name}.bias", dtype))
+        return True
+
+
+class LowerBatchNormalization(Rewrite):
+    """Write a batch normalization that could not be folded as x * scale + shift, which fuses with anything elementwise."""
+
+    what = "batch normalizations written as Mul and Add"
+
+    def rewrite(self, node: ir.Node) -> bool:
+        if node.op_type != "BatchNormalization":
+            return False
+        shape, dtype = static_shape(node.outputs[0]), node.outputs[0].dtype
+        affine = affine_of(node, 0, shape[1]) if shape is not None and len(shape) > 1 else None
+        data, weight = node.inputs[0], array(operand(node, 1))
+        if affine is None or shape is None or data is None or weight is None or dtype not in _FLOATS:
+            return False
+        column = (-1,) + (1,) * (len(shape) - 2)
+        name = node.outputs[0].name
+        element = data.const_value.numpy().dtype if data.const_value is not None else dtype.numpy()
+        scale = self.constant(affine.scale.astype(element).reshape(column), f"{name}.scale", dtype)
+        shift = self.constant(affine.shift.astype(element).reshape(column), f"{name}.shift", dtype)
+        product = self.insert(node, "Mul", [data, scale], like=node.outputs[0])
+        self.replace(node.outputs[0], self.insert(node, "Add", [product, shift], like=node.outputs[0]))
+        return True
+
+
+def affine_of(node: ir.Node, index: int, channels: int) -> Affine | None:
+    """What `node` does to its operand `index` of `channels` channels, if that is an affine map a channel."""
+    if node.op_type == "BatchNormalization":
+        return _batch_normalization(node) if index == 0 else None
+    if node.op_type not in {"Add", "Sub", "Mul", "Div"}:
+        return None
+    value, other = node.inputs[index], node.inputs[1 - index]
+    constant = _per_channel(other, value, channels)
+    if constant is None or (index == 1 and node.op_type in {"Sub", "Div"}):
+        return None
+    one, zero = np.ones(channels), np.zeros(channels)
+    if node.op_type == "Add":
+        return Affine(one, constant)
+    if node.op_type == "Sub":
+        return Affine(one, -constant)
+    if node.op_type == "Div" and not np.all(constant):
+        return None
+    return Affine(constant if node.op_type == "Mul" else 1.0 / constant, zero)
+
+
+def _batch_normalization(node: ir.Node) -> Affine | None:
+    """y = (x - mean) / sqrt(variance + epsilon) * gamma + beta, as in the ONNX standard, for constant parameters."""
+    gamma, beta, mean, variance = (array(operand(node, index)) for index in range(1, 5))
+    outputs = [value for value in node.outputs[1:] if value.uses() or value.is_graph_output()]
+    if gamma is None or beta is None or mean is None or variance is None or outputs:
+        return None
+    if node.attributes.get_int("training_mode", 0):
+        return None
+    wide = [np.asarray(item, np.float64) for item in (gamma, beta, mean, variance)]
+    scale = wide[0] / np.sqrt(wide[3] + node.attributes.get_float("epsilon", 1e-5))
+    return Affine(scale, wide[1] - wide[2] * scale) if np.isfinite(scale).all() else None
+
+
+def _per_channel(value: ir.Value | None, data: ir.Value | None, channels: int) -> np.ndarray | None:
+    """A constant as one float64 number a channel if it broadcasts along every axis but axis 1 of `data`."""
+    constant = array(value)
+    shape = None if data is None else static_shape(data)
+    if constant is None or shape is None or constant.ndim > len(shape) or value is None or value.dtype not in _FLOATS:
+        return None
+    full = (1,) * (len(shape) - constant.ndim) + constant.shape
+    if any(size != 1 for axis, size in enumerate(full) if axis != 1):
+        return None
+    return np.broadcast_to(np.asarray(constant, np.float64).reshape(-1), (channels,)) if full[1] in (1, channels) else None
+
+
+def _channels(node: ir.Node) -> int | None:
+    shape = static_shape(node.outputs[0])
+    return shape[1] if shape is not None and len(shape) > 1 else None
+
+
+def _over_outputs(node: ir.Node, shape: tuple[int, ...], scale: np.ndarray) -> np.ndarray:
+    """`scale` (one number an output channel) in a shape that broadcasts over the weights."""
+    if node.op_type == "Conv":
+        return scale.reshape((-1,) + (1,) * (len(shape) - 1))
+    if node.op_type == "Gemm":
+        return scale[:, None] if node.attributes.get_int("transB", 0) else scale[None, :]
+    groups = node.attributes.get_int("group", 1)
+    rows = np.repeat(scale.reshape(groups, -1), shape[0] // groups, axis=0)  # ConvTranspose: (in, out / groups, ...)
+    return rows.reshape(shape[:2] + (1,) * (len(shape) - 2))

@@ -1,0 +1,89 @@
+"""Compute what depends on constants only, so that shapes become static and branches are decided."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnxscript import optimizer
+
+from nestc.graph.kinds import NONDETERMINISTIC, is_constant
+from nestc.graph.model import static_shape
+from nestc.graph.passes.rewrite import Rewrite, array
+
+GROWTH = 1 << 16
+"""Elements by which folding one operator may make the weights larger than its operands were."""
+
+
+class LiftConstants(ir.passes.InPlacePass):
+    """Turn Constant nodes into initializers, so that every later pass meets constants in one form only."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        return common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+
+
+class FoldConstants(ir.passes.InPlacePass):
+    """onnxscript's constant folding, which also infers shapes node by node and puts a decided If's branch in its place.
+
+    Operators run in `onnx.reference`. An operator is not folded if the result would be much larger than its operands;
+    quantizers stay, since they carry meaning for the targets.
+    """
+
+    def __init__(self, notes: list[str] | None = None) -> None:
+        super().__init__()
+        self.notes = [] if notes is None else notes
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        before = len(model.graph)
+        modified = ViewConstants(self.notes)(model).modified
+        modified |= optimizer.fold_constants_ir(
+            model, onnx_shape_inference=True, should_fold=_worth_folding, output_size_limit=1 << 62
+        ).modified
+        modified |= LiftConstants()(model).modified
+        modified |= common.RemoveUnusedNodesPass()(model).modified
+        if len(model.graph) < before:
+            self.notes.append(f"operators on constants folded: {before - len(model.graph)}")
+        return ir.passes.PassResult(model, modified)
+
+
+def _worth_folding(node: ir.Node) -> bool | None:
+    """For onnxscript: True to fold a node of constant operands, False not to, None where it is not our matter."""
+    if node.domain or node.op_type in NONDETERMINISTIC | {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}:
+        return False
+    if node.op_type in {"Constant", "ConstantOfShape"} or len(node.outputs) != 1:
+        return False
+    shape = static_shape(node.outputs[0])
+    if shape is None:
+        return None
+    operands = sum(value.const_value.size for value in node.inputs if value is not None and value.const_value is not None)
+    return math.prod(shape) <= operands + GROWTH
+
+
+class ViewConstants(Rewrite):
+    """Make a constant of ConstantOfShape and of Expand of a constant: as a numpy view of one element, without memory."""
+
+    what = "constants of one repeated value"
+
+    def rewrite(self, node: ir.Node) -> bool:
+        if node.op_type == "ConstantOfShape":
+            shape = array(node.inputs[0])
+            fill = node.attributes.get("value")
+            if shape is None:
+                return False
+            element = np.zeros((), np.float32) if fill is None else fill.as_tensor().numpy().reshape(())
+            dtype = ir.DataType.FLOAT if fill is None else fill.as_tensor().dtype
+        elif node.op_type == "Expand" and is_constant(node.inputs[0]) and array(node.inputs[1]) is not None:
+            data, target = array(node.inputs[0]), array(node.inputs[1])
+            if data is None or target is None or data.size != 1 or node.inputs[0] is None or node.inputs[0].dtype is None:
+                return False
+            element, dtype = data.reshape(()), node.inputs[0].dtype
+            shape = np.array(np.broadcast_shapes(data.shape, tuple(int(size) for size in target)), np.int64)
+        else:
+            return False
+        if node.outputs[0].is_graph_output():
+            return False
+        full = np.broadcast_to(element, tuple(int(size) for size in shape))
+        self.replace(node.outputs[0], self.constant(full, f"{node.outputs[0].name}.filled", dtype))
+        return True

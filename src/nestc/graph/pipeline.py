@@ -1,0 +1,50 @@
+"""The order of the L1 passes, and why each stands where it stands."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from nestc.graph.infer_shapes import InferShapes
+from nestc.graph.model import Model, require_static
+from nestc.graph.passes.fold_affine import FoldAffine, LowerBatchNormalization
+from nestc.graph.passes.fold_constants import FoldConstants, LiftConstants
+from nestc.graph.passes.fuse_pad import FusePad
+from nestc.graph.passes.simplify import Simplify
+from nestc.graph.quiet import quiet
+
+
+def passes(notes: list[str]) -> list[ir.passes.PassBase]:
+    """The passes in order; each leaves valid ONNX with the same results."""
+    return [
+        # One form of constant for all that follows.
+        LiftConstants(),
+        # Shapes become constants here, and inference after it sees every Reshape's operand.
+        FoldConstants(notes),
+        InferShapes(),
+        # No-ops first, so that later patterns need not look through them.
+        Simplify(notes),
+        common.CommonSubexpressionEliminationPass(),
+        # Before FoldAffine, which leaves alone a shift in front of a padded convolution.
+        FusePad(notes),
+        FoldAffine(notes),
+        # What could not be folded becomes elementwise, so that regions can take it in.
+        LowerBatchNormalization(notes),
+        # The folded weights may be shared constants again, and dead ones must not reach the bundle.
+        FoldConstants(notes),
+        common.RemoveUnusedNodesPass(),
+        InferShapes(),
+    ]
+
+
+def optimize(model: Model) -> Model:
+    """Run all passes over a copy of `model`; its inputs need static shapes.
+
+    Raises `ShapeError` for an input with a dimension that has no size.
+    """
+    require_static(model)
+    optimized = model.clone()
+    with quiet("onnxscript", "onnx_ir"):
+        for step in passes(optimized.notes):
+            step(optimized.ir)
+    return optimized

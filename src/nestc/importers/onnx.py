@@ -1,0 +1,130 @@
+"""Read an ONNX file into a Model: any operator set from 7 on, external data, local functions, symbolic sizes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import google.protobuf.message
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnx_ir import external_data
+
+from nestc.errors import ModelError
+from nestc.graph.bind import bind
+from nestc.graph.infer_shapes import InferShapes
+from nestc.graph.model import Model, skeleton
+from nestc.graph.quiet import quiet
+from nestc.importers.check import check_external_data, check_operators, check_structure
+from nestc.importers.upgrade import to_canonical_opset
+
+IR_VERSION = 11
+"""The first ONNX file version that keeps both the types inside functions (10) and device placement (11)."""
+
+
+def load(
+    source: str | os.PathLike[str] | onnx.ModelProto | bytes,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dims: Mapping[str, int] | None = None,
+    values: Mapping[str, np.ndarray] | None = None,
+) -> Model:
+    """Read a model and bring it to the one form that the compiler works on.
+
+    `shapes` gives inputs other shapes, `dims` sizes to symbolic dimensions, `values` constants in place of inputs.
+    Weights stay where they are until somebody reads them. Raises `ModelError` for what is not sound ONNX,
+    `UnsupportedOp` for an operator that ONNX does not have, `ShapeError` for a shape that does not fit.
+    """
+    proto, name, folder = _read(source)
+    check_structure(proto, name)
+    proto = _inline(proto, name)
+    with quiet("onnxscript", "onnx_ir"):
+        model = _to_ir(proto, name)
+        model.graph.sort()
+        common.RemoveInitializersFromInputsPass()(model)
+    model.ir_version = IR_VERSION  # before version 4 a weight had to be an input too, which we have undone
+    if folder is not None:
+        external_data.set_base_dir(model.graph, folder)
+    check_operators(model)
+    check_external_data(model, folder)
+    _check_standard(model, name)
+    model = to_canonical_opset(model)
+    loaded = bind(Model(model), shapes, dims, values)
+    with quiet("onnxscript", "onnx_ir"):
+        InferShapes()(loaded.ir)
+    return loaded
+
+
+def _read(source: str | os.PathLike[str] | onnx.ModelProto | bytes) -> tuple[onnx.ModelProto, str, Path | None]:
+    """The parsed file, its name for messages, and the folder in which external data may lie."""
+    if isinstance(source, onnx.ModelProto):
+        return source, "the model", None
+    if isinstance(source, bytes):
+        return _parse(source, "the model"), "the model", None
+    path = Path(source)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read the model {str(path)!r}: {error.strerror or error}") from error
+    return _parse(content, str(path)), str(path), path.parent
+
+
+def _parse(content: bytes, name: str) -> onnx.ModelProto:
+    if not content:
+        raise ModelError(f"{name} is empty")
+    try:
+        return onnx.ModelProto.FromString(content)
+    except google.protobuf.message.DecodeError as error:
+        raise ModelError(f"{name} is not an ONNX model, or is cut") from error
+
+
+def _inline(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """Put the bodies of the model's own functions in place of their calls."""
+    if not proto.functions:
+        return proto
+    try:
+        inlined = onnx.inliner.inline_local_functions(proto, convert_version=True)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"the functions inside {name} cannot be inlined: {str(error).splitlines()[-1]}") from error
+    del inlined.functions[:]
+    return inlined
+
+
+def _to_ir(proto: onnx.ModelProto, name: str) -> ir.Model:
+    for tensor in proto.graph.initializer:
+        _check_size(tensor)
+    if proto.graph.sparse_initializer:
+        raise ModelError(f"{name} has sparse weights, which are not supported; export it with dense ones")
+    try:
+        return ir.from_proto(proto)
+    except (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ModelError(f"{name} is not valid ONNX: {reason}") from error
+
+
+def _check_size(tensor: onnx.TensorProto) -> None:
+    """Raise `ModelError` if a weight inside the file has not as many bytes as its shape says."""
+    if not tensor.HasField("raw_data"):
+        return
+    known = tensor.data_type in onnx.TensorProto.DataType.values() and tensor.data_type != onnx.TensorProto.UNDEFINED
+    if not known:
+        raise ModelError(f"weight {tensor.name!r} has an unknown element type ({tensor.data_type})")
+    bits = ir.DataType(tensor.data_type).itemsize * 8
+    needed = -int(-int(np.prod(tensor.dims, dtype=np.int64)) * bits // 8)
+    if len(tensor.raw_data) != needed:
+        raise ModelError(
+            f"weight {tensor.name!r} of shape {list(tensor.dims)} needs {needed} bytes, but the file has {len(tensor.raw_data)}"
+        )
+
+
+def _check_standard(model: ir.Model, name: str) -> None:
+    """Raise `ModelError` where onnx's checker finds a fault (attributes, counts of inputs, ...)."""
+    proto = skeleton(model)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        reason = " ".join(str(error).split("==>")[0].split())
+        raise ModelError(f"{name} is not valid ONNX: {reason}") from error
