@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Literal
 
 import onnx
 
+from nestc.bundle.bundle import Bundle, BundlePartition, TensorSpec
 from nestc.errors import PlanError
 from nestc.graph import pipeline, regions
 from nestc.graph.decompose import decompose
 from nestc.graph.model import Model, require_static, skeleton, unbound_dims
+from nestc.graph.region import TensorType
 from nestc.importers.onnx import load
 from nestc.partition.match import Claim, claim
 from nestc.partition.place import follow, place
@@ -23,7 +25,6 @@ from nestc.targets import resolve
 from nestc.targets.api import Artifact, Partition, Target
 
 if TYPE_CHECKING:
-    from nestc.bundle.schema import Bundle
     from nestc.runtime import Executable
 
 log = logging.getLogger("nestc")
@@ -112,7 +113,7 @@ def build(
 
     # One bundle holds all of it; it is also what runs when nothing is ever saved.
     tell("bundle", 0.95)
-    done.bundle = _bundle(done, threads)
+    done.bundle = _bundle(done, threads or available_cpus())
     tell("done", 1.0)
     return done
 
@@ -143,11 +144,11 @@ def compile(
     given = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
 
     def make(ready: Model) -> Executable:
-        from nestc.runtime import open_bundle
+        from nestc.runtime import Executable
 
         done = build(ready, chosen, threads=threads, objective=objective, plan=given, emit=emit, progress=progress)
         assert done.bundle is not None
-        return open_bundle(done.bundle, threads=threads)
+        return Executable(done.bundle, threads=threads)
 
     if bound:
         require_static(loaded)
@@ -214,7 +215,45 @@ def _verify(model: Model) -> None:
     onnx.checker.check_model(skeleton(model.ir))
 
 
-def _bundle(done: Compilation, threads: int | None) -> Bundle: ...
+def _bundle(done: Compilation, threads: int) -> Bundle:
+    """Everything that running needs, and the graph and the plan for whoever wants to look."""
+    assert done.formed is not None and done.plan is not None
+    return Bundle(
+        name=done.plan.model,
+        inputs=_specs(done.formed.inputs),
+        outputs=_specs(done.formed.outputs),
+        partitions=tuple(
+            BundlePartition(
+                name=partition.name,
+                device=partition.device,
+                inputs=partition.inputs,
+                outputs=tuple(_spec(name, partition.types[name]) for name in partition.outputs),
+                artifact=done.artifacts[partition.name],
+                regions=tuple(region.name for region in partition.regions),
+            )
+            for partition in done.partitions
+        ),
+        graph=skeleton(done.formed.ir).SerializeToString(deterministic=True),
+        threads=threads,
+        info={"plan": done.plan.to_json(), "fallback_ops": done.plan.fallback_ops},
+    )
+
+
+def _specs(values: Mapping[str, tuple[str, tuple[int | str, ...]]]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(name, dtype, tuple(size if isinstance(size, int) else None for size in shape))
+        for name, (dtype, shape) in values.items()
+    )
+
+
+def _spec(name: str, type_: TensorType) -> TensorSpec:
+    """A region's type with what is known only at run time (-1; an unknown rank is (-1,)) as None."""
+    return TensorSpec(name, type_.dtype, tuple(None if size < 0 else size for size in type_.shape))
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _silent(what: str, fraction: float) -> None:
