@@ -67,7 +67,8 @@ def compile_ir(text: str, machine: CpuMachine, assembly: bool = False) -> Object
 def optimise(module: llvm.ModuleRef, codegen: llvm.TargetMachine) -> None:
     """A short list of passes: the code comes optimised, so registers, common values and branches are all that is left.
 
-    The vectorisers and unrollers of the full pipeline would undo the schedule of a kernel.
+    The vectorisers and unrollers of the full pipeline would undo the schedule of a kernel; so would GVN, which keeps
+    every value that is loaded twice in a register until it spills.
     """
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     options.loop_vectorization = False
@@ -78,7 +79,6 @@ def optimise(module: llvm.ModuleRef, codegen: llvm.TargetMachine) -> None:
     passes.add_sroa_pass()
     passes.add_instruction_combine_pass()
     passes.add_simplify_cfg_pass()
-    passes.add_new_gvn_pass()
     passes.add_dead_code_elimination_pass()
     passes.run(module, builder)
 

@@ -137,8 +137,7 @@ def floordiv(a: Expr | int, k: int) -> Expr:
     if k == 1:
         return a
     c, terms = linear(a)
-    quotient = {t: v // k for t, v in terms.items() if v % k == 0}
-    rest = {t: v for t, v in terms.items() if v % k}
+    quotient, rest = _split(terms, k)
     q, r = divmod(c, k)
     if not rest:
         return build(q, quotient)
@@ -154,6 +153,14 @@ def floordiv(a: Expr | int, k: int) -> Expr:
     return build(*_merged(q + d, quotient, more, 1))
 
 
+def _split(terms: Mapping[Expr, int], k: int) -> tuple[dict[Expr, int], dict[Expr, int]]:
+    """Terms as k * quotient + rest, coefficients of the rest below k in size; the same for floordiv and mod, so that
+    `_rejoin` recognises the two halves."""
+    quotient = {t: int(v / k) for t, v in terms.items()}
+    rest = {t: v - k * quotient[t] for t, v in terms.items()}
+    return {t: q for t, q in quotient.items() if q}, {t: r for t, r in rest.items() if r}
+
+
 def mod(a: Expr | int, k: int) -> Expr:
     """a % k with the sign of k, k > 0."""
     if isinstance(a, int):
@@ -161,8 +168,7 @@ def mod(a: Expr | int, k: int) -> Expr:
     if k == 1:
         return const(0)
     c, terms = linear(a)
-    # Coefficients are reduced as well, so that bounds see the smallest equivalent argument.
-    rest = {t: v % k for t, v in terms.items() if v % k}
+    _, rest = _split(terms, k)
     remainder = build(c % k, rest)
     low, high = bounds(remainder)
     if low // k == high // k:

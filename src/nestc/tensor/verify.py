@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from nestc.errors import Error
 from nestc.tensor import index as ix
-from nestc.tensor.ir import Block, Call, Expr, For, If, Kernel, Load, Stmt, Store, Var, statements
+from nestc.tensor.ir import Binary, Block, Buffer, Call, Const, Expr, For, If, Kernel, Load, Stmt, Store, Var, statements
 from nestc.tensor.rewrite import substitute
 
-_SAMPLES = 64  # iterations of a parallel loop that are compared for races
+_SAMPLES = 12  # iterations of a parallel loop that are compared for races
 
 
 def verify(kernel: Kernel) -> None:
@@ -61,35 +61,78 @@ def _loads(e: Expr, seen: set[int]) -> Iterator[Load]:
         yield e
 
 
+Facts = Mapping[Expr, tuple[int, int]]  # what the conditions around a statement say of an index
+
+
 def _accesses(kernel: Kernel) -> Iterator[str]:
     declared = {b.name: b for b in (*kernel.params, *kernel.locals)}
-    stored: set[str] = set()
-    for s in statements(kernel.body):
-        for e in _expressions(s):
-            for access in _loads(e, set()):
-                if declared.get(access.buffer.name) != access.buffer:
-                    yield f"{access.buffer.name} is read but not declared"
-                elif access.mask is None:
-                    problem = ix.in_bounds(access.index, access.buffer, access.lanes)
-                    if problem:
-                        yield problem
-                if access.buffer.memory != "param" and access.buffer.name not in stored:
-                    yield f"{access.buffer.name} is read before it is written"
-                if access.mask is not None and access.mask.dtype != "bool":
-                    yield f"mask of a load of {access.buffer.name} is {access.mask.dtype}"
-        if isinstance(s, Call):
+    yield from _block_accesses(kernel.body, declared, set(), {})
+
+
+def _block_accesses(block: Block, declared: Mapping[str, Buffer], stored: set[str], facts: Facts) -> Iterator[str]:
+    for s in block:
+        yield from _reads(s, declared, stored, facts)
+        if isinstance(s, For):
+            yield from _block_accesses(s.body, declared, stored, facts)
+        elif isinstance(s, If):
+            yield from _block_accesses(s.then, declared, stored, {**facts, **_facts(s.cond)})
+            yield from _block_accesses(s.orelse, declared, stored, facts)
+        elif isinstance(s, Call):
             stored.update(w.buffer.name for w in s.operands)
-        if not isinstance(s, Store):
-            continue
-        if declared.get(s.buffer.name) != s.buffer:
-            yield f"{s.buffer.name} is written but not declared"
-        if s.mask is None:
-            problem = ix.in_bounds(s.index, s.buffer, s.value.lanes)
-            if problem:
-                yield problem
-        elif s.mask.lanes not in (1, s.value.lanes):
-            yield f"mask of a store to {s.buffer.name} has {s.mask.lanes} lanes for {s.value.lanes}"
-        stored.add(s.buffer.name)
+        elif isinstance(s, Store):
+            if declared.get(s.buffer.name) != s.buffer:
+                yield f"{s.buffer.name} is written but not declared"
+            if s.mask is None:
+                yield from _outside(s.index, s.buffer, s.value.lanes, facts)
+            elif s.mask.lanes not in (1, s.value.lanes):
+                yield f"mask of a store to {s.buffer.name} has {s.mask.lanes} lanes for {s.value.lanes}"
+            stored.add(s.buffer.name)
+
+
+def _reads(s: Stmt, declared: Mapping[str, Buffer], stored: set[str], facts: Facts) -> Iterator[str]:
+    for e in _expressions(s):
+        for access in _loads(e, set()):
+            if declared.get(access.buffer.name) != access.buffer:
+                yield f"{access.buffer.name} is read but not declared"
+            elif access.mask is None:
+                yield from _outside(access.index, access.buffer, access.lanes, facts)
+            elif access.mask.dtype != "bool":
+                yield f"mask of a load of {access.buffer.name} is {access.mask.dtype}"
+            if access.buffer.memory != "param" and access.buffer.name not in stored:
+                yield f"{access.buffer.name} is read before it is written"
+
+
+def _outside(index: tuple[Expr, ...], buffer: Buffer, lanes: int, facts: Facts) -> Iterator[str]:
+    """The access, with every index that a condition limits replaced by one of its extremes."""
+    if not any(i in facts for i in index):
+        problem = ix.in_bounds(index, buffer, lanes)
+        if problem:
+            yield problem
+        return
+    for end in (0, 1):
+        limited = tuple(ix.const(facts[i][end]) if i in facts else i for i in index)
+        problem = ix.in_bounds(limited, buffer, lanes)
+        if problem:
+            yield problem
+
+
+def _facts(cond: Expr) -> dict[Expr, tuple[int, int]]:
+    """Bounds of indices that hold where `cond` does."""
+    if not isinstance(cond, Binary):
+        return {}
+    if cond.op == "and" and cond.lanes == 1:
+        result = _facts(cond.a)
+        for e, (low, high) in _facts(cond.b).items():
+            known_low, known_high = result.get(e, ix.bounds(e))
+            result[e] = (max(low, known_low), min(high, known_high))
+        return result
+    if isinstance(cond.b, Const) and cond.a.dtype == "int64" and cond.op in ("lt", "le", "gt", "ge"):
+        low, high = ix.bounds(cond.a)
+        limit = int(cond.b.value)
+        if cond.op in ("lt", "le"):
+            return {cond.a: (low, min(high, limit - (cond.op == "lt")))}
+        return {cond.a: (max(low, limit + (cond.op == "gt")), high)}
+    return {}
 
 
 def _loops(kernel: Kernel) -> Iterator[str]:
@@ -119,7 +162,7 @@ def _races(kernel: Kernel) -> Iterator[str]:
     if var is None or var.extent < 2:
         return
     step = max(1, var.extent // _SAMPLES)
-    picks = sorted({*range(0, var.extent, step), *range(min(var.extent, 8)), var.extent - 1})
+    picks = sorted({*range(0, var.extent, step), *range(min(var.extent, 3)), var.extent - 1})
     for s in statements(kernel.body):
         if not isinstance(s, Store) or s.buffer.memory != "param" or s.mask is not None:
             continue
@@ -133,9 +176,11 @@ def _races(kernel: Kernel) -> Iterator[str]:
 
 
 def _box(s: Store, var: Var, at: int) -> list[tuple[int, int]]:
-    """The range of each index of a store in one iteration of the parallel loop."""
-    box = [ix.bounds(substitute(i, {var: ix.const(at)})) for i in s.index]
+    """The range of each index of a store in one iteration of the parallel loop, and of the flat position."""
+    index = tuple(substitute(i, {var: ix.const(at)}) for i in s.index)
+    box = [ix.bounds(i) for i in index]
     if box:
         low, high = box[-1]
         box[-1] = (low, high + s.value.lanes - 1)
-    return box
+    low, high = ix.bounds(ix.flatten(index, s.buffer.shape))
+    return [*box, (low, high + s.value.lanes - 1)]

@@ -1,0 +1,399 @@
+"""Direct convolution over channel-blocked maps: any kernel, stride, dilation, padding and number of spatial axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil, prod
+
+import numpy as np
+
+from nestc.graph.region import Op, Region, TensorType
+from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered
+from nestc.kernels.conv_shape import ConvShape, Tile, conv_shape, cut_row, fold_pixels, register_tile
+from nestc.kernels.operands import Operands
+from nestc.kernels.tail import Tail, tail_refusal
+from nestc.tensor import index as ix
+from nestc.tensor.build import Builder, binary, constant, load, splat, within
+from nestc.tensor.ir import Broadcast, Buffer, Const, Expr, Fma, Load, Var
+from nestc.tensor.rewrite import cast
+from nestc.tensor.vectorize import vectorize
+
+_ITEM_FLOPS = 400_000  # least work of one parallel item: some 4 us
+
+
+class ConvFamily:
+    """Conv on floating-point tensors: dense, grouped with whole channel blocks a group, and depthwise."""
+
+    name = "conv"
+
+    def refusal(self, region: Region) -> str | None:
+        """Why this family does not lower `region`; None if it does."""
+        op = _anchor(region)
+        if op is None:
+            return "its anchor is not Conv"
+        dtype = region.types[op.inputs[0]].dtype
+        if dtype not in ("float32", "float64"):
+            return f"Conv on {dtype} is not for this family"
+        if op.inputs[1] not in region.constants:
+            return f"the weights of {op.name!r} are not constant"
+        if not 3 <= len(region.types[op.inputs[0]].shape) <= 5:
+            return "only 1 to 3 spatial axes are blocked"
+        if 0 in region.types[op.outputs[0]].shape or 0 in region.types[op.inputs[0]].shape:
+            return "an axis is empty"
+        return tail_refusal(region, op)
+
+    def layouts(
+        self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]
+    ) -> Mapping[str, Layout]:
+        """Blocked output; the input as it comes (its scalars are broadcast), except that groups want whole blocks."""
+        op = _anchor(region)
+        assert op is not None
+        block = Layout(machine.lanes("float32"))
+        shape = conv_shape(op, region)
+        result = dict(incoming)
+        if _depthwise(shape):
+            result[op.inputs[0]] = block
+        rank = len(region.types[op.outputs[0]].shape)
+        for name in region.inputs:
+            if name != op.inputs[0] and region.types[name].shape == region.types[op.outputs[0]].shape:
+                result[name] = block
+            elif name != op.inputs[0] and len(region.types[name].shape) != rank:
+                result[name] = PLAIN
+        result.update({name: block for name in region.outputs})
+        return result
+
+    def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
+        """One kernel; the weights are packed so that it reads them in one stream."""
+        op = _anchor(region)
+        assert op is not None
+        shape = conv_shape(op, region)
+        if _depthwise(shape):
+            from nestc.kernels.depthwise import lower_depthwise
+
+            return lower_depthwise(region, op, shape, machine, layouts)
+        if not _blocked_groups(shape, machine.lanes("float32")):
+            return _Direct(region, op, _merge_groups(shape), machine, layouts, shape.group).lower()
+        return _Direct(region, op, shape, machine, layouts, 1).lower()
+
+
+def _anchor(region: Region) -> Op | None:
+    return next((op for op in region.ops if op.op_type == "Conv" and not op.domain), None)
+
+
+def _depthwise(shape: ConvShape) -> bool:
+    return shape.group == shape.in_channels == shape.out_channels and shape.group > 1
+
+
+def _blocked_groups(shape: ConvShape, lanes: int) -> bool:
+    """Whether every vector of output channels lies in one group."""
+    return shape.group == 1 or (shape.out_channels // shape.group) % lanes == 0
+
+
+def _merge_groups(shape: ConvShape) -> ConvShape:
+    """The same convolution as a dense one, whose weights are zero across groups."""
+    return ConvShape(
+        shape.batch,
+        1,
+        shape.in_channels,
+        shape.out_channels,
+        shape.size,
+        shape.out,
+        shape.kernel,
+        shape.strides,
+        shape.dilations,
+        shape.pads_begin,
+    )
+
+
+class _Direct:
+    """Builds the kernel of one dense (or block-grouped) convolution.
+
+    Items of the parallel loop are (batch, group of output vectors, chunk of output rows). An item walks its rows and
+    register tiles; for each tile it sums over input blocks, kernel rows and columns with ``mr * nr`` vector
+    accumulators, broadcasting inputs against streamed weights [group of outputs][input block][kernel][lane][nr * lanes].
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        op: Op,
+        shape: ConvShape,
+        machine: CpuMachine,
+        layouts: Mapping[str, Layout],
+        zero_groups: int,
+    ) -> None:
+        self.region = region
+        self.op = op
+        self.zero_groups = zero_groups
+        self.machine = machine
+        self.dtype = region.types[op.inputs[0]].dtype
+        self.lanes = machine.lanes("float32")
+        registers = machine.vector_registers if self.dtype == "float32" else machine.vector_registers // 2
+        group_vectors = ceil(shape.out_channels // shape.group / self.lanes)
+        self.flat = shape.pointwise and len(shape.out) > 1
+        self.original = shape
+        if self.flat:
+            pixels = prod(shape.out)
+            mr, nr = register_tile(group_vectors, min(pixels, 96), registers)
+            rows = fold_pixels(pixels, mr)
+            self.shape = ConvShape(
+                shape.batch,
+                shape.group,
+                shape.in_channels,
+                shape.out_channels,
+                rows,
+                rows,
+                (1, 1),
+                (1, 1),
+                (1, 1),
+                (0, 0),
+            )
+            if rows[1] < mr:
+                mr, nr = register_tile(group_vectors, rows[1], registers)
+        else:
+            self.shape = shape
+            mr, nr = register_tile(group_vectors, shape.out[-1], registers)
+        self.mr, self.nr = mr, nr
+        self.builder = Builder("conv")
+        self.operands = Operands(self.builder, region, layouts)
+
+    def lower(self) -> Lowered:
+        """The launch and the packed weights."""
+        s, k = self.shape, self.builder
+        x, w = self.op.inputs[0], self.op.inputs[1]
+        lanes, nr = self.lanes, self.nr
+        per_group = s.out_channels // s.group
+        self.group_chunks = ceil(ceil(per_group / lanes) / nr)
+        self.in_per_group = s.in_channels // s.group
+        self.step = min(lanes, self.in_per_group)
+        self.blocks = ceil(self.in_per_group / self.step)
+        packed_name, bias_name = f"{w}.packed", f"{w}.bias"
+        packed = self.pack_weights()
+        self.operands.define(packed_name, TensorType(self.dtype, packed.shape))
+        self.weights = self.operands.buffer(packed_name)
+        constants = {packed_name: packed}
+        bias = self.op.input(2)
+        self.bias: Buffer | None = None
+        if bias and bias in self.region.constants:
+            constants[bias_name] = self.pack_bias(bias)
+            self.operands.define(bias_name, TensorType(self.dtype, constants[bias_name].shape))
+            self.bias = self.operands.buffer(bias_name)
+        self.operands.buffer(x)
+        self.tail = Tail(self.operands, self.op)
+        self.tail.declare()
+
+        rows, length = prod(s.out[:-1]), s.out[-1]
+        chunk = self.rows_per_item(rows, length)
+        self.tiles = cut_row(
+            length, s.size[-1], s.kernel[-1], s.strides[-1], s.dilations[-1], s.pads_begin[-1], self.mr
+        )
+        self.acc = k.regs("acc", (max(t.width for t in self.tiles), nr), lanes, self.dtype)
+        self.wreg = k.regs("w", (nr,), lanes, self.dtype)
+        self.xreg = k.regs("x", (), lanes, self.dtype)
+        chunks = ceil(rows / chunk)
+        with k.parallel("item", s.batch, s.group * self.group_chunks, chunks) as (n, oc, part):
+            with k.loop("r", chunk) as r:
+                row = ix.add(ix.mul(part, chunk), r)
+                with k.when(within(row, rows)):
+                    self.row(n, oc, ix.unflatten(row, s.out[:-1]))
+        launch = self.operands.launch()
+        return Lowered((launch,), constants={**self.operands.constants, **constants})
+
+    def rows_per_item(self, rows: int, length: int) -> int:
+        """Output rows of a parallel item: enough work to be worth a claim, few enough to balance."""
+        s = self.shape
+        row_flops = 2 * length * self.nr * self.lanes * self.in_per_group * prod(s.kernel)
+        chunk = min(rows, max(1, _ITEM_FLOPS // row_flops))
+        while rows % chunk and chunk > 1:
+            chunk -= 1
+        return chunk
+
+    def pack_weights(self) -> np.ndarray:
+        """[O, I/group, *kernel] -> [groups * chunks][input block][*kernel][step][nr * lanes], zero-padded."""
+        s = self.shape
+        weights = self.region.constant(self.op.inputs[1])
+        assert weights is not None
+        if self.zero_groups > 1:
+            weights = _spread_groups(weights, self.zero_groups)
+        per_group = s.out_channels // s.group
+        wide = self.group_chunks * self.nr * self.lanes
+        kernel = self.original.kernel
+        padded = np.zeros((s.group, wide, self.blocks * self.step, *kernel), weights.dtype)
+        padded[:, :per_group, : self.in_per_group] = weights.reshape(s.group, per_group, self.in_per_group, *kernel)
+        split = padded.reshape(
+            s.group * self.group_chunks, self.nr * self.lanes, self.blocks, self.step, prod(kernel)
+        )
+        packed = np.ascontiguousarray(split.transpose(0, 2, 4, 3, 1))
+        shape = (s.group * self.group_chunks, self.blocks, *s.kernel, self.step, self.nr * self.lanes)
+        return packed.reshape(shape)
+
+    def pack_bias(self, name: str) -> np.ndarray:
+        """[O] -> [groups * chunks][nr * lanes], zero-padded."""
+        s = self.shape
+        bias = self.region.constant(name)
+        assert bias is not None
+        padded = np.zeros((s.group, self.group_chunks * self.nr * self.lanes), bias.dtype)
+        padded[:, : s.out_channels // s.group] = bias.reshape(s.group, -1)
+        return padded.reshape(s.group * self.group_chunks, self.nr * self.lanes)
+
+    def row(self, n: Expr, oc: Expr, outer: tuple[Expr, ...]) -> None:
+        """All tiles of one output row."""
+        k = self.builder
+        for tile in self.tiles:
+            with k.loop("t", tile.count) as t:
+                self.tile(tile, n, oc, outer, ix.add(ix.mul(t, tile.width), tile.start))
+
+    def tile(self, tile: Tile, n: Expr, oc: Expr, outer: tuple[Expr, ...], start: Expr) -> None:
+        """One register tile: accumulators from the bias, the sum, the tail."""
+        s, k, lanes = self.shape, self.builder, self.lanes
+        for i in range(self.nr):
+            if self.bias is None:
+                first: Expr = constant(0.0, self.dtype, lanes)
+            else:
+                first = load(self.bias, oc, i * lanes, lanes=lanes)
+            for j in range(tile.width):
+                k.store(self.acc, (j, i, 0), first)
+        channel = ix.mul(ix.floordiv(oc, self.group_chunks), self.in_per_group)
+        whole = self.in_per_group % self.step == 0
+        with k.loop("ib", self.blocks if whole else self.blocks - 1) as ib:
+            self.kernel_rows(tile, n, oc, outer, start, channel, ib, self.step)
+        if not whole:
+            last = ix.const(self.blocks - 1)
+            self.kernel_rows(tile, n, oc, outer, start, channel, last, self.in_per_group % self.step)
+        per_group = s.out_channels // s.group
+        for j in range(tile.width):
+            for i in range(self.nr):
+                self.finish(j, i, n, oc, outer, ix.add(start, j), per_group)
+
+    def kernel_rows(
+        self,
+        tile: Tile,
+        n: Expr,
+        oc: Expr,
+        outer: tuple[Expr, ...],
+        start: Expr,
+        channel: Expr,
+        ib: Expr,
+        step: int,
+    ) -> None:
+        """Sum over the kernel for one block of `step` input channels; kernel rows outside the input are skipped."""
+        s, k = self.shape, self.builder
+        self._outer_loops(0, tile, n, oc, outer, start, channel, ib, step, (), ())
+
+    def _outer_loops(
+        self,
+        axis: int,
+        tile: Tile,
+        n: Expr,
+        oc: Expr,
+        outer: tuple[Expr, ...],
+        start: Expr,
+        channel: Expr,
+        ib: Expr,
+        step: int,
+        taps: tuple[Expr, ...],
+        places: tuple[Expr, ...],
+    ) -> None:
+        s, k = self.shape, self.builder
+        if axis == len(outer):
+            self.columns(tile, n, oc, start, ix.add(channel, ix.mul(ib, self.step)), ib, step, taps, places)
+            return
+        with k.loop("kh", s.kernel[axis]) as kh:
+            place = ix.add(
+                ix.mul(outer[axis], s.strides[axis]), ix.mul(kh, s.dilations[axis]), -s.pads_begin[axis]
+            )
+            with k.when(within(place, s.size[axis])):
+                self._outer_loops(
+                    axis + 1, tile, n, oc, outer, start, channel, ib, step, (*taps, kh), (*places, place)
+                )
+
+    def columns(
+        self,
+        tile: Tile,
+        n: Expr,
+        oc: Expr,
+        start: Expr,
+        channel: Expr,
+        ib: Expr,
+        step: int,
+        taps: tuple[Expr, ...],
+        places: tuple[Expr, ...],
+    ) -> None:
+        """Multiply-adds of one kernel row.
+
+        The columns are a loop even where they could be written out: neighbouring columns read the same inputs, and a
+        compiler that sees both keeps them all in registers until it has to spill.
+        """
+        with self.builder.loop("kw", self.shape.kernel[-1]) as kw:
+            self.multiply(tile, n, oc, start, channel, ib, step, (*taps, kw), places)
+
+    def multiply(
+        self,
+        tile: Tile,
+        n: Expr,
+        oc: Expr,
+        start: Expr,
+        channel: Expr,
+        ib: Expr,
+        step: int,
+        taps: tuple[Expr, ...],
+        places: tuple[Expr, ...],
+    ) -> None:
+        """The inner kernel: for each input channel, load nr weights, broadcast each input, mr * nr multiply-adds."""
+        s, k, lanes = self.shape, self.builder, self.lanes
+        x = self.op.inputs[0]
+        column = ix.add(ix.mul(start, s.strides[-1]), ix.mul(taps[-1], s.dilations[-1]), -s.pads_begin[-1])
+        with k.unroll("c", step) as c:
+            for i in range(self.nr):
+                k.store(self.wreg, (i, 0), load(self.weights, oc, ib, *taps, c, i * lanes, lanes=lanes))
+            for j in range(tile.width):
+                w = ix.add(column, j * s.strides[-1])
+                mask = within(w, s.size[-1]) if j in tile.ragged else None
+                pixel = self.pixel((*places, w))
+                value = self.operands.load(x, (n, ix.add(channel, c), *pixel), mask)
+                k.store(self.xreg, (0,), splat(value, lanes))
+                for i in range(self.nr):
+                    product = Fma(
+                        Load(self.xreg, (ix.const(0),), lanes),
+                        load(self.wreg, i, 0, lanes=lanes),
+                        load(self.acc, j, i, 0, lanes=lanes),
+                    )
+                    k.store(self.acc, (j, i, 0), product)
+
+    def pixel(self, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        """Spatial index in the tensor's own axes (a pointwise convolution folds them into rows)."""
+        if not self.flat:
+            return index
+        position = ix.add(ix.mul(index[0], self.shape.out[1]), index[1])
+        return ix.unflatten(position, self.original.out)
+
+    def finish(self, j: int, i: int, n: Expr, oc: Expr, outer: tuple[Expr, ...], w: Expr, per_group: int) -> None:
+        """Store one vector of output channels through the tail."""
+        k, lanes = self.builder, self.lanes
+        vectors = ceil(per_group / lanes)
+        group, chunk = ix.floordiv(oc, self.group_chunks), ix.mod(oc, self.group_chunks)
+        vector = ix.add(ix.mul(chunk, self.nr), i)
+        lane = Var(f"lane{j}_{i}", lanes)
+        index = (
+            n,
+            ix.add(ix.mul(group, per_group), ix.mul(vector, lanes), lane),
+            *self.pixel((*outer, w)),
+        )
+        value = Load(self.acc, (ix.const(j), ix.const(i), lane))
+        with k.when(binary("lt", vector, ix.const(vectors))):
+            k.emit(vectorize(self.tail.stores(index, value), lane, ix.const(0), lanes))
+
+
+def _spread_groups(weights: np.ndarray, groups: int) -> np.ndarray:
+    """Dense weights [O, I, ...] of a grouped convolution [O, I/groups, ...], zero across groups."""
+    out, per_group = weights.shape[:2]
+    dense = np.zeros((out, per_group * groups, *weights.shape[2:]), weights.dtype)
+    size = out // groups
+    for g in range(groups):
+        dense[g * size : (g + 1) * size, g * per_group : (g + 1) * per_group] = weights[g * size : (g + 1) * size]
+    return dense
+
+
+CONV = ConvFamily()
+
+__all__ = ["CONV", "Broadcast", "Const", "ConvFamily", "cast"]

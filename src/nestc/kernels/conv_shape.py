@@ -1,0 +1,155 @@
+"""The geometry of a convolution, read once from its ONNX node, and how a row of outputs is cut into register tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+from nestc.graph.region import Op, Region
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """Sizes of one convolution; spatial tuples run from the outermost axis to the innermost.
+
+    ``pads_begin`` is what lies before the input on each spatial axis; the end padding follows from ``out``.
+    """
+
+    batch: int
+    group: int
+    in_channels: int
+    out_channels: int
+    size: tuple[int, ...]
+    out: tuple[int, ...]
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads_begin: tuple[int, ...]
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions."""
+        taps = prod(self.kernel) * self.in_channels // self.group
+        return 2 * self.batch * self.out_channels * prod(self.out) * taps
+
+    @property
+    def pointwise(self) -> bool:
+        """A 1x1 convolution whose output pixels are its input pixels."""
+        ones = (1,) * len(self.kernel)
+        return self.kernel == ones and self.strides == ones and not any(self.pads_begin) and self.size == self.out
+
+
+def conv_shape(op: Op, region: Region) -> ConvShape:
+    """Geometry of a Conv node (ONNX Conv-22), `auto_pad` resolved as its specification says."""
+    x, w, y = (region.types[name].shape for name in (op.inputs[0], op.inputs[1], op.outputs[0]))
+    rank = len(x) - 2
+    kernel = w[2:]
+    strides = _ints(op, "strides", (1,) * rank)
+    dilations = _ints(op, "dilations", (1,) * rank)
+    begin = _ints(op, "pads", (0,) * (2 * rank))[:rank]
+    mode = op.attributes.get("auto_pad", "NOTSET")
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        totals = [
+            max(0, (ceil(n / s) - 1) * s + d * (k - 1) + 1 - n) for n, s, d, k in zip(x[2:], strides, dilations, kernel)
+        ]
+        begin = tuple(t // 2 if mode == "SAME_UPPER" else t - t // 2 for t in totals)
+    elif mode == "VALID":
+        begin = (0,) * rank
+    group = op.attributes.get("group", 1)
+    assert isinstance(group, int)
+    return ConvShape(x[0], group, x[1], w[0], x[2:], y[2:], kernel, strides, dilations, begin)
+
+
+def _ints(op: Op, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    value = op.attributes.get(name)
+    if value is None:
+        return default
+    assert isinstance(value, tuple)
+    return tuple(int(v) for v in value)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`count` neighbouring tiles of `width` outputs along a row, the first at `start`.
+
+    ``taps[k]`` lists the outputs (0 .. width-1) for which kernel column k reads inside the input; None: all do.
+    """
+
+    start: int
+    width: int
+    count: int
+    taps: tuple[tuple[int, ...], ...] | None
+
+    @property
+    def ragged(self) -> frozenset[int]:
+        """The outputs that some kernel column would make read outside the input."""
+        return frozenset(j for js in self.taps or () for j in range(self.width) if j not in js)
+
+
+def cut_row(out: int, size: int, kernel: int, stride: int, dilation: int, pad: int, widest: int) -> tuple[Tile, ...]:
+    """Cut a row of `out` outputs into balanced tiles of at most `widest`, those at the borders apart from the rest.
+
+    Balanced, since the time of a tile is hardly less when it is a little narrower, and a tile of one or two outputs
+    does not cover the latency of its multiply-adds.
+    """
+    pieces = max(1, ceil(out / widest))
+    base, longer = divmod(out, pieces)
+    tiles: list[Tile] = []
+    start = 0
+    for piece in range(pieces):
+        width = base + (piece < longer)
+        valid = tuple(
+            tuple(j for j in range(width) if 0 <= (start + j) * stride + k * dilation - pad < size)
+            for k in range(kernel)
+        )
+        taps = None if all(len(js) == width for js in valid) else valid
+        last = tiles[-1] if tiles else None
+        if last is not None and taps is None and last.taps is None and last.width == width:
+            tiles[-1] = Tile(last.start, width, last.count + 1, None)
+        else:
+            tiles.append(Tile(start, width, 1, taps))
+        start += width
+    return tuple(tiles)
+
+
+def fold_pixels(pixels: int, widest: int) -> tuple[int, int]:
+    """Rows and row length for the pixels of a pointwise convolution: long rows that the register tile divides well.
+
+    Of the divisors up to 256 the one with the least waste wins; ties go to the longer row.
+    """
+    best, best_score = (1, pixels), float("inf")
+    for length in range(1, min(pixels, 256) + 1):
+        if pixels % length:
+            continue
+        # Tiles cost at least 8 multiply-adds of latency and otherwise their width; a row has a little overhead.
+        score = (pixels // length) * (ceil(length / widest) * widest + 2) / pixels
+        if score <= best_score:
+            best, best_score = (pixels // length, length), score
+    if pixels <= 256 or best_score < 2:
+        return best
+    return (1, pixels)
+
+
+def register_tile(lanes_out: int, pixels: int, registers: int) -> tuple[int, int]:
+    """Outputs a row tile may hold, and output vectors a tile, for `registers` vector registers.
+
+    A step over one input channel loads ``nr`` weights and broadcasts ``mr`` inputs (two loads a cycle) for ``mr * nr``
+    multiply-adds (two a cycle, latency 4: fewer than 8 in flight stall), all of it in registers.
+    """
+    best, best_cost = (1, 1), float("inf")
+    for nr in range(1, min(8, lanes_out) + 1):
+        groups = ceil(lanes_out / nr)
+        for mr in range(1, min(pixels, registers) + 1):
+            if mr * nr + min(nr, 4) + 1 > registers:
+                break
+            tiles = ceil(pixels / mr)
+            base, longer = divmod(pixels, tiles)
+            cost = groups * (longer * _step_cycles(base + 1, nr) + (tiles - longer) * _step_cycles(base, nr))
+            if cost < best_cost - 1e-9:
+                best, best_cost = (mr, nr), cost
+    return best
+
+
+def _step_cycles(width: int, nr: int) -> float:
+    """Cycles of one input channel: multiply-adds, loads, latency, and weights streamed from L2 (16 bytes a cycle)."""
+    return max(width * nr / 2, (width + nr) / 2, 4.0, 2.0 * nr) + 0.1
