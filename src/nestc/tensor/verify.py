@@ -163,16 +163,34 @@ def _races(kernel: Kernel) -> Iterator[str]:
         return
     step = max(1, var.extent // _SAMPLES)
     picks = sorted({*range(0, var.extent, step), *range(min(var.extent, 3)), var.extent - 1})
-    for s in statements(kernel.body):
-        if not isinstance(s, Store) or s.buffer.memory != "param" or s.mask is not None:
+    for s, conditions in _guarded_stores(kernel.body, ()):
+        if s.buffer.memory != "param" or s.mask is not None:
             continue
         if any(i.lanes > 1 for i in s.index):
             continue  # a scatter: the lowering that makes one answers for it
-        boxes = [_box(s, var, p) for p in picks]
-        for (p, a), (q, b) in zip(zip(picks, boxes), zip(picks[1:], boxes[1:])):
+        boxes = [(p, _box(s, var, p)) for p in picks if not _excluded(conditions, var, p)]
+        for (p, a), (q, b) in zip(boxes, boxes[1:]):
             if all(low <= other_high and other_low <= high for (low, high), (other_low, other_high) in zip(a, b)):
                 yield f"iterations {p} and {q} of {var.name} both write {s.buffer.name}"
                 break
+
+
+def _guarded_stores(block: Block, conditions: tuple[Expr, ...]) -> Iterator[tuple[Store, tuple[Expr, ...]]]:
+    """Every store with the conditions that hold where it stands."""
+    for s in block:
+        if isinstance(s, Store):
+            yield s, conditions
+        elif isinstance(s, For):
+            yield from _guarded_stores(s.body, conditions)
+        elif isinstance(s, If):
+            yield from _guarded_stores(s.then, (*conditions, s.cond))
+            yield from _guarded_stores(s.orelse, conditions)
+
+
+def _excluded(conditions: tuple[Expr, ...], var: Var, at: int) -> bool:
+    """Whether one of the conditions is known not to hold in one iteration."""
+    known = (substitute(c, {var: ix.const(at)}) for c in conditions)
+    return any(isinstance(c, Const) and not c.value for c in known)
 
 
 def _box(s: Store, var: Var, at: int) -> list[tuple[int, int]]:
