@@ -12,7 +12,8 @@ Exported functions (i64 = 64-bit integer):
 - ``void <prefix>_profile(ptr table, ptr ns)``: all steps on one thread; writes the nanoseconds of each (i64).
 
 `ctx` is zeroed, 64-byte aligned memory of ``CONTEXT_BYTES + nthreads * thread_bytes`` with the number of threads at
-``CONTEXT_THREADS``. If the pointer at ``CONTEXT_TRACE`` is not null, worker t writes the CLOCK_MONOTONIC nanoseconds of
+``CONTEXT_THREADS`` and, at ``CONTEXT_SPINS``, how often a worker looks before it sleeps: in a run, and between runs (two
+i64; 0 where there are fewer cores than threads). If the pointer at ``CONTEXT_TRACE`` is not null, worker t writes the CLOCK_MONOTONIC nanoseconds of
 the begin and end of its share of step s to ``trace[t][s]``.
 """
 
@@ -22,11 +23,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import llvmlite.binding as llvm
-
+from nestc.codegen.objects import compile_ir
 from nestc.codegen.schedule import PARALLEL, Alias, Schedule, Step, schedule
-from nestc.codegen.spmd import CONTEXT_BYTES, CONTEXT_THREADS, CONTEXT_TRACE, emit
-from nestc.errors import TargetError
+from nestc.codegen.spmd import CONTEXT_BYTES, CONTEXT_SPINS, CONTEXT_THREADS, CONTEXT_TRACE, emit
 from nestc.graph.region import TensorType
 from nestc.kernels.api import CpuMachine
 
@@ -62,8 +61,8 @@ def build_main(
     """Schedule `steps` and generate the program of a partition; see `schedule` for `sizes`, `aliases` and `threads`.
 
     `constants` are names of the artifact's weights. The object for the kernels and ``Main.object`` go into
-    ``Artifact.files`` and ``Main.metadata`` is ``Artifact.metadata``. Raises TargetError if LLVM cannot make code for
-    the machine's triple.
+    ``Artifact.files`` (names ending in ``.o``) and ``Main.metadata`` is ``Artifact.metadata``. Raises ValueError if the
+    steps do not fit together, and nestc.Error if LLVM cannot make code for the machine.
     """
     plan = schedule(
         steps,
@@ -92,6 +91,7 @@ def build_main(
             "thread_bytes": plan.thread_bytes,
             "threads": CONTEXT_THREADS,
             "trace": CONTEXT_TRACE,
+            "spins": CONTEXT_SPINS,
         },
         "worth_threads": plan.worth_threads,
         "steps": [
@@ -107,25 +107,8 @@ def build_main(
             for item in plan.steps
         ],
     }
-    return Main(_compile(text, machine), text, plan, metadata)
+    return Main(compile_ir(text, machine).code, text, plan, metadata)
 
 
 def _spec(name: str, type_: TensorType) -> dict[str, Any]:
     return {"name": name, "dtype": type_.dtype, "shape": list(type_.shape)}
-
-
-def _compile(text: str, machine: CpuMachine) -> bytes:
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    try:
-        target = llvm.Target.from_triple(machine.triple)
-        # The walker itself needs no vector instructions, and plain code runs on every CPU of the triple.
-        target_machine = target.create_target_machine(opt=2, reloc="pic", codemodel="small")
-        module = llvm.parse_assembly(text)
-        module.verify()
-    except RuntimeError as error:
-        raise TargetError(f"LLVM cannot make code for {machine.triple!r}: {error}") from error
-    options = llvm.PipelineTuningOptions(speed_level=1)
-    passes = llvm.create_pass_builder(target_machine, options)
-    passes.getModulePassManager().run(module, passes)
-    return target_machine.emit_object(module)

@@ -8,9 +8,9 @@ Shared-Memory Multiprocessors", 1991, sec. 3.1); waiters spin with a pause, then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 from llvmlite import ir
 
@@ -20,17 +20,13 @@ from nestc.codegen.schedule import PARALLEL, Schedule
 _GENERATION, _IDLE = 0, 4  # number of runs started (workers wait for it to change); workers asleep
 _ARRIVED = 64  # workers that have reached the current barrier
 _PHASE, _ASLEEP = 128, 132  # number of barriers passed; workers asleep in one
-CONTEXT_THREADS, _TABLE, _STOP, CONTEXT_TRACE = 192, 200, 208, 216
+CONTEXT_THREADS, _TABLE, _STOP, CONTEXT_TRACE, CONTEXT_SPINS, _IDLE_SPINS = 192, 200, 208, 216, 224, 232
 CONTEXT_BYTES = 256
-
-# Spin counts. One `pause` takes 10 to 45 ns on x86; waiting in a run is short by design, so it spins longer
-# (about 100 us) than an idle worker between two runs (about 50 us), which must leave its core to others.
-_RUN_SPINS, _IDLE_SPINS = 4000, 2000
 
 _FUTEX = {"x86_64": 202, "i686": 240, "aarch64": 98, "arm64": 98, "riscv64": 98, "arm": 240}
 _WAIT_PRIVATE, _WAKE_PRIVATE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE with FUTEX_PRIVATE_FLAG (linux/futex.h)
 
-_I1, _I32, _I64, _PTR, _VOID = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.PointerType(), ir.VoidType()
+_I32, _I64, _PTR, _VOID = ir.IntType(32), ir.IntType(64), ir.PointerType(), ir.VoidType()
 _I8 = ir.IntType(8)
 # function, trampoline, extent, grain, chunks, lane, barrier, number of the first argument
 _TRAMPOLINE_TYPE = ir.FunctionType(_VOID, [_PTR] * 4 + [_I64] * 2).as_pointer()
@@ -125,13 +121,18 @@ class _Emitter:
     def _pause(self) -> Callable[[ir.IRBuilder], None]:
         """What a spinning worker does between two looks."""
         if self.arch in ("x86_64", "i686"):
-            hint = ir.Function(self.module, ir.FunctionType(_VOID, []), "llvm.x86.sse2.pause")
-            return lambda b: b.call(hint, []) and None
+            return self._hint("llvm.x86.sse2.pause")
         if self.arch in ("aarch64", "arm64"):
-            # `isb` waits some 10 ns; `yield` is a no-op on most cores.
-            barrier = ir.Function(self.module, ir.FunctionType(_VOID, [_I32]), "llvm.aarch64.isb")
-            return lambda b: b.call(barrier, [_i32(15)]) and None
+            return self._hint("llvm.aarch64.isb", 15)  # waits some 10 ns, where `yield` does nothing on most cores
         return lambda b: None
+
+    def _hint(self, name: str, *operands: int) -> Callable[[ir.IRBuilder], None]:
+        intrinsic = ir.Function(self.module, ir.FunctionType(_VOID, [_I32] * len(operands)), name)
+
+        def call(b: ir.IRBuilder) -> None:
+            b.call(intrinsic, [_i32(operand) for operand in operands])
+
+        return call
 
     def _sleep(self) -> tuple[Callable[[ir.IRBuilder, ir.Value, ir.Value], None], Callable[[ir.IRBuilder, ir.Value], None]]:
         """How a worker sleeps while a word has a value, and how the others wake it."""
@@ -149,7 +150,11 @@ class _Emitter:
         # Elsewhere a sleeper looks again every 50 us (1 ms on Windows), and nobody needs to wake it.
         name, amount = ("Sleep", 1) if self.windows else ("usleep", 50)
         function = ir.Function(self.module, ir.FunctionType(_I32, [_I32]), name)
-        return lambda b, word, old: b.call(function, [_i32(amount)]) and None, lambda b, word: None
+
+        def doze(b: ir.IRBuilder, word: ir.Value, old: ir.Value) -> None:
+            b.call(function, [_i32(amount)])
+
+        return doze, lambda b, word: None
 
     def _wait(self) -> ir.Function:
         """``(word, sleepers, old, spins)``: return once `word` is not `old`; acquires what was written before."""
@@ -167,9 +172,8 @@ class _Emitter:
         b.cbranch(same, again, done)
         b.position_at_end(again)
         self.pause(b)
-        fewer = b.sub(left, _i64(1))
-        left.add_incoming(fewer, again)
-        b.cbranch(b.icmp_signed(">", fewer, _i64(0)), spin, sleep)
+        left.add_incoming(b.sub(left, _i64(1)), again)
+        b.cbranch(b.icmp_signed(">", left, _i64(0)), spin, sleep)
         # Say that we sleep, then look once more: the waker changes the word, then looks for sleepers. Both are
         # sequentially consistent, so one of the two sees the other, and the futex itself compares the word again.
         b.position_at_end(sleep)
@@ -214,7 +218,7 @@ class _Emitter:
                 b.store(_i32(0), arrived)  # nobody else touches it until the signal
                 b.call(self.signal, [phase, asleep])
             with otherwise:
-                b.call(self.wait, [phase, asleep, now, _i64(_RUN_SPINS)])
+                b.call(self.wait, [phase, asleep, now, b.load(_at(b, ctx, CONTEXT_SPINS), typ=_I64)])
         b.ret_void()
         return function
 
@@ -335,7 +339,8 @@ class _Emitter:
         b.position_at_end(loop)
         seen = b.phi(_I32)
         seen.add_incoming(_i32(0), entry)  # a run may have started before this thread did
-        b.call(self.wait, [generation, _at(b, ctx, _IDLE), seen, _i64(_IDLE_SPINS)])
+        spins = b.load(_at(b, ctx, _IDLE_SPINS), typ=_I64)
+        b.call(self.wait, [generation, _at(b, ctx, _IDLE), seen, spins])
         now = b.load_atomic(generation, "acquire", 4, typ=_I32)
         seen.add_incoming(now, work)
         stop = b.load(_at(b, ctx, _STOP), typ=_I32)

@@ -1,0 +1,158 @@
+"""Read a bundle: check its structure and hashes, and map its weights from the file without copying them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from nestc.bundle.artifact import Artifact
+from nestc.bundle.bundle import Bundle, BundlePartition
+from nestc.bundle.dtypes import numpy_dtype
+from nestc.bundle.schema import FORMAT, VERSION, Entry, Manifest, PartitionSpec, WeightSpec, from_json
+from nestc.bundle.write import GRAPH, MANIFEST, WEIGHTS
+from nestc.errors import BundleError
+
+_ZIP_ERRORS = (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError, struct.error)
+"""What `zipfile` raises on damaged archives (UnicodeDecodeError is a ValueError)."""
+
+
+def read(path: str | os.PathLike[str]) -> Bundle:
+    """Read the bundle at `path`. Its weights are read-only views of the mapped file, which must not change while in use.
+
+    Raises BundleError if it is not a bundle, is cut or altered, or was written by a newer nestc.
+    """
+    source = Path(path)
+    try:
+        with open(source, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if size else memoryview(b"")
+            contents = _contents(source, file, view)
+    except OSError as error:
+        raise BundleError(f"cannot read the bundle {source}: {error.strerror or error}") from error
+    try:
+        return _bundle(contents)
+    except BundleError as error:
+        raise BundleError(f"the bundle {source} is damaged: {error}") from error
+
+
+def _contents(source: Path, file: Any, view: memoryview) -> dict[str, memoryview]:
+    """The data of every entry, after the manifest has been found to be one that this version reads."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+            if MANIFEST not in archive.namelist():
+                raise BundleError(f"{source} is a zip archive without {MANIFEST}, not a nestc bundle")
+            _check_version(source, archive.read(MANIFEST))
+            return {info.filename: _slice(view, info) for info in infos}
+    except _ZIP_ERRORS as error:
+        if bytes(view[:4]) != b"PK\x03\x04":
+            raise BundleError(f"{source} is not a nestc bundle") from error
+        raise BundleError(f"the bundle {source} is cut or damaged: {error}") from error
+
+
+def _check_version(source: Path, text: bytes) -> None:
+    """Look at format and version first: another version may have another schema."""
+    try:
+        value: object = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"the bundle {source} is damaged: {MANIFEST} is not JSON ({error})") from error
+    fields = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    if fields.get("format") != FORMAT:
+        raise BundleError(f"{source} is not a nestc bundle: {MANIFEST} does not say that it is a {FORMAT!r}")
+    version = fields.get("version")
+    if type(version) is not int or version < 1:
+        raise BundleError(f"the bundle {source} is damaged: {MANIFEST} gives the version {version!r}")
+    if version > VERSION:
+        raise BundleError(
+            f"the bundle {source} is of version {version}, but this nestc reads up to {VERSION}; update nestc"
+        )
+
+
+def _slice(view: memoryview, info: zipfile.ZipInfo) -> memoryview:
+    """The stored bytes of an entry; the local header says where they begin."""
+    header = view[info.header_offset : info.header_offset + 30]
+    if info.compress_type != zipfile.ZIP_STORED or len(header) < 30 or bytes(header[:4]) != b"PK\x03\x04":
+        raise zipfile.BadZipFile(f"{info.filename} is compressed or has no header")
+    name, extra = struct.unpack("<HH", header[26:30])
+    begin = info.header_offset + 30 + name + extra
+    data = view[begin : begin + info.file_size]
+    if len(data) != info.file_size:
+        raise zipfile.BadZipFile(f"{info.filename} is cut")
+    return data
+
+
+def _bundle(contents: Mapping[str, memoryview]) -> Bundle:
+    manifest = from_json(Manifest, json.loads(bytes(contents[MANIFEST])))
+    entries = {entry.path: entry for entry in manifest.entries}
+    if entries.keys() | {MANIFEST} != contents.keys():
+        differing = sorted((entries.keys() | {MANIFEST}) ^ contents.keys())
+        raise BundleError(f"{MANIFEST} and the archive do not agree about {', '.join(differing)}")
+    for entry in manifest.entries:
+        _check_entry(entry, contents[entry.path])
+    tensors = _tensors(contents[WEIGHTS]) if WEIGHTS in contents else {}
+    return Bundle(
+        name=manifest.name,
+        inputs=manifest.inputs,
+        outputs=manifest.outputs,
+        partitions=tuple(_partition(spec, contents, tensors) for spec in manifest.partitions),
+        graph=bytes(contents[GRAPH]) if GRAPH in contents else b"",
+        threads=manifest.threads,
+        info=manifest.info,
+    )
+
+
+def _check_entry(entry: Entry, data: memoryview) -> None:
+    if len(data) != entry.bytes:
+        raise BundleError(f"{entry.path} has {len(data)} bytes, not {entry.bytes}")
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise BundleError(f"{entry.path} was altered (its SHA-256 is not the one in {MANIFEST})")
+
+
+def _partition(
+    spec: PartitionSpec, contents: Mapping[str, memoryview], tensors: Mapping[str, memoryview]
+) -> BundlePartition:
+    files: dict[str, bytes] = {}
+    for name in spec.files:
+        path = f"partitions/{spec.folder}/{name}"
+        if path not in contents:
+            raise BundleError(f"partition {spec.name} has no file {name!r}")
+        files[name] = bytes(contents[path])
+    weights = {weight.name: _weight(spec, weight, tensors) for weight in spec.weights}
+    artifact = Artifact(spec.kind, files, weights, spec.metadata)
+    return BundlePartition(spec.name, spec.device, spec.inputs, spec.outputs, artifact, spec.regions)
+
+
+def _weight(spec: PartitionSpec, weight: WeightSpec, tensors: Mapping[str, memoryview]) -> np.ndarray:
+    data = tensors.get(f"{spec.folder}/{weight.name}")
+    if data is None:
+        raise BundleError(f"partition {spec.name} has no weight {weight.name!r}")
+    try:
+        dtype = numpy_dtype(weight.dtype)
+        count = int(np.prod(weight.shape, dtype=np.int64))
+        flat = np.frombuffer(data, dtype, count) if count else np.empty(0, dtype)
+    except ValueError as error:
+        raise BundleError(f"weight {weight.name!r} of partition {spec.name}: {error}") from error
+    return flat.reshape(weight.shape)
+
+
+def _tensors(data: memoryview) -> dict[str, memoryview]:
+    """The bytes of every tensor of a safetensors file, by name."""
+    if len(data) < 8:
+        raise BundleError(f"{WEIGHTS} has no header")
+    (length,) = struct.unpack("<Q", data[:8])
+    try:
+        header: dict[str, dict[str, list[int]]] = json.loads(bytes(data[8 : 8 + length]))
+        body = data[8 + length :]
+        spans = {name: item["data_offsets"] for name, item in header.items() if name != "__metadata__"}
+        return {name: body[begin:end] for name, (begin, end) in spans.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{WEIGHTS} has a header that cannot be read: {error}") from error

@@ -1,0 +1,146 @@
+"""The manifest of a bundle as plain dataclasses, and a reader that checks every field and names the wrong one."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from nestc.errors import BundleError
+
+FORMAT = "nestc-bundle"
+VERSION = 1
+"""Raised when an older nestc could not run a bundle written by this one."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, element type (``float32``, ``bool`` ...) and shape of a value; a size, or all, may be known only at run time."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...] | None
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A constant of a partition; it is stored flat, padded with zeros to whole 64 bytes, under ``<folder>/<name>``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PartitionSpec:
+    """A compiled partition: who runs it, the values at its border, and where its blobs are (``partitions/<folder>/``)."""
+
+    name: str
+    device: str
+    kind: str
+    folder: str
+    inputs: tuple[str, ...]
+    outputs: tuple[TensorSpec, ...]
+    regions: tuple[str, ...]
+    files: tuple[str, ...]
+    weights: tuple[WeightSpec, ...]
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the zip archive with its size and the SHA-256 of its contents (hexadecimal)."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json``. Partitions are in execution order; ``info`` is free (plan, predictions, fallback operators ...)."""
+
+    format: str
+    version: int
+    producer: str
+    name: str
+    threads: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    partitions: tuple[PartitionSpec, ...]
+    entries: tuple[Entry, ...]
+    info: Mapping[str, Any]
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass (or a tuple or mapping of them) as JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_json(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in cast("tuple[Any, ...]", value)]
+    return value
+
+
+T = TypeVar("T")
+
+
+def from_json(kind: type[T], value: object, where: str = "manifest.json") -> T:
+    """Read a dataclass from JSON values. Raises BundleError naming the field that is missing, unknown or of a wrong type."""
+    return cast(T, _read(kind, value, where))
+
+
+def _read(kind: Any, value: object, where: str) -> Any:
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _read_fields(cast("type[Any]", kind), value, where)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _read(inner, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise BundleError(f"{where} must be a list, not {_named(value)}")
+        items = cast("list[object]", value)
+        return tuple(_read(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(items))
+    if origin is not None:  # Mapping[str, Any]
+        if not isinstance(value, dict):
+            raise BundleError(f"{where} must be an object, not {_named(value)}")
+        return cast("dict[str, Any]", value)
+    if type(value) is not kind:  # `isinstance` would take True for an integer
+        wanted = {str: "a string", int: "a whole number"}[kind]
+        raise BundleError(f"{where} must be {wanted}, not {_named(value)}")
+    if kind is int and cast(int, value) < 0:
+        raise BundleError(f"{where} must not be negative, but is {value}")
+    return value
+
+
+def _read_fields(kind: type[Any], value: object, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise BundleError(f"{where} must be an object, not {_named(value)}")
+    given = cast("dict[str, object]", value)
+    hints = _hints(kind)
+    missing = next((name for name in hints if name not in given), None)
+    if missing is not None:
+        raise BundleError(f"{where} has no field {missing!r}")
+    unknown = next((name for name in given if name not in hints), None)
+    if unknown is not None:
+        raise BundleError(f"{where} has the unknown field {unknown!r}")
+    return kind(**{name: _read(hint, given[name], f"{where}: {name}") for name, hint in hints.items()})
+
+
+@lru_cache(maxsize=None)
+def _hints(kind: type[Any]) -> Mapping[str, Any]:
+    return get_type_hints(kind)
+
+
+def _named(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,293 @@
+"""The public face of a compiled model: call it, save it, ask it where its time goes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from nestc.bundle.bundle import Bundle, TensorSpec
+from nestc.bundle.dtypes import numpy_dtype
+from nestc.errors import ShapeError, TargetError
+from nestc.runtime.arrays import ready
+from nestc.runtime.native import NativeProgram
+from nestc.runtime.session import Mark, Session, marks_to_timeline
+
+if TYPE_CHECKING:
+    from nestc.partition.plan import Plan
+
+Shape = tuple[int, ...]
+Respecialise = Callable[[Mapping[str, Shape]], "Executable"]
+
+
+class Executable:
+    """A compiled model, loaded. May be called from several threads at once.
+
+    ``threads`` is the number of workers a native partition uses (default: what the bundle was compiled for).
+    ``respecialise``, if given, is asked for another executable when a call comes with other shapes of the same rank.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, respecialise: Respecialise | None = None
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise TargetError(f"a model runs on at least one thread, not {threads}")
+        self.bundle = bundle
+        self.threads = threads or max(1, bundle.threads)
+        self._respecialise = respecialise
+        begin = time.perf_counter()
+        self._session: Session | None = Session(bundle, self.threads)
+        self._load_seconds = time.perf_counter() - begin
+        self._specs = [_Wanted(spec) for spec in bundle.inputs]
+        self._by_name = {spec.name: spec for spec in self._specs}
+        self._outputs = [_Wanted(spec) for spec in bundle.outputs]
+        self._none = [None] * len(self._outputs)
+        self._single = len(self._outputs) == 1
+        self._marks: tuple[Mark, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        return self.bundle.name
+
+    @property
+    def inputs(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+        """Element type and shape of every input, by name, in graph order."""
+        return {spec.name: (spec.spec.dtype, _public(spec.spec.shape)) for spec in self._specs}
+
+    @property
+    def outputs(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+        """Element type and shape of every output, by name, in graph order; ``"?"`` for a size known only after a run."""
+        return {spec.name: (spec.spec.dtype, _public(spec.spec.shape)) for spec in self._outputs}
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What the compiler noted: the plan, predictions, fallback operators."""
+        return self.bundle.info
+
+    @property
+    def plan(self) -> Plan:
+        """Regions, the device of each and why, transfers. Raises PlanError if the bundle was made without one."""
+        from nestc.partition.plan import Plan
+
+        return Plan.from_json(self.bundle.info.get("plan", {}))
+
+    @property
+    def fallback_ops(self) -> dict[str, int]:
+        """Operators that run in an interpreter instead of generated code, and how many of each."""
+        return dict(self.bundle.info.get("fallback_ops", {}))
+
+    def __call__(
+        self, *arrays: np.ndarray, out: np.ndarray | Sequence[np.ndarray] | Mapping[str, np.ndarray] | None = None
+    ) -> Any:
+        """Run on inputs in graph order; returns a new array, or a tuple of them if the model has several outputs.
+
+        With `out` (an array, a sequence in graph order, or a dict by name) outputs are written there and returned.
+        Raises ShapeError if an array does not fit.
+        """
+        if len(arrays) != len(self._specs):
+            wanted = ", ".join(spec.name for spec in self._specs) or "none"
+            raise ShapeError(f"the model has {len(self._specs)} inputs ({wanted}), but {len(arrays)} were given")
+        try:
+            checked = [spec.input(array) for spec, array in zip(self._specs, arrays, strict=True)]
+        except _OtherShape:
+            return self._other([np.asarray(array) for array in arrays])(*arrays, out=out)
+        results = self._run(checked, self._none if out is None else self._given(out))
+        return results[0] if self._single else tuple(results)
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run on inputs by name; returns the outputs by name. Raises ShapeError if a name or an array does not fit."""
+        unknown = next((name for name in inputs if name not in self._by_name), None)
+        missing = next((name for name in self._by_name if name not in inputs), None)
+        if unknown is not None or missing is not None:
+            problem = f"there is no input {unknown!r}" if unknown is not None else f"input {missing!r} is missing"
+            raise ShapeError(f"{problem}; the inputs are {', '.join(self._by_name) or 'none'}")
+        results = self(*(inputs[spec.name] for spec in self._specs), out=out)
+        return dict(zip(self.outputs, (results,) if self._single else results, strict=True))
+
+    def timeline(self) -> list[dict[str, Any]]:
+        """The last finished run: device, region (partition), start_us, end_us, and kind, measured or modelled."""
+        return marks_to_timeline(self._marks)
+
+    def profile(self, *arrays: np.ndarray, runs: int = 20) -> list[dict[str, Any]]:
+        """Median time of every kernel call (see `runtime.native.StepTime`), and of other partitions as a whole.
+
+        Without arguments inputs are drawn at random (floats normally distributed, integers 0).
+        """
+        session = self._open()
+        drawn = list(arrays) or [spec.random(number) for number, spec in enumerate(self._specs)]
+        checked = [spec.input(array) for spec, array in zip(self._specs, drawn, strict=True)]
+        rows: list[dict[str, Any]] = []
+        for stage, values in session.sources(checked):
+            about = {"partition": stage.partition.name, "device": stage.partition.device}
+            if isinstance(stage.program, NativeProgram):
+                rows.extend({**about, **asdict(step)} for step in stage.program.profile(values, runs))
+                continue
+            seconds = [stage.program(values, [None] * len(stage.outputs))[1].seconds for _ in range(runs)]
+            rows.append({**about, "symbol": stage.partition.artifact.kind, "us": float(np.median(seconds)) * 1e6})
+        return rows
+
+    def stats(self) -> dict[str, Any]:
+        """Sizes in bytes, threads, number of partitions and kernel calls, and the seconds that loading took."""
+        native = [
+            stage.program for stage in self._open().stages if isinstance(stage.program, NativeProgram)
+        ]
+        return {
+            "threads": self.threads,
+            "partitions": len(self.bundle.partitions),
+            "kernel_calls": sum(program.step_count for program in native),
+            "barriers": sum(program.barriers for program in native),
+            "arena_bytes": sum(program.arena_bytes for program in native),
+            "code_bytes": sum(program.code_bytes for program in native),
+            "weights_bytes": sum(
+                array.nbytes for part in self.bundle.partitions for array in part.artifact.weights.values()
+            ),
+            "load_seconds": self._load_seconds,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model as a bundle. Raises BundleError if it cannot be written."""
+        from nestc.bundle.write import write
+
+        write(path, self.bundle)
+
+    def close(self) -> None:
+        """Stop the workers and free code and memory; later calls raise TargetError. Closing twice is fine."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def __enter__(self) -> Executable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._session is None else f"{len(self.bundle.partitions)} partitions"
+        return f"<nestc.Executable {self.name!r}, {state}, {self.threads} threads>"
+
+    def _open(self) -> Session:
+        if self._session is None:
+            raise TargetError("this executable is closed")
+        return self._session
+
+    def _run(self, inputs: list[np.ndarray], outputs: Sequence[np.ndarray | None]) -> Sequence[np.ndarray]:
+        session = self._session
+        if session is None:
+            raise TargetError("this executable is closed")
+        if outputs is self._none:
+            results, self._marks = session.run(inputs, outputs)
+            return results
+        given = cast("Sequence[np.ndarray]", outputs)
+        # Kernels need contiguous outputs that no input overlaps; anything else gets its values from a copy.
+        direct = [_writable_in_place(array, inputs) for array in given]
+        results, self._marks = session.run(
+            inputs, [array if fits else None for array, fits in zip(given, direct, strict=True)]
+        )
+        for array, fits, result in zip(given, direct, results, strict=True):
+            if not fits:
+                array[...] = result
+        return given
+
+    def _given(self, out: np.ndarray | Sequence[np.ndarray] | Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        names = [spec.name for spec in self._outputs]
+        if isinstance(out, Mapping):
+            if set(out) != set(names):
+                raise ShapeError(f"out= has {', '.join(out) or 'nothing'}, but the outputs are {', '.join(names)}")
+            arrays = [out[name] for name in names]
+        else:
+            arrays = [out] if isinstance(out, np.ndarray) else list(out)
+        if len(arrays) != len(names):
+            raise ShapeError(f"out= has {len(arrays)} arrays, but the outputs are {', '.join(names)}")
+        return [spec.output(array) for spec, array in zip(self._outputs, arrays, strict=True)]
+
+    def _other(self, arrays: Sequence[np.ndarray]) -> Executable:
+        """The executable for other shapes; raises ShapeError if that is not possible."""
+        wrong = next(
+            (spec, array) for spec, array in zip(self._specs, arrays, strict=True) if not spec.fits(array.shape)
+        )
+        for spec, array in zip(self._specs, arrays, strict=True):
+            if array.dtype != spec.dtype or array.ndim != len(spec.shape):
+                raise spec.error(array)
+        if self._respecialise is None:
+            raise wrong[0].error(wrong[1])
+        return self._respecialise({spec.name: array.shape for spec, array in zip(self._specs, arrays, strict=True)})
+
+
+class _OtherShape(Exception):
+    """An input has another shape than the model was compiled for; decided by the caller."""
+
+
+class _Wanted:
+    """What an input or output must be."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+        self.name = spec.name
+        self.dtype = numpy_dtype(spec.dtype)
+        self.shape = spec.shape or ()
+        self.fixed = spec.shape is not None and None not in spec.shape
+
+    def input(self, array: np.ndarray) -> np.ndarray:
+        """`array`, or a copy that native code can read. Raises ShapeError, or _OtherShape if only the shape differs."""
+        if type(array) is not np.ndarray:
+            array = np.asarray(array)
+        if array.shape != self.shape and not self.fits(array.shape):
+            raise _OtherShape
+        if array.dtype is not self.dtype and array.dtype != self.dtype:
+            raise self.error(array)
+        return ready(array)
+
+    def output(self, array: object) -> np.ndarray:
+        """`array` if it can take this output. Raises ShapeError."""
+        if not isinstance(array, np.ndarray):
+            raise ShapeError(f"out= for {self.name!r} must be an array, not {type(array).__name__}")
+        if array.dtype != self.dtype or not self.fits(array.shape):
+            raise self.error(array, "output")
+        if not array.flags.writeable:
+            raise ShapeError(f"out= for {self.name!r} is read-only")
+        return array
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether an array of `shape` is what is wanted, as far as that is known."""
+        if self.spec.shape is None:
+            return True
+        return len(shape) == len(self.shape) and all(
+            wanted is None or wanted == size for wanted, size in zip(self.shape, shape, strict=True)
+        )
+
+    def error(self, array: np.ndarray, what: str = "input") -> ShapeError:
+        """The sentence that says what was wanted and what came."""
+        return ShapeError(
+            f"{what} {self.name!r} must be {self.spec.dtype}{_shown(self.spec.shape)}, but is {array.dtype}{_shown(array.shape)}"
+        )
+
+    def random(self, seed: int) -> np.ndarray:
+        """Random values for a profile."""
+        if not self.fixed:
+            raise ShapeError(f"input {self.name!r} has no fixed shape; give profile() the inputs")
+        if self.dtype.kind in "fV":
+            return np.random.default_rng(seed).standard_normal(cast(Shape, self.shape)).astype(self.dtype)
+        return np.zeros(cast(Shape, self.shape), self.dtype)
+
+
+def _writable_in_place(array: np.ndarray, inputs: Sequence[np.ndarray]) -> bool:
+    flags = array.flags
+    return bool(flags.c_contiguous and flags.aligned) and not any(np.may_share_memory(array, item) for item in inputs)
+
+
+def _public(shape: tuple[int | None, ...] | None) -> tuple[int | str, ...]:
+    return ("?",) if shape is None else tuple("?" if size is None else size for size in shape)
+
+
+def _shown(shape: Sequence[int | None] | None) -> str:
+    if shape is None:
+        return ""
+    return "[" + ",".join("?" if size is None else str(size) for size in shape) + "]"

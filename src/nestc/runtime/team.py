@@ -1,0 +1,117 @@
+"""The workers of a native program: threads that stay in native code, asleep between runs, and stop without fail."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+
+from nestc.errors import TargetError
+from nestc.runtime.arrays import address, aligned_empty
+from nestc.runtime.objects import NativeFunctions
+
+_STOP_SECONDS = 10.0
+
+# How often a worker looks before it sleeps. One look takes 10 to 45 ns on x86; in a run others are busy on its behalf, so
+# it looks longer (about 100 us) than between runs (about 50 us), where its core should soon be free for other work.
+_RUN_SPINS, _IDLE_SPINS = 4000, 2000
+
+
+@dataclass(frozen=True)
+class ContextLayout:
+    """Sizes and places in the context that all workers share, in bytes; `codegen.main` writes them into the metadata."""
+
+    bytes: int
+    thread_bytes: int
+    threads: int
+    trace: int
+    spins: int
+
+
+class Team:
+    """`threads` workers, of which the caller of `run` is the first; the others are started by the first run.
+
+    Used by one caller at a time (`lock`). The threads refer to the code and the context but not to the team, so a team
+    that nobody refers to any more is stopped by its finalizer, as it is when the interpreter exits.
+    """
+
+    def __init__(self, functions: NativeFunctions, layout: ContextLayout, threads: int) -> None:
+        self.lock = threading.Lock()
+        self._functions = functions
+        self._layout = layout
+        self._threads = threads
+        self._process = 0
+        self._closed = False
+        self._context = np.empty(0, np.uint8)
+        self._stop: weakref.finalize[[NativeFunctions, np.ndarray, list[threading.Thread]], Team] | None = None
+
+    def run(self, table: int) -> None:
+        """Run the program once with the pointer table at address `table`; the caller holds `lock`."""
+        self._ready()
+        self._functions.run(address(self._context), table)
+
+    def trace(self, table: int, steps: int) -> np.ndarray:
+        """Run once and return nanoseconds [threads, steps, 2]: begin and end of each worker's share of each step."""
+        self._ready()
+        times = np.zeros((self._threads, steps, 2), np.int64)
+        pointer = self._context[self._layout.trace : self._layout.trace + 8].view(np.uintp)
+        pointer[0] = address(times)
+        try:
+            self._functions.run(address(self._context), table)
+        finally:
+            pointer[0] = 0
+        return times
+
+    def close(self) -> None:
+        """Stop the workers and wait for them; the team may not run again."""
+        self._closed = True
+        if self._stop is not None:
+            self._stop()
+
+    def _ready(self) -> None:
+        """Start the workers for the first run, and for the first in a forked child, where no thread has followed."""
+        if self._closed:
+            raise TargetError("this executable is closed")
+        if self._process == os.getpid():
+            return
+        if self._stop is not None:
+            self._stop.detach()
+        self._context = aligned_empty(
+            [self._layout.bytes + self._threads * self._layout.thread_bytes], np.dtype(np.uint8)
+        )
+        self._context[:] = 0
+        self._context[self._layout.threads : self._layout.threads + 8].view(np.int64)[0] = self._threads
+        if self._threads <= usable_cpus():  # else whoever spins keeps the one that it waits for from running
+            spins = self._context[self._layout.spins : self._layout.spins + 16].view(np.int64)
+            spins[:] = _RUN_SPINS, _IDLE_SPINS
+        workers = [
+            threading.Thread(
+                target=_work, args=(self._functions, self._context, tid), name=f"nestc-{tid}", daemon=True
+            )
+            for tid in range(1, self._threads)
+        ]
+        self._stop = weakref.finalize(self, _stop, self._functions, self._context, workers)
+        for worker in workers:
+            worker.start()
+        self._process = os.getpid()
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _work(functions: NativeFunctions, context: np.ndarray, tid: int) -> None:
+    functions.worker(address(context), tid)
+
+
+def _stop(functions: NativeFunctions, context: np.ndarray, workers: list[threading.Thread]) -> None:
+    functions.stop(address(context))
+    for worker in workers:
+        if worker is not threading.current_thread():
+            worker.join(_STOP_SECONDS)
