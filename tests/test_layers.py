@@ -27,7 +27,7 @@ CONTRACTS = {
 }
 
 # The importer binds sizes and infers shapes with passes that the graph stage also uses later.
-ALLOWED = {("importers", "nestc.graph.bind"), ("importers", "nestc.graph.infer_shapes")}
+ALLOWED = {("importers", f"nestc.graph.{name}") for name in ("bind", "infer_shapes", "quiet")}
 
 # Everything above the stages: the command line and the driver see all.
 TOP = {"driver", "cli", "commands", "specialise", "demo"}

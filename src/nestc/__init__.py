@@ -1,4 +1,4 @@
-"""nestc compiles trained networks to native code; this is the public face, and each part is imported when first used."""
+"""nestc compiles trained networks to native code: the public face, whose parts are imported when first used."""
 
 from __future__ import annotations
 

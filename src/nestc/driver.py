@@ -6,26 +6,26 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import onnx
 
 from nestc.bundle.bundle import Bundle, BundlePartition, TensorSpec
 from nestc.errors import PlanError
 from nestc.graph import pipeline, regions
+from nestc.graph.bind import bind
 from nestc.graph.decompose import decompose
 from nestc.graph.model import Model, require_static, skeleton, unbound_dims
+from nestc.graph.own_outputs import own_outputs
 from nestc.graph.region import TensorType
 from nestc.importers.onnx import load
 from nestc.partition.match import Claim, claim
 from nestc.partition.place import follow, place
 from nestc.partition.plan import Plan
+from nestc.runtime.executable import Executable
 from nestc.specialise import Specialised, operands_of
 from nestc.targets import resolve
 from nestc.targets.api import Artifact, Partition, Target
-
-if TYPE_CHECKING:
-    from nestc.runtime import Executable
 
 log = logging.getLogger("nestc")
 
@@ -79,7 +79,7 @@ def build(
 
     # Simplify first, so that regions are formed of what really has to be computed.
     tell("optimise the graph", 0.0)
-    done.optimised = pipeline.optimize(model)
+    done.optimised = own_outputs(pipeline.optimize(model))
     _verify(done.optimised)
     if stop_after == "graph":
         return done
@@ -140,21 +140,23 @@ def compile(
     if objective not in OBJECTIVES:
         raise PlanError(f"there is no objective {objective!r}; choose {', '.join(OBJECTIVES)}")
     chosen = with_fallbacks(resolve(targets), threads)
-    loaded = _loaded(model, shapes, dims)
     given = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
 
-    def make(ready: Model) -> Executable:
-        from nestc.runtime import Executable
-
+    def make(ready: Model) -> Bundle:
         done = build(ready, chosen, threads=threads, objective=objective, plan=given, emit=emit, progress=progress)
         assert done.bundle is not None
-        return Executable(done.bundle, threads=threads)
+        return done.bundle
 
+    as_given = model if isinstance(model, Model) else load(model)
+    loaded = bind(as_given, shapes, dims)
     if bound:
         require_static(loaded)
     if unbound_dims(loaded) or operands_of(loaded):
-        return Specialised(loaded, make)
-    return make(loaded)
+        return Specialised(loaded, lambda ready: Executable(make(ready), threads=threads))
+    # What the file leaves open and `dims` has bound may still come in other sizes at a call.
+    others = Specialised(as_given, lambda ready: Executable(make(ready), threads=threads))
+    again = others.for_shapes if unbound_dims(as_given) else None
+    return Executable(make(loaded), threads=threads, respecialise=again)
 
 
 def explain(
@@ -167,7 +169,8 @@ def explain(
 ) -> tuple[Plan, list[str]]:
     """The plan for a model, without compiling it, and in words what each graph pass did."""
     chosen = with_fallbacks(resolve(targets), None)
-    done = build(_loaded(model, shapes, dims), chosen, objective=objective, stop_after="plan")
+    loaded = bind(model if isinstance(model, Model) else load(model), shapes, dims)
+    done = build(loaded, chosen, objective=objective, stop_after="plan")
     assert done.plan is not None and done.formed is not None
     return done.plan, done.formed.notes
 
@@ -181,16 +184,6 @@ def with_fallbacks(targets: Sequence[Target], threads: int | None) -> tuple[Targ
     if all(target.name != "cpu" for target in chosen):
         chosen.append(CpuTarget())
     return (*chosen, next((target for target in targets if target.name == "host"), HostTarget()))
-
-
-def _loaded(model: Source, shapes: Mapping[str, Sequence[int]] | None, dims: Mapping[str, int] | None) -> Model:
-    if not isinstance(model, Model):
-        return load(model, shapes, dims)
-    if not shapes and not dims:
-        return model
-    from nestc.graph.bind import bind
-
-    return bind(model, shapes, dims)
 
 
 def _claim_or_descend(model: Model, targets: Sequence[Target]) -> tuple[Model, Model, list[Claim]]:
@@ -212,7 +205,12 @@ def _claim_or_descend(model: Model, targets: Sequence[Target]) -> tuple[Model, M
 
 def _verify(model: Model) -> None:
     """L1 is valid ONNX at every moment: a pass that broke it is found here, not three stages later."""
-    onnx.checker.check_model(skeleton(model.ir))
+    proto = skeleton(model.ir)
+    for value in (*proto.graph.input, *proto.graph.output):
+        # The checker wants a shape on every border, and an unknown rank has none to give; it does not read the sizes.
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
+            value.type.tensor_type.shape.CopyFrom(onnx.TensorShapeProto())
+    onnx.checker.check_model(proto)
 
 
 def _bundle(done: Compilation, threads: int) -> Bundle:

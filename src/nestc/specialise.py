@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from nestc.partition.plan import Plan
     from nestc.runtime import Executable
 
-Key = tuple[tuple[str, tuple[int, ...], bytes], ...]
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+Key = tuple[Shapes, tuple[bytes, ...]]
 
 CAPACITY = 8
 """Specialisations kept: as many as a server's batch sizes usually are; each holds its code and its packed weights."""
@@ -46,7 +47,7 @@ class Specialised:
         self._capacity = capacity
         self._lock = threading.Lock()
         self._ready: OrderedDict[Key, Executable] = OrderedDict()
-        self._operands: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[str, ...]] = {}
+        self._operands: dict[Shapes, tuple[str, ...]] = {}
         self._last: Executable | None = None
 
     @property
@@ -61,14 +62,12 @@ class Specialised:
 
     def __call__(self, *arrays: np.ndarray, out: Any = None) -> Any:
         """Run with arrays in graph-input order; a tuple of arrays, or the array itself if there is one output."""
-        names = list(self._model.inputs)
-        if len(arrays) != len(names):
-            raise ShapeError(f"the model has {len(names)} inputs ({', '.join(names)}), but {len(arrays)} were given")
-        given = dict(zip(names, arrays, strict=True))
-        executable, rest = self._for(given)
+        executable, rest = self._for(self._named(arrays))
         return executable(*rest.values(), out=out)
 
-    def run(self, inputs: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None) -> Any:
+    def run(
+        self, inputs: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         """Run with named arrays and give named arrays; compiles first where these shapes are new."""
         executable, rest = self._for(inputs)
         return executable.run(rest, out=out)
@@ -103,18 +102,35 @@ class Specialised:
         return self._current().fallback_ops
 
     @property
-    def arena_bytes(self) -> int:
-        """Working memory of the specialisation used last."""
-        return self._current().arena_bytes
+    def info(self) -> Mapping[str, Any]:
+        """What the compiler noted of the specialisation used last."""
+        return self._current().info
 
-    @property
-    def weights_bytes(self) -> int:
-        """Packed weights of the specialisation used last."""
-        return self._current().weights_bytes
+    def stats(self) -> dict[str, Any]:
+        """Sizes, threads and loading time of the specialisation used last."""
+        return self._current().stats()
 
-    def timeline(self) -> Any:
+    def profile(self, *arrays: np.ndarray, runs: int = 20) -> list[dict[str, Any]]:
+        """Median time of every kernel call for these inputs, or for the specialisation used last without them."""
+        if not arrays:
+            return self._current().profile(runs=runs)
+        executable, rest = self._for(self._named(arrays))
+        return executable.profile(*rest.values(), runs=runs)
+
+    def timeline(self) -> list[dict[str, Any]]:
         """The last run of the specialisation used last."""
         return self._current().timeline()
+
+    def for_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> Executable:
+        """The executable for inputs of these shapes, for a model whose shapes depend on no values."""
+        with self._lock:
+            return self._specialised(tuple((name, shapes[name]) for name in self._model.inputs), {}, ())
+
+    def _named(self, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        names = list(self._model.inputs)
+        if len(arrays) != len(names):
+            raise ShapeError(f"the model has {len(names)} inputs ({', '.join(names)}), but {len(arrays)} were given")
+        return dict(zip(names, arrays, strict=True))
 
     def _current(self) -> Executable:
         if self._last is None:
@@ -127,26 +143,25 @@ class Specialised:
         arrays = self._checked(inputs)
         shapes = tuple((name, array.shape) for name, array in arrays.items())
         with self._lock:
-            operands = self._operands.get(shapes)
-            bound: Model | None = None
-            if operands is None:
-                bound = bind(self._model, {name: list(shape) for name, shape in shapes})
-                operands = operands_of(bound)
-                self._operands[shapes] = operands
-            key: Key = tuple(
-                (name, array.shape, array.tobytes() if name in operands else b"") for name, array in arrays.items()
-            )
-            executable = self._ready.get(key)
-            if executable is None:
-                sizes = {name: list(shape) for name, shape in shapes if name not in operands}
-                values = {name: arrays[name] for name in operands}
-                executable = self._make(bind(self._model, sizes, None, values) if operands or bound is None else bound)
-                self._ready[key] = executable
-            self._ready.move_to_end(key)
-            while len(self._ready) > self._capacity:
-                self._ready.popitem(last=False)
-            self._last = executable
+            if shapes not in self._operands:
+                self._operands[shapes] = operands_of(bind(self._model, _sizes(shapes)))
+            operands = self._operands[shapes]
+            executable = self._specialised(shapes, arrays, operands)
         return executable, {name: array for name, array in arrays.items() if name not in operands}
+
+    def _specialised(self, shapes: Shapes, arrays: Mapping[str, np.ndarray], operands: Sequence[str]) -> Executable:
+        """Look up or compile; the lock is held."""
+        key = (shapes, tuple(arrays[name].tobytes() for name in operands))
+        executable = self._ready.get(key)
+        if executable is None:
+            values = {name: arrays[name] for name in operands}
+            executable = self._make(bind(self._model, _sizes(shapes, operands), None, values))
+            self._ready[key] = executable
+        self._ready.move_to_end(key)
+        while len(self._ready) > self._capacity:
+            self._ready.popitem(last=False)
+        self._last = executable
+        return executable
 
     def _checked(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The inputs as arrays in graph order. Raises ShapeError for a wrong name, rank, size or dtype."""
@@ -166,6 +181,10 @@ class Specialised:
                 _check_shape(name, shape, array.shape)
             arrays[name] = array
         return arrays
+
+
+def _sizes(shapes: Shapes, without: Sequence[str] = ()) -> dict[str, list[int]]:
+    return {name: list(shape) for name, shape in shapes if name not in without}
 
 
 def _check_shape(name: str, wanted: Sequence[int | str], given: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nestc.runtime import Executable
+    from nestc.specialise import Specialised
 
 
 def _set_verbosity(verbose: bool) -> bool:
@@ -76,7 +77,7 @@ def is_bundle(path: Path) -> bool:
 
 def open_or_compile(
     path: Path, targets: Sequence[str], shapes: Sequence[str], dims: Sequence[str], threads: int | None
-) -> Executable:
+) -> Executable | Specialised:
     """The executable of a bundle, or of a model compiled on the spot.
 
     Raises nestc.Error if the file is neither, or if an option does not apply to a bundle.

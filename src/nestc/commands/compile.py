@@ -7,12 +7,16 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nestc.commands import common
 from nestc.errors import Error
+
+if TYPE_CHECKING:
+    from nestc.runtime import Executable
+    from nestc.specialise import Specialised
 
 
 class Objective(str, enum.Enum):
@@ -93,9 +97,9 @@ def compile_(
     show(report, sink)
 
 
-def summary(executable: Any, destination: Path, seconds: float) -> dict[str, Any]:
+def summary(executable: Executable | Specialised, destination: Path, seconds: float) -> dict[str, Any]:
     """The JSON object of ``nestc compile --json``."""
-    plan = executable.plan
+    plan, stats = executable.plan, executable.stats()
     return {
         "bundle": str(destination),
         "seconds": round(seconds, 3),
@@ -105,8 +109,8 @@ def summary(executable: Any, destination: Path, seconds: float) -> dict[str, Any
             for partition in plan.partitions
         ],
         "fallback_ops": plan.fallback_ops,
-        "arena_bytes": executable.arena_bytes,
-        "weights_bytes": executable.weights_bytes,
+        "arena_bytes": stats["arena_bytes"],
+        "weights_bytes": stats["weights_bytes"],
         "predicted_ms": plan.predicted_ms,
     }
 
