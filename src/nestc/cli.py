@@ -13,6 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from nestc import __version__
+from nestc.commands.bench import bench
 from nestc.commands.compile import compile_
 from nestc.commands.explain import explain
 from nestc.commands.run import run
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 app.command("compile")(compile_)
 app.command("run")(run)
+app.command("bench")(bench)
 app.command("explain")(explain)
 app.command("targets")(targets)
 

@@ -158,8 +158,8 @@ class TestInputs:
     @pytest.mark.parametrize(
         ("array", "said"),
         [
-            (np.ones((2, 5), np.float32), "shape"),
-            (np.ones((4,), np.float32), "shape"),
+            (np.ones((2, 5), np.float32), "float32[2,5]"),
+            (np.ones((4,), np.float32), "float32[4]"),
             (np.ones((2, 4), np.float64), "float64"),
         ],
     )
