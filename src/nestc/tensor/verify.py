@@ -6,7 +6,22 @@ from collections.abc import Iterator, Mapping
 
 from nestc.errors import Error
 from nestc.tensor import index as ix
-from nestc.tensor.ir import Binary, Block, Buffer, Call, Const, Expr, For, If, Kernel, Load, Stmt, Store, Var, statements
+from nestc.tensor.ir import (
+    Binary,
+    Block,
+    Buffer,
+    Call,
+    Const,
+    Expr,
+    For,
+    If,
+    Kernel,
+    Load,
+    Stmt,
+    Store,
+    Var,
+    statements,
+)
 from nestc.tensor.rewrite import substitute
 
 _SAMPLES = 12  # iterations of a parallel loop that are compared for races
@@ -66,7 +81,9 @@ Facts = Mapping[Expr, tuple[int, int]]  # what the conditions around a statement
 
 def _accesses(kernel: Kernel) -> Iterator[str]:
     declared = {b.name: b for b in (*kernel.params, *kernel.locals)}
-    yield from _block_accesses(kernel.body, declared, set(), {})
+    # A loop may leave partial sums in memory for its next iteration, so there the order in the text does not tell.
+    stored = {s.buffer.name for s in statements(kernel.body) if isinstance(s, Store) and s.buffer.memory != "regs"}
+    yield from _block_accesses(kernel.body, declared, stored, {})
 
 
 def _block_accesses(block: Block, declared: Mapping[str, Buffer], stored: set[str], facts: Facts) -> Iterator[str]:
