@@ -7,10 +7,16 @@ import onnx_ir.passes.common as common
 
 from nestc.graph.infer_shapes import InferShapes
 from nestc.graph.model import Model, require_static
+from nestc.graph.passes.cancel import Cancel
 from nestc.graph.passes.fold_affine import FoldAffine, LowerBatchNormalization
 from nestc.graph.passes.fold_constants import FoldConstants, LiftConstants
+from nestc.graph.passes.fuse_activation import FuseActivation
+from nestc.graph.passes.fuse_attention import FuseAttention
+from nestc.graph.passes.fuse_normalization import FuseNormalization
 from nestc.graph.passes.fuse_pad import FusePad
+from nestc.graph.passes.own_outputs import OwnOutputs
 from nestc.graph.passes.simplify import Simplify
+from nestc.graph.passes.sink import Sink
 from nestc.graph.quiet import quiet
 
 
@@ -25,6 +31,12 @@ def passes(notes: list[str]) -> list[ir.passes.PassBase]:
         # No-ops first, so that later patterns need not look through them.
         Simplify(notes),
         common.CommonSubexpressionEliminationPass(),
+        # Composites while their parts still stand as the exporter wrote them: folding below would take parts away.
+        FuseNormalization(notes),
+        FuseAttention(notes),
+        FuseActivation(notes),
+        # Transposes meet only after they have sunk, and may sink further once a pair has gone.
+        ir.passes.PassManager([Cancel(notes), Sink(notes), Simplify(notes)], steps=8),
         # Before FoldAffine, which leaves alone a shift in front of a padded convolution.
         FusePad(notes),
         FoldAffine(notes),
@@ -34,6 +46,8 @@ def passes(notes: list[str]) -> list[ir.passes.PassBase]:
         FoldConstants(notes),
         common.RemoveUnusedNodesPass(),
         InferShapes(),
+        # Last, since folding may turn an output into a constant.
+        OwnOutputs(notes),
     ]
 
 

@@ -13,7 +13,7 @@ from nestc.graph.quiet import quiet
 
 CANONICAL_OPSET = 24
 """The newest operator set for which ONNX Runtime 1.32 has kernels of all its operators (it lost Swish in 25)."""
-OLDEST_OPSET = 7
+OLDEST_OPSET = 1
 _SCRIPT_OLDEST = 18  # onnxscript's converter starts here; below it onnx's own one is used
 
 

@@ -1,0 +1,39 @@
+"""Let a node compute every graph output, so that each belongs to a region."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+
+class OwnOutputs(ir.passes.InPlacePass):
+    """Put an Identity before an output that is a weight, an input, or given out twice."""
+
+    def __init__(self, notes: list[str] | None = None) -> None:
+        super().__init__()
+        self.notes = [] if notes is None else notes
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        names = {value.name for node in graph.all_nodes() for value in node.outputs} | set(graph.initializers)
+        names |= {value.name for value in graph.inputs}
+        seen: set[ir.Value] = set()
+        changed = False
+        for index, value in enumerate(graph.outputs):
+            if value.producer() is not None and value not in seen:
+                seen.add(value)
+                continue
+            label = value.name
+            copy = ir.Value(name=label, type=value.type, shape=value.shape)
+            node = ir.node("Identity", [value], outputs=[copy], name=f"{label}.output", version=graph.opset_imports.get(""))
+            graph.append(node)
+            graph.outputs[index] = copy
+            if value.is_graph_input() or value.producer() is not None:
+                # An input keeps its name; so an output of that name cannot differ from it, and gets another.
+                copy.name = f"{label}.copy" if f"{label}.copy" not in names else f"{label}.copy.{index}"
+            else:
+                value.name = f"{label}.value"
+            names.add(copy.name)
+            changed = True
+        if changed:
+            self.notes.append("outputs that are constants or inputs copied")
+        return ir.passes.PassResult(model, changed)
