@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import isinf, isnan
 
@@ -89,11 +90,16 @@ def print_kernel(kernel: Kernel, symbol: str, machine: CpuMachine) -> Code:
     return _Printer(kernel, symbol, machine).run()
 
 
+_Lines = list["str | _Lines"]
+
+
 @dataclass
 class _Scope:
-    """Values computed in one straight run of code; they dominate everything emitted inside it later."""
+    """The body of a loop or branch: values computed there, which dominate everything emitted inside it later, and the
+    lines that stand before it is entered, where index arithmetic of outer loops is hoisted to."""
 
     values: dict[object, str] = field(default_factory=dict)
+    before: _Lines = field(default_factory=list)
 
 
 class _Printer:
@@ -102,7 +108,8 @@ class _Printer:
         self.symbol = symbol
         self.machine = machine
         self.entry: list[str] = []
-        self.lines: list[str] = []
+        self.lines: _Lines = []
+        self.depth: dict[str, int] = {}
         self.block = "entry"
         self.count = 0
         self.env: dict[str, int | str] = {}
@@ -117,10 +124,24 @@ class _Printer:
         self.count += 1
         return f"%{hint}{self.count}"
 
-    def emit(self, text: str, hint: str = "v") -> str:
-        name = self.fresh(hint)
-        self.lines.append(f"  {name} = {text}")
+    def emit(self, text: str, level: int | None = None) -> str:
+        """An instruction here, or hoisted to the scope of number `level`."""
+        name = self.fresh()
+        current = len(self.scopes) - 1
+        level = current if level is None else level
+        (self.lines if level == current else self.scopes[level + 1].before).append(f"  {name} = {text}")
+        self.depth[name] = level
         return name
+
+    def enter(self) -> None:
+        """Open a scope at this point; the branch into it is emitted next."""
+        scope = _Scope()
+        self.lines.append(scope.before)
+        self.scopes.append(scope)
+
+    def leave(self) -> None:
+        """Close the innermost scope."""
+        self.scopes.pop()
 
     def do(self, text: str) -> None:
         self.lines.append(f"  {text}")
@@ -142,7 +163,8 @@ class _Printer:
         return None
 
     def remember(self, key: object, value: str) -> str:
-        self.scopes[-1].values[key] = value
+        """Keep a value for later uses, as long as the scope that it was emitted in is open."""
+        self.scopes[self.depth.get(value, 0)].values[key] = value
         return value
 
     # -- the function
@@ -167,7 +189,7 @@ class _Printer:
                 f"{head} #0 {{",
                 "entry:",
                 *self.entry,
-                *self.lines,
+                *_flat(self.lines),
                 "  ret void",
                 "}",
                 *self.declared.values(),
@@ -228,14 +250,15 @@ class _Printer:
         start, stop = ("%begin", "%end") if s.kind == "parallel" else ("0", str(s.var.extent))
         var, following = self.fresh(f"{s.var.name}."), self.fresh("next")
         head, latch, done = (f"L{self.count}.{part}" for part in ("head", "latch", "done"))
+        self.enter()
         self.do(f"br label %{head}")
         before = self.block
         self.label(head)
         self.do(f"{var} = phi i64 [ {start}, %{before} ], [ {following}, %{latch} ]")
         self.env[s.var.name] = var
-        self.scopes.append(_Scope())
+        self.depth[var] = len(self.scopes) - 1
         self.statements(s.body)
-        self.scopes.pop()
+        self.leave()
         del self.env[s.var.name]
         self.do(f"br label %{latch}")
         self.label(latch)
@@ -251,14 +274,16 @@ class _Printer:
             return
         self.count += 1
         then, orelse, done = (f"I{self.count}.{part}" for part in ("then", "else", "done"))
+        before: _Lines = []
+        self.lines.append(before)
         self.do(f"br i1 {cond}, label %{then}, label %{orelse if s.orelse else done}")
         for name, block in ((then, s.then), (orelse, s.orelse)):
             if not block:
                 continue
             self.label(name)
-            self.scopes.append(_Scope())
+            self.scopes.append(_Scope(before=before))
             self.statements(block)
-            self.scopes.pop()
+            self.leave()
             self.do(f"br label %{done}")
         self.label(done)
 
@@ -298,15 +323,15 @@ class _Printer:
     def plain_store(self, s: Store, kind: str, value: str, align: int) -> None:
         self.do(f"store {kind} {value}, ptr {self.address(s.buffer, s.index)}, align {align}")
 
-    def guarded(self, cond: str, body) -> None:  # type: ignore[no-untyped-def]
+    def guarded(self, cond: str, body: Callable[[], None]) -> None:
         """Run `body` (which emits code) only where `cond` holds."""
         self.count += 1
         then, done = f"G{self.count}.then", f"G{self.count}.done"
+        self.enter()
         self.do(f"br i1 {cond}, label %{then}, label %{done}")
         self.label(then)
-        self.scopes.append(_Scope())
         body()
-        self.scopes.pop()
+        self.leave()
         self.do(f"br label %{done}")
         self.label(done)
 
@@ -343,57 +368,67 @@ class _Printer:
             return int(e.value)
         return self.value(e)
 
+    def level(self, *names: str) -> int:
+        """Number of the innermost scope that one of the values belongs to."""
+        return max((self.depth.get(name, 0) for name in names), default=0)
+
     def divide(self, op: str, x: str, k: int, positive: bool) -> str:
         """x // k or x % k on i64, rounded towards minus infinity."""
+        at = self.level(x)
         if k & (k - 1) == 0:
             shift = k.bit_length() - 1
-            return self.emit(f"ashr i64 {x}, {shift}" if op == "floordiv" else f"and i64 {x}, {k - 1}")
+            return self.emit(f"ashr i64 {x}, {shift}" if op == "floordiv" else f"and i64 {x}, {k - 1}", at)
         if positive:
-            return self.emit(f"{'udiv' if op == 'floordiv' else 'urem'} i64 {x}, {k}")
-        remainder = self.emit(f"srem i64 {x}, {k}")
-        negative = self.emit(f"icmp slt i64 {remainder}, 0")
+            return self.emit(f"{'udiv' if op == 'floordiv' else 'urem'} i64 {x}, {k}", at)
+        remainder = self.emit(f"srem i64 {x}, {k}", at)
+        negative = self.emit(f"icmp slt i64 {remainder}, 0", at)
         if op == "mod":
-            return self.emit(f"add i64 {remainder}, {self.emit(f'select i1 {negative}, i64 {k}, i64 0')}")
-        quotient = self.emit(f"sdiv i64 {x}, {k}")
-        return self.emit(f"add i64 {quotient}, {self.emit(f'sext i1 {negative} to i64')}")
+            return self.emit(f"add i64 {remainder}, {self.emit(f'select i1 {negative}, i64 {k}, i64 0', at)}", at)
+        quotient = self.emit(f"sdiv i64 {x}, {k}", at)
+        return self.emit(f"add i64 {quotient}, {self.emit(f'sext i1 {negative} to i64', at)}", at)
 
     def total(self, c: int, parts: list[tuple[str, int]]) -> str:
-        """The sum as an i64 operand; partial sums are shared."""
+        """The sum as an i64 operand: outer loops' parts first, each partial sum in the outermost scope it can be."""
         if not parts:
             return str(c)
-        key = ("sum", tuple(parts))
-        value = self.known(key)
-        if value is None:
-            for name, coefficient in parts:
+        ordered = sorted(parts, key=lambda part: self.level(part[0]))
+        value: str | None = None
+        for i, (name, coefficient) in enumerate(ordered):
+            key = ("sum", tuple(ordered[: i + 1]))
+            known = self.known(key)
+            if known is None:
                 part = name
                 if coefficient != 1:
                     scaled = ("scaled", name, coefficient)
-                    part = self.known(scaled) or self.remember(scaled, self.emit(f"mul nsw i64 {name}, {coefficient}"))
-                value = part if value is None else self.emit(f"add nsw i64 {value}, {part}")
-            assert value is not None
-            self.remember(key, value)
-        return self.emit(f"add nsw i64 {value}, {c}") if c else value
+                    part = self.known(scaled) or self.remember(
+                        scaled, self.emit(f"mul nsw i64 {name}, {coefficient}", self.level(name))
+                    )
+                known = part if value is None else self.emit(f"add nsw i64 {value}, {part}", self.level(value, part))
+                self.remember(key, known)
+            value = known
+        assert value is not None
+        return self.emit(f"add nsw i64 {value}, {c}", self.level(value)) if c else value
 
     def address(self, buffer: Buffer, index: tuple[Expr, ...]) -> str:
-        """Pointer to an element: a shared base for the moving part, then a constant offset."""
+        """Pointer to an element: a base moved once in each loop that it depends on, then a constant offset."""
         if buffer.memory == "regs":
             return self.register(buffer, index)
         c, parts = self.sum(ix.flatten(index, buffer.shape))
-        base = self.bases[buffer.name]
-        bytes_each = width(buffer.dtype) // 8
-        if parts:
-            key = ("place", buffer.name, tuple(parts))
-            moving = self.known(key)
-            if moving is None:
-                offset = self.total(0, parts)
-                kind = memory_type(buffer.dtype)
-                moving = self.remember(key, self.emit(f"getelementptr inbounds {kind}, ptr {base}, i64 {offset}"))
-            base = moving
+        place = self.bases[buffer.name]
+        kind = memory_type(buffer.dtype)
+        levels = sorted({self.level(name) for name, _ in parts})
+        for level in levels:
+            offset = self.total(0, [part for part in parts if self.level(part[0]) == level])
+            key = ("place", place, offset, kind)
+            place = self.known(key) or self.remember(
+                key, self.emit(f"getelementptr inbounds {kind}, ptr {place}, i64 {offset}", self.level(place, offset))
+            )
         if c == 0:
-            return base
-        key = ("offset", base, c * bytes_each)
+            return place
+        offset_bytes = c * (width(buffer.dtype) // 8)
+        key = ("offset", place, offset_bytes)
         known = self.known(key)
-        return known or self.remember(key, self.emit(f"getelementptr i8, ptr {base}, i64 {c * bytes_each}"))
+        return known or self.remember(key, self.emit(f"getelementptr i8, ptr {place}, i64 {offset_bytes}"))
 
     def addresses(self, buffer: Buffer, index: tuple[Expr, ...], lanes: int) -> str:
         """A vector of pointers for a gather or scatter."""
@@ -739,6 +774,15 @@ class _Printer:
         quiet = self.emit(f"or {wide} {shifted}, {self.splat('64', 'i32', lanes)}")
         chosen = self.emit(f"select {flag} {nan}, {wide} {quiet}, {wide} {rounded}")
         return self.emit(f"trunc {wide} {chosen} to {_vector('i16', lanes)}")
+
+
+def _flat(lines: _Lines) -> Iterator[str]:
+    """The lines in order, hoisted ones included."""
+    for line in lines:
+        if isinstance(line, str):
+            yield line
+        else:
+            yield from _flat(line)
 
 
 def literal(e: Const) -> str:

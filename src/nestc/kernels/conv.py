@@ -18,7 +18,7 @@ from nestc.tensor.ir import Broadcast, Buffer, Const, Expr, Fma, Load, Var
 from nestc.tensor.rewrite import cast
 from nestc.tensor.vectorize import vectorize
 
-_ITEM_FLOPS = 400_000  # least work of one parallel item: some 4 us
+_ITEM_FLOPS = 1_000_000  # least work of one parallel item: some 10 us
 
 
 class ConvFamily:
@@ -111,6 +111,8 @@ class _Direct:
     Items of the parallel loop are (batch, group of output vectors, chunk of output rows). An item walks its rows and
     register tiles; for each tile it sums over input blocks, kernel rows and columns with ``mr * nr`` vector
     accumulators, broadcasting inputs against streamed weights [group of outputs][input block][kernel][lane][nr * lanes].
+    Where the weights of an item are larger than half of L1, input blocks are taken in chunks that are not: all tiles of
+    the item use a chunk before the next one, and partial sums wait in scratch memory.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class _Direct:
         self.zero_groups = zero_groups
         self.machine = machine
         self.dtype = region.types[op.inputs[0]].dtype
+        self.element = 4 if self.dtype == "float32" else 8
         self.lanes = machine.lanes("float32")
         registers = machine.vector_registers if self.dtype == "float32" else machine.vector_registers // 2
         group_vectors = ceil(shape.out_channels // shape.group / self.lanes)
@@ -190,12 +193,17 @@ class _Direct:
         self.acc = k.regs("acc", (max(t.width for t in self.tiles), nr), lanes, self.dtype)
         self.wreg = k.regs("w", (nr,), lanes, self.dtype)
         self.xreg = k.regs("x", (), lanes, self.dtype)
-        chunks = ceil(rows / chunk)
-        with k.parallel("item", s.batch, s.group * self.group_chunks, chunks) as (n, oc, part):
-            with k.loop("r", chunk) as r:
-                row = ix.add(ix.mul(part, chunk), r)
-                with k.when(within(row, rows)):
-                    self.row(n, oc, ix.unflatten(row, s.out[:-1]))
+        self.block_chunk = self.blocks_per_chunk()
+        self.block_chunks = self.blocks // self.block_chunk
+        if self.block_chunks > 1:
+            self.partial = k.scratch("partial", (chunk, length, nr * lanes), self.dtype)
+        with k.parallel("item", s.batch, s.group * self.group_chunks, rows // chunk) as (n, oc, part):
+            with k.loop("ic", self.block_chunks) as ic:
+                with k.loop("r", chunk) as r:
+                    outer = ix.unflatten(ix.add(ix.mul(part, chunk), r), s.out[:-1])
+                    for tile in self.tiles:
+                        with k.loop("t", tile.count) as t:
+                            self.tile(tile, n, oc, outer, ix.add(ix.mul(t, tile.width), tile.start), ic, r)
         launch = self.operands.launch()
         return Lowered((launch,), constants={**self.operands.constants, **constants})
 
@@ -236,30 +244,50 @@ class _Direct:
         padded[:, : s.out_channels // s.group] = bias.reshape(s.group, -1)
         return padded.reshape(s.group * self.group_chunks, self.nr * self.lanes)
 
-    def row(self, n: Expr, oc: Expr, outer: tuple[Expr, ...]) -> None:
-        """All tiles of one output row."""
-        k = self.builder
-        for tile in self.tiles:
-            with k.loop("t", tile.count) as t:
-                self.tile(tile, n, oc, outer, ix.add(ix.mul(t, tile.width), tile.start))
+    def blocks_per_chunk(self) -> int:
+        """Input blocks whose weights take half of L1: a divisor of their number."""
+        block_bytes = prod(self.shape.kernel) * self.step * self.nr * self.lanes * self.element
+        if self.blocks * block_bytes <= self.machine.l1_bytes * 3 // 4 or self.in_per_group % self.step:
+            return self.blocks
+        chunk = max(1, self.machine.l1_bytes // 2 // block_bytes)
+        while self.blocks % chunk:
+            chunk -= 1
+        # Partial sums are read and written once a chunk: not worth it for short sums.
+        return chunk if chunk * self.step * prod(self.shape.kernel) >= 64 else self.blocks
 
-    def tile(self, tile: Tile, n: Expr, oc: Expr, outer: tuple[Expr, ...], start: Expr) -> None:
-        """One register tile: accumulators from the bias, the sum, the tail."""
+    def tile(
+        self, tile: Tile, n: Expr, oc: Expr, outer: tuple[Expr, ...], start: Expr, ic: Expr, r: Expr
+    ) -> None:
+        """One register tile: accumulators from the bias or the partial sums, the sum, the tail or partial sums again."""
         s, k, lanes = self.shape, self.builder, self.lanes
-        for i in range(self.nr):
-            if self.bias is None:
-                first: Expr = constant(0.0, self.dtype, lanes)
-            else:
-                first = load(self.bias, oc, i * lanes, lanes=lanes)
-            for j in range(tile.width):
-                k.store(self.acc, (j, i, 0), first)
+        places = [(j, i) for j in range(tile.width) for i in range(self.nr)]
+        with k.when(binary("eq", ic, ix.const(0))):
+            for j, i in places:
+                bias = None if self.bias is None else load(self.bias, oc, i * lanes, lanes=lanes)
+                k.store(self.acc, (j, i, 0), bias or constant(0.0, self.dtype, lanes))
+        if self.block_chunks > 1:
+            with k.when(binary("gt", ic, ix.const(0))):
+                for j, i in places:
+                    k.store(self.acc, (j, i, 0), load(self.partial, r, ix.add(start, j), i * lanes, lanes=lanes))
         channel = ix.mul(ix.floordiv(oc, self.group_chunks), self.in_per_group)
         whole = self.in_per_group % self.step == 0
-        with k.loop("ib", self.blocks if whole else self.blocks - 1) as ib:
-            self.kernel_rows(tile, n, oc, outer, start, channel, ib, self.step)
+        with k.loop("ib", self.block_chunk if whole else self.blocks - 1) as ib:
+            block = ix.add(ix.mul(ic, self.block_chunk), ib)
+            self.kernel_rows(tile, n, oc, outer, start, channel, block, self.step)
         if not whole:
             last = ix.const(self.blocks - 1)
             self.kernel_rows(tile, n, oc, outer, start, channel, last, self.in_per_group % self.step)
+        if self.block_chunks > 1:
+            with k.when(binary("lt", ic, ix.const(self.block_chunks - 1))):
+                for j, i in places:
+                    value = load(self.acc, j, i, 0, lanes=lanes)
+                    k.store(self.partial, (r, ix.add(start, j), i * lanes), value)
+        with k.when(binary("eq", ic, ix.const(self.block_chunks - 1))):
+            self.finish_tile(tile, n, oc, outer, start)
+
+    def finish_tile(self, tile: Tile, n: Expr, oc: Expr, outer: tuple[Expr, ...], start: Expr) -> None:
+        """The tail of every output of a tile."""
+        s = self.shape
         per_group = s.out_channels // s.group
         for j in range(tile.width):
             for i in range(self.nr):

@@ -151,5 +151,5 @@ def register_tile(lanes_out: int, pixels: int, registers: int) -> tuple[int, int
 
 
 def _step_cycles(width: int, nr: int) -> float:
-    """Cycles of one input channel: multiply-adds, loads, latency, and weights streamed from L2 (16 bytes a cycle)."""
-    return max(width * nr / 2, (width + nr) / 2, 4.0, 2.0 * nr) + 0.1
+    """Cycles of one input channel: multiply-adds, loads, or latency; wider tiles load less."""
+    return max(width * nr / 2, (width + nr) / 2, 4.0) + 0.02 * (width + nr)
