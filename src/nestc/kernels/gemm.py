@@ -1,0 +1,299 @@
+"""MatMul and Gemm as one register-tiled kernel over panels of `b`, with the elementwise tail at the store.
+
+The scheme is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), without packing
+`a`: its rows are broadcast from where they lie, and a tile of them stays in L1 while panels of `b` come from L2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil, prod
+
+import numpy as np
+
+from nestc.graph.region import Op, Region, TensorType
+from nestc.kernels.api import PLAIN, CpuMachine, Launch, Layout, Lowered
+from nestc.kernels.gemm_pack import pack_constant, pack_launch
+from nestc.kernels.gemm_shape import (
+    Blocks,
+    Product,
+    accumulation_dtype,
+    choose_blocks,
+    choose_tile,
+    lanes_below,
+    product_of,
+    scaled_stores,
+)
+from nestc.kernels.gemv import dot_refusal, lower_dot
+from nestc.kernels.operands import Operands
+from nestc.kernels.tail import Tail, tail_refusal
+from nestc.tensor import index as ix
+from nestc.tensor.build import Builder, clamp, constant, less, load, splat
+from nestc.tensor.ir import Binary, Expr, Fma, Load, Stmt, Var
+from nestc.tensor.rewrite import binary, cast
+from nestc.tensor.vectorize import vectorize
+
+_FLOATS = frozenset({"float32", "float64", "float16", "bfloat16"})
+_INTEGERS = frozenset({"int32", "int64", "uint32", "uint64"})
+_UNROLL = 4  # steps of k written out in the inner loop
+_PREFETCH_BYTES = 1024  # how far ahead of its use a stream that is read once is asked for
+_HEAVY = frozenset("Celu Cos Elu Erf Exp Gelu Log Mish Pow Selu Sigmoid Sin Softplus Swish Tanh".split())
+
+
+class GemmFamily:
+    """MatMul and Gemm of any rank and broadcasting, on floats (half types computed in float32) and wide integers."""
+
+    name = "gemm"
+
+    def refusal(self, region: Region) -> str | None:
+        """Why this family does not lower `region`; None if it does."""
+        op = _anchor(region)
+        if op is None:
+            return "its anchor is neither MatMul nor Gemm"
+        dtype = region.types[op.inputs[0]].dtype
+        if dtype not in _FLOATS | _INTEGERS:
+            return f"{op.op_type} (node {op.name!r}) on {dtype} is not for this family"
+        if dtype in _INTEGERS and op.op_type == "Gemm":
+            return f"Gemm (node {op.name!r}) on {dtype} is not for this family"
+        if any(0 in region.types[name].shape for name in (*op.inputs[:2], op.outputs[0])):
+            return f"{op.op_type} (node {op.name!r}) has an axis of size 0"
+        return tail_refusal(region, op)
+
+    def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
+        """Everything row-major."""
+        return dict.fromkeys((*region.inputs, *region.outputs), PLAIN)
+
+    def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
+        """One launch, after one that packs `b` where that is needed while running."""
+        op = _anchor(region)
+        assert op is not None
+        product = product_of(op, region)
+        if dot_refusal(product, region, machine) is None:
+            return lower_dot(region, op, product, machine)
+        return _Gemm(region, op, product, machine).lower()
+
+
+def _anchor(region: Region) -> Op | None:
+    return next((op for op in region.ops if op.op_type in ("MatMul", "Gemm") and not op.domain), None)
+
+
+class _Gemm:
+    """Builds the kernel of one product.
+
+    Parallel items are (batch, group of panels, group of row tiles), the rows moving fastest, so that the next item of a
+    worker finds its panels in L2.
+    """
+
+    def __init__(self, region: Region, op: Op, product: Product, machine: CpuMachine) -> None:
+        self.region, self.op, self.product, self.machine = region, op, product, machine
+        self.dtype = accumulation_dtype(region.types[product.a].dtype)
+        self.lanes = machine.lanes(self.dtype)
+        self.size = {"float64": 8, "int64": 8, "uint64": 8}.get(self.dtype, 4)
+        self.tile = choose_tile(product.m, product.n, self.lanes, machine)
+        self.width = self.tile.vectors * self.lanes
+        self.panels = ceil(product.n / self.width)
+        self.blocks: Blocks = choose_blocks(product, self.tile, self.lanes, self.size, machine)
+        self.direct = self.reads_b_directly()
+        self.k = Builder("gemm")
+        self.operands = Operands(self.k, region, {})
+
+    def reads_b_directly(self) -> bool:
+        """Whether the rows of a `b` that is not constant are read where they lie.
+
+        Packing costs about as much as two row tiles. Long rows make the panel's lines fall into few sets of the caches.
+        """
+        p = self.product
+        if p.b in self.region.constants or p.transposed_b or p.vector_b:
+            return False
+        if self.region.types[p.b].dtype != self.dtype:
+            return False
+        small = p.n * self.size <= 1024 and p.n * p.k * self.size <= self.machine.l2_bytes // 2
+        return small or p.m <= 2 * self.tile.rows
+
+    def lower(self) -> Lowered:
+        """The launches, the packed weights, and the temporary for panels packed while running."""
+        p, operands = self.product, self.operands
+        launches: list[Launch] = []
+        temporaries: dict[str, TensorType] = {}
+        constants: dict[str, np.ndarray] = {}
+        operands.buffer(p.a)
+        self.scale = p.alpha
+        if self.direct:
+            self.b = operands.buffer(p.b)
+        else:
+            name = f"{p.b}.panels"
+            if p.b in self.region.constants:
+                constants[name] = pack_constant(p, self.region, self.width, self.dtype)
+                type_ = TensorType(self.dtype, constants[name].shape)
+                self.scale = 1.0
+            else:
+                launch, type_ = pack_launch(p, self.region, self.width, self.lanes, self.dtype, name)
+                launches.append(launch)
+                temporaries[name] = type_
+            operands.define(name, type_)
+            self.b = operands.buffer(name)
+        self.tail = Tail(operands, self.op)
+        self.tail.declare()
+        self.build()
+        launches.append(operands.launch())
+        return Lowered(tuple(launches), temporaries, {**operands.constants, **constants})
+
+    def build(self) -> None:
+        """The parallel loop and, within an item, its row tiles."""
+        k, p, t = self.k, self.product, self.tile
+        self.acc = k.regs("acc", (t.split, t.rows, t.vectors), self.lanes, self.dtype)
+        self.row = k.regs("a", (t.rows,), self.lanes, self.dtype)
+        self.column = k.regs("b", (t.vectors,), self.lanes, self.dtype)
+        self.heavy = any(op.op_type in _HEAVY for op in self.region.ops) or len(self.region.ops) > 5
+        if self.heavy:
+            self.finished = k.stack("tile", (t.rows, self.width), self.dtype)
+        full, rest = divmod(p.m, t.rows)
+        groups = max(1, full) // self.blocks.tiles
+        across = self.panels // self.blocks.panels
+        with k.parallel("item", *(prod(p.batch), across, groups)) as (n, jb, ib):
+            batch = ix.unflatten(n, p.batch)
+            if full:
+                with k.loop("tile_row", self.blocks.tiles) as ti:
+                    row = ix.mul(ix.add(ix.mul(ib, self.blocks.tiles), ti), t.rows)
+                    self.row_tile(batch, jb, row, t.rows)
+            if rest:
+                with k.when(binary("eq", ib, ix.const(groups - 1))):
+                    self.row_tile(batch, jb, ix.const(full * t.rows), rest)
+
+    def row_tile(self, batch: tuple[Expr, ...], jb: Expr, row: Expr, rows: int) -> None:
+        """The item's panels for one tile of rows."""
+        k, p = self.k, self.product
+        with k.loop("panel", self.blocks.panels) as pj:
+            panel = ix.add(ix.mul(jb, self.blocks.panels), pj)
+            if p.n % self.width == 0:
+                self.sum_over_k(batch, panel, row, rows)
+                self.finish(batch, panel, row, rows)
+                return
+            last = ix.const(self.panels - 1)
+            if not self.direct:
+                self.sum_over_k(batch, panel, row, rows)
+            if self.panels == 1:
+                self.last_panel(batch, last, row, rows)
+                return
+            with k.when(less(panel, last)):
+                inner = clamp(panel, 0, self.panels - 2)
+                if self.direct:
+                    self.sum_over_k(batch, inner, row, rows)
+                self.finish(batch, inner, row, rows)
+            with k.when(binary("eq", panel, last)):
+                self.last_panel(batch, last, row, rows)
+
+    def last_panel(self, batch: tuple[Expr, ...], panel: Expr, row: Expr, rows: int) -> None:
+        """A panel that reaches past the last column."""
+        if self.direct:
+            self.sum_over_k(batch, panel, row, rows)
+        self.finish(batch, panel, row, rows)
+
+    def sum_over_k(self, batch: tuple[Expr, ...], panel: Expr, row: Expr, rows: int) -> None:
+        """Leave the tile's sums in the accumulators."""
+        k, t, depth = self.k, self.tile, self.product.k
+        zero = constant(0, self.dtype, self.lanes)
+        for s in range(t.split):
+            for r in range(rows):
+                for c in range(t.vectors):
+                    k.store(self.acc, (s, r, c, 0), zero)
+        step = max(_UNROLL, t.split)
+        with k.loop("k", depth // step) as p:
+            for u in range(step):
+                self.step(batch, panel, row, rows, ix.add(ix.mul(p, step), u), u % t.split)
+            if self.product.m <= 2 * t.rows:
+                self.prefetch(batch, panel, ix.mul(p, step), step)
+        for u in range(depth - depth % step, depth):
+            self.step(batch, panel, row, rows, ix.const(u), u % t.split)
+        for s in range(1, t.split):
+            for r in range(rows):
+                for c in range(t.vectors):
+                    total = Binary(
+                        "add",
+                        load(self.acc, 0, r, c, 0, lanes=self.lanes),
+                        load(self.acc, s, r, c, 0, lanes=self.lanes),
+                    )
+                    k.store(self.acc, (0, r, c, 0), total)
+
+    def step(self, batch: tuple[Expr, ...], panel: Expr, row: Expr, rows: int, at: Expr, s: int) -> None:
+        """One k: the shorter side of the tile is kept in registers, the longer one streams."""
+        k, p, lanes = self.k, self.product, self.lanes
+
+        def fetch_row(r: int) -> None:
+            value = cast(self.operands.load(p.a, p.a_index(batch, ix.add(row, r), at)), self.dtype)
+            k.store(self.row, (r, 0), splat(value, lanes))
+
+        def fetch_column(c: int) -> None:
+            k.store(self.column, (c, 0), self.b_vector(batch, panel, at, c))
+
+        def multiply(r: int, c: int) -> None:
+            a, b, acc = load(self.row, r, 0, lanes=lanes), load(self.column, c, 0, lanes=lanes), (s, r, c, 0)
+            k.store(self.acc, acc, Fma(a, b, load(self.acc, *acc, lanes=lanes)))
+
+        if rows < self.tile.vectors:
+            for r in range(rows):
+                fetch_row(r)
+            for c in range(self.tile.vectors):
+                fetch_column(c)
+                for r in range(rows):
+                    multiply(r, c)
+            return
+        for c in range(self.tile.vectors):
+            fetch_column(c)
+        for r in range(rows):
+            fetch_row(r)
+            for c in range(self.tile.vectors):
+                multiply(r, c)
+
+    def b_vector(self, batch: tuple[Expr, ...], panel: Expr, at: Expr, c: int) -> Expr:
+        """Vector `c` of row `at` of a panel."""
+        p, lanes = self.product, self.lanes
+        if not self.direct:
+            return load(self.b, self.product.b_matrix(batch), panel, at, c * lanes, lanes=lanes)
+        start = ix.add(ix.mul(panel, self.width), c * lanes)
+        low, high = ix.bounds(start)
+        if high + lanes <= p.n:
+            return load(self.b, *p.b_index(batch, at, start), lanes=lanes)
+        if low >= p.n:
+            return constant(0, self.dtype, lanes)
+        lanes_inside = lanes_below(start, p.n, lanes)
+        return load(self.b, *p.b_index(batch, at, start), lanes=lanes, mask=lanes_inside)
+
+    def prefetch(self, batch: tuple[Expr, ...], panel: Expr, at: Expr, step: int) -> None:
+        """Ask for the lines of packed weights that few rows will read, some steps ahead."""
+        if self.direct:
+            return
+        line = 64 // self.size
+        ahead = max(step, _PREFETCH_BYTES // (self.width * self.size))
+        for u in range(step):
+            for c in range(0, self.width, line):
+                self.k.prefetch(self.b, self.product.b_matrix(batch), panel, ix.add(at, u + ahead), c)
+
+    def finish(self, batch: tuple[Expr, ...], panel: Expr, row: Expr, rows: int) -> None:
+        """Scale, add, run the tail and store."""
+        k, lanes = self.k, self.lanes
+        start = ix.mul(panel, self.width)
+        if not self.heavy:
+            for r in range(rows):
+                for c in range(self.tile.vectors):
+                    lane = Var(f"lane{r}_{c}", lanes)
+                    value = Load(self.acc, (ix.const(0), ix.const(r), ix.const(c), lane))
+                    column = ix.add(start, c * lanes, lane)
+                    k.emit(vectorize(self.stores(batch, ix.add(row, r), column, value), lane, ix.const(0), lanes))
+            return
+        for r in range(rows):
+            for c in range(self.tile.vectors):
+                k.store(self.finished, (r, c * lanes), load(self.acc, 0, r, c, 0, lanes=lanes))
+        with k.loop("done_row", rows) as r, k.loop("done_vector", self.tile.vectors) as c:
+            lane = Var("lane", lanes)
+            place = ix.add(ix.mul(c, lanes), lane)
+            value = Load(self.finished, (r, place))
+            statements = self.stores(batch, ix.add(row, r), ix.add(start, place), value)
+            k.emit(vectorize(statements, lane, ix.const(0), lanes))
+
+    def stores(self, batch: tuple[Expr, ...], row: Expr, column: Expr, value: Expr) -> tuple[Stmt, ...]:
+        """Scalar stores of one element of the product."""
+        return scaled_stores(self.product, self.operands, self.tail, (batch, row, column), value, self.scale)
+
+
+GEMM = GemmFamily()
