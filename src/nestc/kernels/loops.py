@@ -1,0 +1,571 @@
+"""The schedule of the generic lowering: how axes are split, merged, spread over workers and vectorised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+
+from nestc.kernels.api import CpuMachine
+from nestc.kernels.compute import cost, identity_of, nodes
+from nestc.tensor import index as ix
+from nestc.tensor.build import Builder, binary, splat
+from nestc.tensor.ir import Binary, Block, Buffer, Const, Expr, Load, Reduce, Select, Store, Unary, Var
+from nestc.tensor.rewrite import map_statements, substitute, transform
+from nestc.tensor.vectorize import vectorize
+
+PARALLEL_COST = 20_000
+"""Work (elements times `compute.cost`) below which a kernel is not worth waking workers for."""
+
+CHUNKS = 64
+"""Iterations that a parallel loop should have: enough for many workers, few enough that claiming costs nothing."""
+
+UNROLLED_COST = 160
+"""Instructions (by `compute.cost`) that one unrolled body may have."""
+
+TILE = 16
+"""Edge of the square tiles in which a transposing copy runs: a cache line of float32."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Stores over loop axes. Buffers are one-dimensional parameters of the kernel; expressions are scalar.
+
+    With ``reduce``, ``value`` is combined with ``op`` over these axes into the accumulator, and ``stores`` are in terms
+    of ``holder``, the load that stands for it.
+    """
+
+    axes: tuple[Var, ...]
+    stores: tuple[Store, ...]
+    reduce: tuple[Var, ...] = ()
+    op: str = "add"
+    value: Expr | None = None
+    holder: Load | None = None
+
+    def expressions(self) -> list[Expr]:
+        """Everything that depends on the axes."""
+        found = [e for s in self.stores for e in (*s.index, s.value, *(() if s.mask is None else (s.mask,)))]
+        return found if self.value is None else [*found, self.value]
+
+    def positions(self) -> list[Expr]:
+        """The flat positions of all accesses."""
+        found = [s.index[0] for s in self.stores]
+        return found + [n.index[0] for e in self.expressions() for n in nodes(e) if isinstance(n, Load) and n.index]
+
+    def renamed(self, values: dict[Var, Expr], axes: Sequence[Var], reduce: Sequence[Var]) -> Job:
+        """The job over other axes."""
+
+        def visit(e: Expr) -> Expr:
+            return substitute(e, values)
+
+        stores = tuple(
+            Store(s.buffer, tuple(map(visit, s.index)), visit(s.value), None if s.mask is None else visit(s.mask))
+            for s in self.stores
+        )
+        value = None if self.value is None else visit(self.value)
+        return replace(self, axes=tuple(axes), reduce=tuple(reduce), stores=stores, value=value)
+
+    @property
+    def cost(self) -> int:
+        """Cost of one element (one step of a reduction)."""
+        return sum(cost(e) for e in ([s.value for s in self.stores] if self.value is None else [self.value])) + 1
+
+
+# -- normal form of the axes
+
+
+def normalized(job: Job) -> Job:
+    """The job without axes of extent 1, with axes split where accesses need it and merged where they do not."""
+    unit = {v: ix.const(0) for v in (*job.axes, *job.reduce) if v.extent == 1}
+    job = job.renamed(dict(unit), [v for v in job.axes if v not in unit], [v for v in job.reduce if v not in unit])
+    job = _split(job)
+    return _merged(_merged(job, "reduce"), "axes")
+
+
+def _quotients(job: Job) -> Iterator[Binary]:
+    for e in job.expressions():
+        for n in nodes(e):
+            if isinstance(n, Binary) and n.op in ("floordiv", "mod") and n.dtype == "int64" and isinstance(n.b, Const):
+                yield n
+
+
+def _split(job: Job) -> Job:
+    """Axes that are only met as quotient and remainder by a divisor of their extent become two axes."""
+    for _ in range(8):
+        chosen: tuple[Var, int] | None = None
+        for n in _quotients(job):
+            k = int(n.b.value)  # type: ignore[attr-defined]
+            if isinstance(n.a, Var) and n.a.extent % k == 0 and 1 < k < n.a.extent and n.a in (*job.axes, *job.reduce):
+                chosen = (n.a, k)
+                break
+        if chosen is None:
+            return job
+        v, k = chosen
+        outer, inner = Var(f"{v.name}o", v.extent // k), Var(f"{v.name}i", k)
+        whole = ix.add(ix.mul(outer, k), inner)
+        spread = {name: tuple(w for a in axes for w in ((outer, inner) if a == v else (a,)))
+                  for name, axes in (("axes", job.axes), ("reduce", job.reduce))}  # fmt: skip
+        job = job.renamed({v: whole}, spread["axes"], spread["reduce"])
+    return job
+
+
+def _mergeable(job: Job, a: Var, b: Var) -> bool:
+    """Whether every access moves b.extent times as far for `a` as for `b`, so that both are one axis."""
+    for position in job.positions():
+        ca, cb = ix.coefficient(position, a), ix.coefficient(position, b)
+        if ca is None or cb is None:
+            if ca is not None and cb is None and ca == 0:
+                return False
+            continue
+        if ca != cb * b.extent:
+            return False
+    return True
+
+
+def _merged(job: Job, which: str) -> Job:
+    """Neighbouring axes that all accesses walk in one go become one."""
+    i = len(getattr(job, which)) - 2
+    while i >= 0:
+        axes: tuple[Var, ...] = getattr(job, which)
+        a, b = axes[i], axes[i + 1]
+        if _mergeable(job, a, b):
+            both = Var(f"{a.name}_{b.name}"[-40:], a.extent * b.extent)
+            rest = (*axes[:i], both, *axes[i + 2 :])
+            values: dict[Var, Expr] = {a: ix.floordiv(both, b.extent), b: ix.mod(both, b.extent)}
+            new = job.renamed(values, rest if which == "axes" else job.axes, rest if which == "reduce" else job.reduce)
+            before = sum(not ix.variables(n).isdisjoint((a, b)) for n in set(_quotients(job)))
+            after = sum(both in ix.variables(n) for n in set(_quotients(new)))
+            if after <= before:
+                job = new
+        i -= 1
+    return job
+
+
+# -- vectors
+
+
+def vector_lanes(job: Job, machine: CpuMachine) -> int:
+    """Lanes of the widest dtype that the job's values have (indices do not count)."""
+    lanes = [machine.lanes(s.buffer.dtype) for s in job.stores]
+    roots = [s.value for s in job.stores] + ([] if job.value is None else [job.value])
+    seen: set[int] = set()
+    while roots:
+        e = roots.pop()
+        if id(e) in seen or isinstance(e, (Const, Var)):
+            continue
+        seen.add(id(e))
+        if isinstance(e, Load):
+            lanes.append(machine.lanes(e.dtype))
+            continue
+        if e.dtype not in ("bool", "int64"):
+            lanes.append(machine.lanes(e.dtype))
+        roots.extend(e.children())
+    return min(lanes)
+
+
+def vector_gain(job: Job, v: Var, lanes: int) -> bool:
+    """Whether vectors along `v` are worth it: gathers and divided indices must not outweigh the arithmetic."""
+    if v.extent < lanes:
+        return False
+    vector = scalar = 0
+    for s in job.stores if v in job.axes else ():
+        if ix.coefficient(s.index[0], v) != 1:
+            return False
+    for e in job.expressions():
+        for n in nodes(e):
+            if isinstance(n, Load) and n.index:
+                stride = ix.coefficient(n.index[0], v)
+                vector += 1 if stride in (0, 1) else 2 * lanes
+                scalar += lanes
+            elif isinstance(n, Binary) and n.op in ("floordiv", "mod", "rem", "div") and "float" not in n.dtype:
+                vector += 3 * lanes if ix.depends(n, v) else 0
+                scalar += 2 * lanes
+    arithmetic = job.cost
+    return vector + arithmetic < scalar + arithmetic * lanes
+
+
+def unrolling(job: Job, steps: int) -> int:
+    """How many vectors one body should handle."""
+    count = 4
+    while count > 1 and (count > steps or count * job.cost > UNROLLED_COST):
+        count //= 2
+    return count
+
+
+def run(builder: Builder, block: Block, v: Var, start: Expr, extent: int, lanes: int, unroll: int) -> None:
+    """Iterations start .. start + extent - 1 of a loop over `v` with body `block`, which only writes what it owns.
+
+    A ragged end is done by a vector that overlaps the one before it, so the stores must be idempotent.
+    """
+    step = lanes * unroll
+    full, rest = divmod(extent, step)
+    if full:
+        with builder.loop("i", full) as i:
+            if unroll == 1:
+                _emit(builder, block, v, ix.add(start, ix.mul(i, step)), lanes)
+            else:
+                with builder.unroll("u", unroll) as u:
+                    _emit(builder, block, v, ix.add(start, ix.mul(i, step), ix.mul(u, lanes)), lanes)
+    vectors, rest = divmod(rest, lanes)
+    if vectors:
+        with builder.loop("i", vectors) as i:
+            _emit(builder, block, v, ix.add(start, full * step, ix.mul(i, lanes)), lanes)
+    if rest and extent >= lanes:
+        _emit(builder, block, v, ix.add(start, extent - lanes), lanes)
+    elif rest:
+        with builder.loop("i", rest) as i:
+            _emit(builder, block, v, ix.add(start, full * step + vectors * lanes, i), 1)
+
+
+def _emit(builder: Builder, block: Block, v: Var, base: Expr, lanes: int) -> None:
+    if lanes == 1:
+        builder.emit(tuple(_moved(s, {v: base}) for s in block))
+    else:
+        builder.emit(vectorize(block, v, base, lanes))
+
+
+def _moved(s: object, values: dict[Var, Expr]) -> Store:
+    assert isinstance(s, Store)
+    mask = None if s.mask is None else substitute(s.mask, values)
+    return Store(s.buffer, tuple(substitute(i, values) for i in s.index), substitute(s.value, values), mask)
+
+
+# -- kernels
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """How a job is cut for workers: the axes (and chunks of the last one) of the parallel loop, and what is left."""
+
+    outer: tuple[Var, ...]
+    inner: tuple[Var, ...]
+    chunks: int = 1
+    chunk: int = 0
+
+
+def _spread(axes: tuple[Var, ...], work: int, step: int) -> _Spread:
+    """Cut `axes` so that the parallel loop has about CHUNKS iterations, each worth waking a worker for.
+
+    ``work`` is the cost of one iteration of all axes; ``step`` the elements of the last axis handled at a time.
+    """
+    total = prod(a.extent for a in axes) * work
+    wanted = min(CHUNKS, total // (PARALLEL_COST // 4))
+    if total < PARALLEL_COST or wanted < 2:
+        return _Spread((), axes)
+    count, taken = 1, 0
+    while taken < len(axes) - 1 and count < wanted:
+        count *= axes[taken].extent
+        taken += 1
+    last = axes[-1]
+    if count >= wanted // 2 or taken < len(axes) - 1:
+        return _Spread(axes[:taken], axes[taken:])
+    chunks = min(-(-wanted // count), max(1, last.extent // (4 * step)))
+    return _Spread(axes[:taken], axes[taken:], chunks, last.extent // chunks // step * step)
+
+
+@contextmanager
+def _parallel(builder: Builder, spread: _Spread, values: dict[Var, Expr]) -> Iterator[Expr | None]:
+    """Open the parallel loop; fills in the outer axes and gives the number of the chunk (None: there are none)."""
+    extents = [a.extent for a in spread.outer] + ([spread.chunks] if spread.chunks > 1 else [])
+    if not extents:
+        yield None
+        return
+    with builder.parallel("p", *extents) as index:
+        values.update(zip(spread.outer, index))
+        yield index[-1] if spread.chunks > 1 else None
+
+
+def _nest(builder: Builder, axes: Sequence[Var], values: dict[Var, Expr], body: Callable[[], None]) -> None:
+    """Serial loops over `axes` around `body`."""
+    if not axes:
+        body()
+        return
+    with builder.loop(axes[0].name, axes[0].extent) as i:
+        values[axes[0]] = i
+        _nest(builder, axes[1:], values, body)
+
+
+def emit(builder: Builder, job: Job, machine: CpuMachine, allow_parallel: bool = True) -> None:
+    """Append the loops of `job`; a parallel loop must be the kernel's only statement, so several jobs forbid it."""
+    if any(v.extent == 0 for v in job.axes):
+        return
+    job = normalized(job)
+    if job.value is not None:
+        _emit_reduction(builder, job, machine, allow_parallel)
+    else:
+        _emit_map(builder, job, machine, allow_parallel)
+
+
+def _emit_map(builder: Builder, job: Job, machine: CpuMachine, allow_parallel: bool) -> None:
+    lanes = vector_lanes(job, machine)
+    if not job.axes:
+        builder.emit(job.stores)
+        return
+    last = job.axes[-1]
+    if not vector_gain(job, last, lanes):
+        lanes = 1
+        other = _transposing(job)
+        if other is not None:
+            _emit_transposing(builder, job, other, allow_parallel)
+            return
+    unroll = unrolling(job, last.extent // lanes)
+    spread = _spread(job.axes, job.cost, lanes * unroll) if allow_parallel else _Spread((), job.axes)
+    values: dict[Var, Expr] = {}
+
+    def inner(start: Expr, extent: int) -> None:
+        block = tuple(_moved(s, values) for s in job.stores)
+        run(builder, block, last, start, extent, lanes, unroll)
+
+    with _parallel(builder, spread, values) as chunk:
+        if chunk is None:
+            _nest(builder, spread.inner[:-1], values, lambda: inner(ix.const(0), last.extent))
+            return
+        _nest(builder, spread.inner[:-1], values, lambda: inner(ix.mul(chunk, spread.chunk), spread.chunk))
+        rest = last.extent - spread.chunks * spread.chunk
+        if rest:
+            with builder.when(binary("eq", chunk, ix.const(spread.chunks - 1))):
+                start = ix.const(spread.chunks * spread.chunk)
+                _nest(builder, spread.inner[:-1], values, lambda: inner(start, rest))
+
+
+def _transposing(job: Job) -> Var | None:
+    """The axis along which the loads are contiguous, where that is not the last axis."""
+    for position in job.positions()[len(job.stores) :]:
+        for axis in job.axes[:-1]:
+            if ix.coefficient(position, axis) == 1 and axis.extent >= 4:
+                return axis
+    return None
+
+
+def _emit_transposing(builder: Builder, job: Job, other: Var, allow_parallel: bool) -> None:
+    """Tiles of `other` and the last axis, so that both the lines read and the lines written are used while cached."""
+    last = job.axes[-1]
+    tile_a, tile_b = min(TILE, other.extent), min(TILE, last.extent)
+    full, rest = divmod(other.extent, tile_a)
+    blocks = Var(f"{other.name}t", full)
+    axes = tuple(blocks if a == other else a for a in job.axes[:-1])
+    spread = _spread(axes, job.cost * tile_a * last.extent, 1) if allow_parallel else _Spread((), axes)
+    if spread.chunks > 1:
+        spread = _Spread((*spread.outer, *spread.inner), ())
+    values: dict[Var, Expr] = {}
+
+    def tile(rows: int, first: Expr) -> None:
+        full, rest = divmod(last.extent, tile_b)
+        for begin, count, width in ((0, full, tile_b), (full * tile_b, 1, rest)):
+            if not width:
+                continue
+            with builder.loop("t", count) as t, builder.loop("r", rows) as r, builder.unroll("c", width) as c:
+                values[other] = ix.add(first, r)
+                values[last] = ix.add(begin, ix.mul(t, tile_b), c)
+                builder.emit(tuple(_moved(s, values) for s in job.stores))
+
+    def body() -> None:
+        at = values[blocks]
+        tile(tile_a, ix.mul(at, tile_a))
+        if rest:
+            with builder.when(binary("eq", at, ix.const(full - 1))):
+                tile(rest, ix.const(full * tile_a))
+
+    with _parallel(builder, spread, values):
+        _nest(builder, spread.inner, values, body)
+
+
+def _combined(op: str, a: Expr, b: Expr) -> Expr:
+    """a op b; min and max hand NaN on from either side; on bool they are and / or."""
+    if a.dtype == "bool":
+        return Binary("or" if op in ("max", "add") else "and", a, b)
+    if op in ("min", "max") and "float" in a.dtype:
+        # `a op b` is b if b is NaN; a NaN in the accumulator has to be kept by hand.
+        return Select(Unary("isnan", a), a, Binary(op, a, b))
+    return binary(op, a, b)
+
+
+def _finished(job: Job, result: Expr, values: dict[Var, Expr]) -> Block:
+    """The stores of a reduction, with its result in place of the holder."""
+    found: list[Store] = []
+    for s in job.stores:
+        value = transform(s.value, lambda e: result if e == job.holder else None)
+        found.append(_moved(Store(s.buffer, s.index, value, s.mask), values))
+    return tuple(found)
+
+
+def _emit_reduction(builder: Builder, job: Job, machine: CpuMachine, allow_parallel: bool) -> None:
+    assert job.value is not None
+    steps = prod(r.extent for r in job.reduce)
+    lanes = vector_lanes(job, machine)
+    along_output = bool(job.axes) and vector_gain(job, job.axes[-1], lanes)
+    inner = _contiguous_reduction(job)
+    along_reduction = inner is not None and inner.extent >= lanes and lanes > 1 and not along_output
+    step = lanes if along_output else 1
+    spread = _spread(job.axes, job.cost * max(1, steps), step) if allow_parallel and job.axes else _Spread((), job.axes)
+    values: dict[Var, Expr] = {}
+
+    def over(start: Expr, extent: int) -> None:
+        """All results of the last output axis from `start` on."""
+        if not job.axes:
+            one(values)
+            return
+        last = job.axes[-1]
+        if along_output:
+            _columns(builder, job, values, last, start, extent, lanes)
+            return
+        with builder.loop("o", extent) as o:
+            one({**values, last: ix.add(start, o)})
+
+    def one(at: dict[Var, Expr]) -> None:
+        if along_reduction:
+            assert inner is not None
+            _vector_reduction(builder, job, at, inner, lanes)
+        else:
+            _scalar_reduction(builder, job, at)
+
+    with _parallel(builder, spread, values) as chunk:
+        if chunk is None:
+            whole = job.axes[-1].extent if job.axes and job.axes[-1] in spread.inner else 1
+            if job.axes and job.axes[-1] not in spread.inner:
+                one(values)
+                return
+            _nest(builder, spread.inner[:-1], values, lambda: over(ix.const(0), whole))
+            return
+        _nest(builder, spread.inner[:-1], values, lambda: over(ix.mul(chunk, spread.chunk), spread.chunk))
+        rest = job.axes[-1].extent - spread.chunks * spread.chunk
+        if rest:
+            with builder.when(binary("eq", chunk, ix.const(spread.chunks - 1))):
+                start = ix.const(spread.chunks * spread.chunk)
+                _nest(builder, spread.inner[:-1], values, lambda: over(start, rest))
+
+
+def _contiguous_reduction(job: Job) -> Var | None:
+    """The reduced axis along which most loads are contiguous (or fixed)."""
+    assert job.value is not None
+    places = [n.index[0] for n in nodes(job.value) if isinstance(n, Load) and n.index]
+    best: tuple[int, Var] | None = None
+    for r in job.reduce:
+        strides = [ix.coefficient(p, r) for p in places]
+        if any(s not in (0, 1) for s in strides) or 1 not in strides:
+            continue
+        if best is None or r.extent > best[0]:
+            best = (r.extent, r)
+    return None if best is None else best[1]
+
+
+def _scalar_reduction(builder: Builder, job: Job, at: dict[Var, Expr]) -> None:
+    assert job.value is not None
+    dtype = job.value.dtype
+    acc = builder.regs("acc", (1,), 1, dtype)
+    here = (ix.const(0), ix.const(0))
+    builder.store(acc, here, identity_of(job.op, dtype))
+
+    def step() -> None:
+        assert job.value is not None
+        builder.store(acc, here, _combined(job.op, Load(acc, here), substitute(job.value, at)))
+
+    at = dict(at)
+    _nest(builder, job.reduce, at, step)
+    builder.emit(_finished(job, Load(acc, here), at))
+
+
+def _vector_reduction(builder: Builder, job: Job, at: dict[Var, Expr], inner: Var, lanes: int) -> None:
+    """Vector accumulators along a reduced axis, combined at the end; what does not fill a vector is added singly."""
+    assert job.value is not None
+    value, dtype = job.value, job.value.dtype
+    unroll = unrolling(job, inner.extent // lanes)
+    acc = builder.regs("acc", (unroll,), lanes, dtype)
+    single = builder.regs("single", (1,), 1, dtype)
+    zero = ix.const(0)
+    start = identity_of(job.op, dtype)
+    with builder.unroll("u", unroll) as u:
+        builder.store(acc, (u, zero), splat(start, lanes))
+    builder.store(single, (zero, zero), start)
+    at = dict(at)
+
+    def add(i: Expr, base: Expr) -> None:
+        vector = _vector(substitute(value, at), inner, base, lanes)
+        builder.store(acc, (i, zero), _combined(job.op, Load(acc, (i, zero), lanes), vector))
+
+    def row() -> None:
+        full, rest = divmod(inner.extent, lanes * unroll)
+        with builder.loop("i", full) as i, builder.unroll("u", unroll) as u:
+            add(u, ix.add(ix.mul(i, lanes * unroll), ix.mul(u, lanes)))
+        vectors, rest = divmod(rest, lanes)
+        for k in range(vectors):
+            add(ix.const(k % unroll), ix.const(full * lanes * unroll + k * lanes))
+        with builder.loop("i", rest) as i:
+            scalar = substitute(value, {**at, inner: ix.add(inner.extent - rest, i)})
+            builder.store(single, (zero, zero), _combined(job.op, Load(single, (zero, zero)), scalar))
+
+    _nest(builder, [r for r in job.reduce if r != inner], at, row)
+    total: Expr = Load(acc, (zero, zero), lanes)
+    for k in range(1, unroll):
+        total = _combined(job.op, total, Load(acc, (ix.const(k), zero), lanes))
+    # NaN is lost by the lanes' min and max, so those are combined one by one through memory.
+    if job.op in ("min", "max") and "float" in dtype:
+        line = builder.stack("line", (lanes,), dtype)
+        builder.store(line, (zero,), total)
+        with builder.loop("l", lanes) as k:
+            builder.store(single, (zero, zero), _combined(job.op, Load(single, (zero, zero)), Load(line, (k,))))
+        result: Expr = Load(single, (zero, zero))
+    else:
+        op = job.op if dtype != "bool" else "max" if job.op in ("max", "add") else "min"
+        result = _combined(job.op, Load(single, (zero, zero)), Reduce(op, total))
+    builder.emit(_finished(job, result, at))
+
+
+def _columns(builder: Builder, job: Job, at: dict[Var, Expr], last: Var, start: Expr, extent: int, lanes: int) -> None:
+    """Vectors of neighbouring results, each with its accumulator in a register, over all reduction steps."""
+    assert job.value is not None
+    value, dtype = job.value, job.value.dtype
+    zero = ix.const(0)
+
+    def tile(base: Expr, count: int) -> None:
+        """`count` vectors of results from `base` on."""
+        acc = builder.regs("acc", (count,), lanes, dtype)
+        inner = dict(at)
+        with builder.unroll("u", count) as u:
+            builder.store(acc, (u, zero), splat(identity_of(job.op, dtype), lanes))
+
+        def step() -> None:
+            with builder.unroll("u", count) as u:
+                vector = _vector(substitute(value, inner), last, ix.add(base, ix.mul(u, lanes)), lanes)
+                builder.store(acc, (u, zero), _combined(job.op, Load(acc, (u, zero), lanes), vector))
+
+        _nest(builder, job.reduce, inner, step)
+        # To `vectorize` the results are a buffer along the axis; then its load becomes the register.
+        place = Load(Buffer(_LINE, dtype, (last.extent,)), (last,))
+        with builder.unroll("u", count) as u:
+            block = vectorize(_finished(job, place, at), last, ix.add(base, ix.mul(u, lanes)), lanes)
+            builder.emit(map_statements(block, lambda e: transform(e, lambda n: _register(n, acc, u))))
+
+    count = unrolling(job, extent // lanes)
+    full, rest = divmod(extent, lanes * count)
+    with builder.loop("i", full) as i:
+        tile(ix.add(start, ix.mul(i, lanes * count)), count)
+    vectors, rest = divmod(rest, lanes)
+    with builder.loop("i", vectors) as i:
+        tile(ix.add(start, full * lanes * count, ix.mul(i, lanes)), 1)
+    if rest and extent >= lanes:
+        tile(ix.add(start, extent - lanes), 1)
+    elif rest:
+        with builder.loop("i", rest) as i:
+            _scalar_reduction(builder, job, {**at, last: ix.add(start, full * lanes * count + vectors * lanes, i)})
+
+
+_LINE = "$line"
+
+
+def _register(e: Expr, acc: Buffer, i: Expr) -> Expr | None:
+    """The accumulator in place of a load of the pretended buffer of results."""
+    if not isinstance(e, Load) or e.buffer.name != _LINE:
+        return None
+    return Load(acc, (i, ix.const(0)), e.lanes)
+
+
+def _vector(e: Expr, v: Var, base: Expr, lanes: int) -> Expr:
+    """`e` for `lanes` iterations of `v` from `base` on."""
+    (store,) = vectorize((Store(Buffer(_LINE, e.dtype, (v.extent,)), (v,), e),), v, base, lanes)
+    assert isinstance(store, Store)
+    return store.value
+
+
+__all__ = ["Job", "emit"]
