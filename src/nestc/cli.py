@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 from nestc import __version__
 from nestc.commands.bench import bench
 from nestc.commands.compile import compile_
+from nestc.commands.demo import demo
 from nestc.commands.explain import explain
 from nestc.commands.run import run
 from nestc.commands.targets import targets
@@ -49,6 +50,7 @@ app = typer.Typer(
 app.command("compile")(compile_)
 app.command("run")(run)
 app.command("bench")(bench)
+app.command("demo")(demo)
 app.command("explain")(explain)
 app.command("targets")(targets)
 
