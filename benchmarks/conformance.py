@@ -4,9 +4,9 @@
     python benchmarks/conformance.py --op Conv,MaxPool --list-failures
 
 A case is "native" (right, all of it generated code), "fallback" (right, but an interpreter ran some operator),
-"unsupported" (nestc.UnsupportedOp), "wrong" (another value, shape or type), or "crash" (any other error, a dead process,
-or a timeout). Values are compared with the tolerances that the tests state (for bfloat16 two units in the last place,
-as the package's own runner does); outputs that are random by definition are compared in shape and type only.
+"unsupported" (nestc.UnsupportedOp), "wrong" (another value, shape or type), or "crash" (any other error, a dead
+process, a timeout). Values are compared with the tolerances that the tests state (for bfloat16 two units in the last
+place, as the package's own runner does); outputs that are random by definition are compared in shape and type only.
 """
 
 from __future__ import annotations

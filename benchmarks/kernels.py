@@ -1,0 +1,193 @@
+"""The kernels of well-known networks, compiled by nestc one at a time, as a share of what one core can do at most.
+
+    python benchmarks/kernels.py
+    python benchmarks/kernels.py --models conv1x1,conv3x3 --threads 1
+
+The peak is measured on the spot (see peak.py). A layer is compiled between two max-pools, which compute on the layout
+that the convolution wants, so that its figure holds no conversion of the model's inputs and outputs. The work counted
+is that of the direct algorithm; Winograd needs less, which is how a figure can exceed 100 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nestc.errors import Error
+from nestc.measure import context, pinned, usable_cores
+from netbuilder import NetBuilder, Value, save
+from peak import peaks
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: `family` groups layers on the command line, `shape` is (channels, height, width) or (rows, inputs)."""
+
+    family: str
+    shape: tuple[int, ...]
+    channels: int
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name of the row."""
+        return f"{self.family} {self.note}".strip()
+
+    @property
+    def text(self) -> str:
+        """Sizes in one word."""
+        stride = f" /{self.stride}" if self.stride > 1 else ""
+        return "x".join(map(str, self.shape)) + f" -> {self.channels}{stride}"
+
+    def flops(self) -> int:
+        """Operations of the direct algorithm, two for each multiply-add."""
+        if len(self.shape) == 2:
+            return 2 * self.shape[0] * self.shape[1] * self.channels
+        inputs, height, width = self.shape
+        outputs = self.channels * (height // self.stride) * (width // self.stride)
+        return 2 * outputs * (inputs // self.groups) * self.kernel**2
+
+
+LAYERS = (
+    *(
+        Layer("conv1x1", (inputs, size, size), outputs, note=f"resnet50 {size}x{size}")
+        for inputs, outputs, size in (
+            (64, 64, 56), (64, 256, 56), (256, 64, 56), (256, 128, 56), (128, 512, 28), (512, 128, 28),
+            (512, 256, 28), (256, 1024, 14), (1024, 256, 14), (1024, 512, 14), (512, 2048, 7), (2048, 512, 7),
+        )
+    ),
+    *(
+        Layer("conv3x3", (width, size, size), width, 3, note=f"resnet50 {size}x{size}")
+        for width, size in ((64, 56), (128, 28), (256, 14), (512, 7))
+    ),
+    *(
+        Layer("conv3x3s2", (width, size, size), width, 3, 2, note=f"resnet50 {size}x{size}")
+        for width, size in ((128, 56), (256, 28), (512, 14))
+    ),
+    Layer("conv7x7", (3, 224, 224), 64, 7, 2, note="resnet50 stem"),
+    *(
+        Layer("depthwise", (width, size, size), width, 3, 1, width, note=f"mobilenetv2 {size}x{size}")
+        for width, size in ((144, 56), (192, 28), (384, 14), (960, 7))
+    ),
+    *(
+        Layer("matmul", (rows, inputs), outputs, note=f"{model}")
+        for rows, inputs, outputs, model in (
+            (128, 768, 768, "bert"), (128, 768, 3072, "bert"), (128, 3072, 768, "bert"), (128, 384, 1536, "minilm"),
+            (197, 384, 1536, "vit"),
+        )
+    ),
+    Layer("gemv", (1, 2048), 1000, note="resnet50 classifier"),
+)  # fmt: skip
+
+
+def build(layer: Layer, path: Path) -> None:
+    """Write the layer (between two pools, if it is a convolution) as an ONNX model."""
+    net = NetBuilder("layer")
+    x = net.input("x", layer.shape if len(layer.shape) == 2 else (1, *layer.shape))
+
+    def pool(value: Value) -> Value:
+        return net.pool(value, "max", 3, 1, 1)
+
+    if len(layer.shape) == 2:
+        y = net.op("MatMul", [x, net.normal((layer.shape[1], layer.channels), 0.05)], (layer.shape[0], layer.channels))
+        net.nodes[-1].name = "measured"
+    else:
+        # Networks never have their first convolution behind a pool; its input is as the caller gave it.
+        y = x if layer.shape[0] == 3 else pool(x)
+        y = net.conv(y, layer.channels, layer.kernel, layer.stride, groups=layer.groups)
+        net.nodes[-1].name = "measured"
+        y = pool(y)
+    net.output(y, "y")
+    save(net.model(), path)
+
+
+def measure(layer: Layer, threads: int, runs: int, peak: float, target: str = "cpu") -> dict[str, Any]:
+    """One row of the table. Raises nestc.Error where the layer does not compile to native code."""
+    import nestc
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "layer.onnx"
+        build(layer, path)
+        executable = nestc.compile(path, targets=[target], threads=threads)
+    if executable.fallback_ops:
+        raise Error(f"{layer.label} {layer.text} is interpreted: {dict(executable.fallback_ops)}")
+    steps = [step for step in executable.profile(runs=runs) if is_measured(step)]
+    if not steps:
+        raise Error(f"{layer.label} {layer.text} has no kernel that names its node")
+    took = sum(step["us"] if threads == 1 else step["team_us"] for step in steps) / 1e6
+    gflops = layer.flops() / took / 1e9
+    return {
+        "name": layer.label,
+        "shape": layer.text,
+        "ms": took * 1e3,
+        "gflops": gflops,
+        "percent_of_peak": 100 * gflops / peak,
+        "kernels": [step["symbol"] for step in steps],
+    }
+
+
+def is_measured(step: dict[str, Any]) -> bool:
+    """True for kernel calls that compute the layer itself (a step's origin lists ``op_type:node``)."""
+    return any(entry.split(":", 1)[-1] == "measured" for entry in step.get("origin", ()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the peak and the layers asked for."""
+    parser = argparse.ArgumentParser(
+        description="Single kernels as a share of the measured peak.",
+        epilog="example: python benchmarks/kernels.py --models conv1x1,conv3x3",
+    )
+    families = tuple(dict.fromkeys(layer.family for layer in LAYERS))
+    parser.add_argument("--models", help=f"comma-separated families of {', '.join(families)}; default: all")
+    parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
+    parser.add_argument("--runs", type=int, default=30, help="runs, of which the median counts (default 30)")
+    parser.add_argument("--target", default="cpu", help="target with options, e.g. cpu:option=value (default cpu)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    options = parser.parse_args(arguments)
+    wanted = [name.strip() for name in options.models.split(",")] if options.models else list(families)
+    unknown = [name for name in wanted if name not in families]
+    if unknown:
+        print(f"error: no kernel family {unknown[0]!r}; there are {', '.join(families)}", file=sys.stderr)
+        return 2
+    if not 1 <= options.threads <= len(usable_cores()):
+        print(f"error: --threads must be between 1 and {len(usable_cores())} here", file=sys.stderr)
+        return 2
+    with pinned(options.threads):
+        peak = peaks(options.threads)
+        assert peak["fp32"] is not None
+        rows: list[dict[str, Any]] = []
+        for layer in LAYERS:
+            if layer.family not in wanted:
+                continue
+            try:
+                rows.append(measure(layer, options.threads, options.runs, peak["fp32"], options.target))
+            except Error as error:
+                print(f"error: {error}", file=sys.stderr)
+    result = {
+        "peak_gflops": peak,
+        "kernels": rows,
+        "threads": options.threads,
+        "context": context(data="normal inputs", seed=0),
+    }
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    print("peak: " + ", ".join(f"{kind} {'-' if v is None else f'{v:.1f}'}" for kind, v in peak.items()) + " GFLOP/s")
+    print(f"{'kernel':28}{'shape':26}{'ms':>9}{'GFLOP/s':>10}{'% of peak':>11}")
+    for row in rows:
+        figures = f"{row['ms']:>9.4f}{row['gflops']:>10.1f}{row['percent_of_peak']:>11.1f}"
+        print(f"{row['name']:28}{row['shape']:26}{figures}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

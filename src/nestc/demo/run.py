@@ -1,0 +1,131 @@
+"""`nestc demo`: compiles the shipped network, runs it on the shipped test images, and says what was generated."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nestc.demo.data import CLASSES, INPUT, model_path, labelled_images
+
+if TYPE_CHECKING:
+    from nestc.bundle.bundle import BundlePartition
+    from nestc.runtime import Executable
+
+TIMED_RUNS = 200
+
+# Names worth telling, widest first: LLVM feature, what people call it.
+INSTRUCTION_SETS = (
+    ("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX"), ("sse4.2", "SSE4.2"), ("sse2", "SSE2"), ("sve", "SVE"),
+    ("neon", "NEON"),
+)  # fmt: skip
+EXTENSIONS = (("fma", "FMA"), ("f16c", "F16C"), ("avx512vnni", "VNNI"), ("avx512bf16", "BF16"), ("dotprod", "DotProd"))
+
+
+def run(
+    targets: Sequence[Any] = ("cpu",), threads: int | None = None, show: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Compile for `targets`, classify the test images one by one, and return the report as JSON values.
+
+    `show` receives the report as lines of text. Keys: ``compile_seconds``, those of `_measure` (``latency_ms`` is the
+    median of a call on one image) and those of `_generated` (``kernels`` are distinct ones).
+    """
+    from nestc.driver import compile as compile_model
+    from nestc.runtime import Executable
+
+    images, labels = labelled_images()
+    begin = time.perf_counter()
+    compiled = compile_model(model_path(), targets=targets, threads=threads, shapes={INPUT: [1, *images.shape[1:]]})
+    compile_seconds = time.perf_counter() - begin
+    assert isinstance(compiled, Executable)  # every dimension is given
+    with compiled as executable:
+        report = {"compile_seconds": compile_seconds, **_measure(executable, images, labels), **_generated(executable)}
+    if show is not None:
+        for line in describe(report):
+            show(line)
+    return report
+
+
+def _measure(executable: Executable, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """What it computes, and how fast."""
+    classes = np.array([int(executable(image[None]).argmax()) for image in images])
+    latency_ms = _latency_ms(executable, images)
+    return {
+        "images": len(images),
+        "accuracy": float((classes == labels).mean()),
+        "latency_ms": latency_ms,
+        "images_per_second": 1e3 / latency_ms,
+        "examples": [
+            {"image": index, "said": CLASSES[classes[index]], "is": CLASSES[labels[index]]} for index in range(5)
+        ],
+    }
+
+
+def _generated(executable: Executable) -> dict[str, Any]:
+    """What was generated, and how large it is."""
+    stats = executable.stats()
+    return {
+        "threads": stats["threads"],
+        "regions": len(executable.plan.regions),
+        "partitions": [
+            {"device": part.device, "regions": len(part.regions), "ops": executable.plan.ops(part)}
+            for part in executable.plan.partitions
+        ],
+        "kernels": len({row["symbol"] for row in executable.profile(runs=1)}),
+        "kernel_calls": stats["kernel_calls"],
+        "instruction_set": instruction_set(executable.bundle.partitions),
+        "code_bytes": stats["code_bytes"],
+        "weights_bytes": stats["weights_bytes"],
+        "arena_bytes": stats["arena_bytes"],
+        "fallback_ops": executable.fallback_ops,
+    }
+
+
+def _latency_ms(executable: Executable, images: np.ndarray) -> float:
+    """Median milliseconds of a call on one image, after the classification pass has warmed everything."""
+    times: list[float] = []
+    for number in range(TIMED_RUNS):
+        image = images[number % len(images)][None]
+        begin = time.perf_counter_ns()
+        executable(image)
+        times.append((time.perf_counter_ns() - begin) / 1e6)
+    return statistics.median(times)
+
+
+def instruction_set(partitions: Sequence[BundlePartition]) -> str:
+    """What native code of these partitions may use, in words, and the CPU it is tuned for; "none" without such code."""
+    for partition in partitions:
+        metadata = partition.artifact.metadata
+        if "triple" not in metadata:
+            continue
+        features = set(metadata["features"])
+        base = next((name for feature, name in INSTRUCTION_SETS if feature in features), "baseline")
+        extra = [name for feature, name in EXTENSIONS if feature in features]
+        return " + ".join([base, *extra]) + f" ({metadata['triple'].partition('-')[0]}, {metadata['cpu']})"
+    return "none"
+
+
+def describe(report: Mapping[str, Any]) -> list[str]:
+    """The report as lines of text."""
+    lines = [
+        f"Fashion-MNIST classifier, {report['images']} test images, {report['threads']} thread(s)",
+        f"  accuracy      {100 * report['accuracy']:.1f} %",
+        f"  latency       {report['latency_ms']:.3f} ms an image ({report['images_per_second']:.0f} images a second)",
+        f"  compiled in   {report['compile_seconds']:.2f} s",
+        f"  generated     {report['kernels']} kernels for {report['regions']} regions, called"
+        f" {report['kernel_calls']} times an image, {report['code_bytes'] / 1024:.0f} KiB of machine code",
+        f"  code for      {report['instruction_set']}",
+        f"  memory        {report['weights_bytes'] / 1024:.0f} KiB of packed weights,"
+        f" {report['arena_bytes'] / 1024:.0f} KiB of working memory",
+    ]
+    for part in report["partitions"]:
+        ops = ", ".join(f"{op} {count}" for op, count in part["ops"].items())
+        lines.append(f"  on {part['device']:11}{part['regions']} regions: {ops}")
+    if report["fallback_ops"]:
+        lines.append(f"  interpreted   {report['fallback_ops']}")
+    for example in report["examples"]:
+        lines.append(f"  image {example['image']}: {example['said']} (it is: {example['is']})")
+    return lines

@@ -1,0 +1,70 @@
+"""`nestc bench`: times an executable, alone or in turns with the runtimes people use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nestc.errors import Error
+from nestc.measure.compare import Difference, difference
+from nestc.measure.engines import Engine, Executable, NestcEngine, open_peer, random_inputs
+from nestc.measure.machine import peak_rss_mb, pinned, usable_cores
+from nestc.measure.timing import interleave
+
+
+def bench(
+    executable: Executable,
+    model_path: Path | None,
+    vs: Sequence[str] = (),
+    threads: int = 1,
+    runs: int = 30,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    load_ms: float | None = None,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Measure `executable` and, interleaved with it, each of `vs` on the ONNX file `model_path`.
+
+    Everything runs on the same `threads` cores, with as many threads each. Returns the JSON object of `nestc bench`:
+    times are medians over `runs` blocks, `ratio` is the peer's median over ours, differences are the largest against
+    any peer (None without one), ``peak_rss_mb`` is this process's peak before any peer was loaded, and ``load_ms`` is
+    what the caller measured. Raises Error where a peer is missing or there are too few cores.
+    """
+    if runs < 1 or threads < 1:
+        raise Error("the numbers of runs and of threads must be at least 1")
+    if threads > len(usable_cores()):
+        raise Error(f"{threads} threads are asked for, but this process may use only {len(usable_cores())} cores")
+    if vs and model_path is None:
+        raise Error("comparing needs the ONNX file that the bundle was made of; give the model instead of the bundle")
+    arrays = dict(inputs) if inputs is not None else random_inputs(executable.inputs)
+    with pinned(threads):
+        ours = NestcEngine(executable, arrays)
+        outputs = ours.outputs()
+        peak = peak_rss_mb()
+        engines: dict[str, Engine] = {ours.name: ours}
+        apart = [Difference(0.0, 0.0)]
+        for peer in vs:
+            assert model_path is not None
+            engines[peer] = open_peer(peer, model_path, arrays, threads)
+            apart.append(difference(engines[peer].outputs(), outputs))
+        timings = interleave({key: engine.run for key, engine in engines.items()}, runs)
+    own = timings[ours.name]
+    return {
+        "model": name or (model_path.name if model_path is not None else ""),
+        "threads": threads,
+        "nestc": {"median_ms": own.median_ms, "min_ms": own.min_ms, "runs": runs},
+        "vs": {
+            peer: {
+                "version": engines[peer].version,
+                "median_ms": timings[peer].median_ms,
+                "ratio": timings[peer].median_ms / own.median_ms,
+            }
+            for peer in vs
+        },
+        "max_abs_diff": max(each.max_abs for each in apart) if vs else None,
+        "max_rel_diff": max(each.max_rel for each in apart) if vs else None,
+        "peak_rss_mb": peak,
+        "load_ms": load_ms,
+    }

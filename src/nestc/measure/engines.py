@@ -1,0 +1,187 @@
+"""What is timed: nestc's executable and the runtimes it is compared with, each set up as its makers advise."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+
+from nestc.errors import Error
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Executable(Protocol):
+    """The part of `nestc.Executable` that measuring needs."""
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[str, tuple[int | str, ...]]]:
+        """(dtype, shape) by input name, in graph order."""
+        ...
+
+    def run(self, inputs: Arrays) -> Mapping[str, np.ndarray]:
+        """Run with named arrays."""
+        ...
+
+
+class Engine(Protocol):
+    """One side of a comparison. `run` computes into wherever the engine likes; `outputs` gives copies of one run."""
+
+    name: str
+    version: str
+
+    def run(self) -> object:
+        """One inference on the inputs given at construction."""
+        ...
+
+    def outputs(self) -> list[np.ndarray]:
+        """Outputs of one inference, in graph order."""
+        ...
+
+
+class NestcEngine:
+    """An executable, called as a user calls it."""
+
+    name = "nestc"
+
+    def __init__(self, executable: Executable, inputs: Arrays) -> None:
+        self.version = importlib.metadata.version("nestc")
+        self._executable = executable
+        self._inputs = inputs
+
+    def run(self) -> object:
+        """One inference."""
+        return self._executable.run(self._inputs)
+
+    def outputs(self) -> list[np.ndarray]:
+        """Outputs of one inference."""
+        return list(self._executable.run(self._inputs).values())
+
+
+class OnnxRuntimeEngine:
+    """onnxruntime: all graph optimizations, sequential, symbolic dimensions fixed to the inputs' sizes."""
+
+    name = "onnxruntime"
+
+    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+        ort = _package("onnxruntime")
+        self.version: str = ort.__version__
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3
+        for name, size in symbolic_sizes(model, inputs).items():
+            options.add_free_dimension_override_by_name(name, size)
+        self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        self._inputs = dict(inputs)
+
+    def run(self) -> object:
+        """One inference; its interface returns new arrays, as ours does."""
+        return self._session.run(None, self._inputs)
+
+    def outputs(self) -> list[np.ndarray]:
+        """Outputs of one inference."""
+        return list(self._session.run(None, self._inputs))
+
+
+class OpenVinoEngine:
+    """openvino: float32 asked for, latency hint, one infer request used again, tensors shared without a copy."""
+
+    name = "openvino"
+
+    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+        ov = _package("openvino")
+        self.version = importlib.metadata.version("openvino")
+        core = ov.Core()
+        network = core.read_model(str(model))
+        self._inputs: dict[int, np.ndarray] = {}
+        shapes: dict[Any, list[int]] = {}
+        for index, port in enumerate(network.inputs):
+            name = next((name for name in port.get_names() if name in inputs), None)
+            if name is None:
+                raise Error(f"openvino renamed an input of {model.name}, which therefore cannot be compared with it")
+            self._inputs[index] = inputs[name]
+            shapes[port] = list(inputs[name].shape)
+        network.reshape(shapes)
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+        }
+        compiled = core.compile_model(network, "CPU", settings)
+        self._count = len(compiled.outputs)
+        self._request = compiled.create_infer_request()
+
+    def run(self) -> object:
+        """One inference into the request's own tensors."""
+        return self._request.infer(self._inputs, share_inputs=True, share_outputs=True)
+
+    def outputs(self) -> list[np.ndarray]:
+        """Copies of the outputs of one inference."""
+        results = self._request.infer(self._inputs, share_inputs=True, share_outputs=False)
+        return [np.array(results[index]) for index in range(self._count)]
+
+
+PEERS: dict[str, Callable[[Path, Arrays, int], Engine]] = {
+    OnnxRuntimeEngine.name: OnnxRuntimeEngine,
+    OpenVinoEngine.name: OpenVinoEngine,
+}
+
+
+def open_peer(name: str, model: Path, inputs: Arrays, threads: int) -> Engine:
+    """The peer called `name`, ready to run. Raises Error if it is unknown, not installed, or refuses the model."""
+    if name not in PEERS:
+        raise Error(f"there is nothing called {name!r} to compare with; choose from {', '.join(PEERS)}")
+    try:
+        return PEERS[name](model, inputs, threads)
+    except Error:
+        raise
+    except Exception as error:
+        raise Error(f"{name} cannot run {model.name}: {' '.join(str(error).split())[:300]}") from error
+
+
+def symbolic_sizes(model: Path, inputs: Arrays) -> dict[str, int]:
+    """Size of each named open dimension of the model's inputs, as the arrays have it."""
+    sizes: dict[str, int] = {}
+    for value in onnx.load(str(model), load_external_data=False).graph.input:
+        if value.name not in inputs:
+            continue
+        for dim, size in zip(value.type.tensor_type.shape.dim, inputs[value.name].shape):
+            if dim.dim_param:
+                sizes[dim.dim_param] = size
+    return sizes
+
+
+def random_inputs(wanted: Mapping[str, tuple[str, Sequence[int | str]]], seed: int = 0) -> dict[str, np.ndarray]:
+    """Seeded arrays for (dtype, shape) by name: normal floats, and zeros and ones for all else.
+
+    Zeros and ones serve as masks, token ids and indices alike. Raises Error if a dimension is open.
+    """
+    random = np.random.default_rng(seed)
+    arrays: dict[str, np.ndarray] = {}
+    for name, (dtype, shape) in wanted.items():
+        sizes = [size for size in shape if isinstance(size, int)]
+        if len(sizes) != len(shape):
+            listed = ",".join(str(size) for size in shape)
+            raise Error(f"input {name!r} has open dimensions ({listed}); bind them with --shape {name}=... or --dim")
+        kind = np.dtype(getattr(importlib.import_module("ml_dtypes"), dtype) if dtype == "bfloat16" else dtype)
+        if kind.kind in "fcV":
+            arrays[name] = random.standard_normal(sizes).astype(kind)
+        else:
+            arrays[name] = random.integers(0, 2, sizes).astype(kind)
+    return arrays
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Error(f"{name} is not installed; pip install 'nestc[bench]' brings it") from error
