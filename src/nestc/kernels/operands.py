@@ -50,7 +50,8 @@ class Operands:
         if known is not None:
             return known
         type_ = self._types[name]
-        buffer = self.builder.param(_identifier(name), type_.dtype, physical_shape(type_, self.layout(name)))
+        # Numbered, not named after the value: equal kernels of different layers must have equal texts.
+        buffer = self.builder.param(f"p{len(self.args)}", type_.dtype, physical_shape(type_, self.layout(name)))
         self._buffers[name] = buffer
         self.args.append(name)
         if name in self.region.constants:
@@ -115,8 +116,3 @@ class Operands:
         """The finished kernel with its arguments."""
         return Launch(self.builder.finish(self.region.origin if origin is None else origin), tuple(self.args))
 
-
-def _identifier(name: str) -> str:
-    """A buffer name made of letters, digits and underscores."""
-    clean = "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
-    return f"v_{clean}"

@@ -1,0 +1,25 @@
+"""All kernel families in the order in which they are asked; the generic one takes what no other wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nestc.graph.region import Region
+from nestc.kernels.api import Family
+from nestc.kernels.conv import CONV
+from nestc.kernels.gemm import GEMM
+from nestc.kernels.generic import Generic
+from nestc.kernels.pool import POOL
+
+FAMILIES: tuple[Family, ...] = (CONV, GEMM, POOL, Generic())
+
+
+def choose(region: Region) -> tuple[Family | None, Mapping[str, str]]:
+    """The first family that lowers `region` (None: nobody), and the reasons of those before it, by name."""
+    refusals: dict[str, str] = {}
+    for family in FAMILIES:
+        reason = family.refusal(region)
+        if reason is None:
+            return family, refusals
+        refusals[family.name] = reason
+    return None, refusals

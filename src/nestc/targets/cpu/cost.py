@@ -1,0 +1,42 @@
+"""A modelled cost of a region on one core: its arithmetic or its traffic, whichever takes longer."""
+
+from __future__ import annotations
+
+from math import prod
+
+from nestc.graph.region import Op, Region
+
+# Rates of one core of a current server CPU; they decide chunk sizes and whether a step is worth sharing, no more.
+FLOPS_PER_SECOND = 60e9
+BYTES_PER_SECOND = 10e9
+_BYTES = {"float64": 8, "int64": 8, "uint64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2}
+_BYTES.update({"int8": 1, "uint8": 1, "bool": 1})
+
+
+def seconds(region: Region) -> float:
+    """Modelled seconds."""
+    names = {*region.inputs, *region.outputs, *region.constants}
+    traffic = sum(max(0, prod(t.shape)) * _BYTES.get(t.dtype, 4) for n in names if (t := region.types.get(n)))
+    work = sum(flops(op, region) for op in region.ops)
+    return max(work / FLOPS_PER_SECOND, traffic / BYTES_PER_SECOND)
+
+
+def flops(op: Op, region: Region) -> float:
+    """Multiplications and additions of an operator; one for each output element where nothing is known."""
+    outputs = sum(prod(region.types[name].shape) for name in op.outputs if name in region.types)
+    shapes = [region.types[name].shape if name in region.types else () for name in op.inputs]
+    if op.op_type in ("Conv", "ConvInteger", "QLinearConv"):
+        weight = shapes[1 if op.op_type != "QLinearConv" else 3]
+        return 2.0 * outputs * prod(weight[1:])
+    if op.op_type == "ConvTranspose":
+        return 2.0 * prod(shapes[0]) * prod(shapes[1][1:])
+    if op.op_type in ("MatMul", "Gemm") and shapes[0]:
+        inner = shapes[0][-1] if op.op_type == "MatMul" or not op.attributes.get("transA") else shapes[0][0]
+        return 2.0 * outputs * inner
+    if op.op_type in ("LSTM", "GRU", "RNN"):
+        return 2.0 * shapes[0][0] * shapes[0][1] * (prod(shapes[1]) + prod(shapes[2]))
+    if op.op_type == "Attention":
+        return 4.0 * outputs * shapes[1][-2]
+    if op.op_type.endswith("Pool") or op.op_type.startswith("Reduce") or "Norm" in op.op_type or "Softmax" in op.op_type:
+        return 4.0 * max(outputs, prod(shapes[0]) if shapes else 0)
+    return float(outputs)

@@ -1,0 +1,86 @@
+"""Machine data of CPUs: this one, or a named instruction set to cross-compile for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import llvmlite.binding as llvm
+
+from nestc.errors import TargetError
+from nestc.kernels.api import CpuMachine
+
+# Cache sizes of the presets are those that current cores of that instruction set have at least.
+_PRESETS: dict[str, CpuMachine] = {
+    "avx512": CpuMachine(
+        "avx512", "x86_64-unknown-linux-gnu", "x86-64-v4", "", 64, 32, True, 32 << 10, 1 << 20, 16 << 20, f16c=True
+    ),
+    "avx2": CpuMachine(
+        "avx2", "x86_64-unknown-linux-gnu", "x86-64-v3", "", 32, 16, True, 32 << 10, 512 << 10, 8 << 20, f16c=True
+    ),
+    "sse2": CpuMachine("sse2", "x86_64-unknown-linux-gnu", "x86-64", "", 16, 16, False, 32 << 10, 256 << 10, 4 << 20),
+    "neon": CpuMachine(
+        "neon", "aarch64-unknown-linux-gnu", "generic", "+neon", 16, 32, True, 32 << 10, 512 << 10, 4 << 20, f16c=True
+    ),
+}
+NAMES = ("native", *_PRESETS)
+
+
+def machine(arch: str) -> CpuMachine:
+    """The machine called `arch`: ``native`` or a preset. Raises TargetError for another name."""
+    if arch == "native":
+        return host_machine()
+    if arch not in _PRESETS:
+        raise TargetError(f"target cpu: there is no arch {arch!r}; choose one of {', '.join(NAMES)}")
+    preset = _PRESETS[arch]
+    here = llvm.get_process_triple()
+    if preset.triple.split("-")[0] != here.split("-")[0]:
+        return preset
+    # The same architecture: keep this system's object format, so that the code can run here.
+    return CpuMachine(**{**preset.__dict__, "triple": here})
+
+
+def host_machine() -> CpuMachine:
+    """This machine, as LLVM and the operating system describe it."""
+    features = llvm.get_host_cpu_features()
+    triple = llvm.get_process_triple()
+    cpu = llvm.get_host_cpu_name()
+    l1, l2, l3 = _cache_bytes()
+    if triple.startswith(("x86_64", "amd64")):
+        wide = bool(features.get("avx512f") and features.get("avx512vl") and features.get("avx512bw"))
+        vector = 64 if wide else 32 if features.get("avx2") else 16
+        return CpuMachine(
+            name=cpu,
+            triple=triple,
+            cpu=cpu,
+            features=features.flatten(),
+            vector_bytes=vector,
+            vector_registers=32 if wide else 16,
+            fma=bool(features.get("fma")),
+            l1_bytes=l1,
+            l2_bytes=l2,
+            l3_bytes=l3,
+            f16c=bool(features.get("f16c")),
+        )
+    if triple.startswith(("aarch64", "arm64")):
+        return CpuMachine(cpu, triple, cpu, features.flatten(), 16, 32, True, l1, l2, l3, f16c=True)
+    # Any other processor: vectors of 16 bytes, which LLVM splits where the machine has none.
+    return CpuMachine(cpu, triple, cpu, features.flatten(), 16, 16, False, l1, l2, l3)
+
+
+def _cache_bytes() -> tuple[int, int, int]:
+    """Data cache sizes of core 0 (L1, L2, L3) from Linux's sysfs; common values where it does not tell."""
+    sizes = {1: 32 << 10, 2: 512 << 10, 3: 8 << 20}
+    base = Path("/sys/devices/system/cpu/cpu0/cache")
+    if not base.is_dir():
+        return sizes[1], sizes[2], sizes[3]
+    for entry in sorted(os.listdir(base)):
+        try:
+            kind = (base / entry / "type").read_text().strip()
+            level = int((base / entry / "level").read_text())
+            text = (base / entry / "size").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        if kind in ("Data", "Unified") and level in sizes and text[-1:] in "KM":
+            sizes[level] = int(text[:-1]) << (10 if text[-1] == "K" else 20)
+    return sizes[1], sizes[2], sizes[3]

@@ -1,0 +1,235 @@
+"""The CPU target: regions become kernels, kernels become objects, and one native program walks them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
+
+import numpy as np
+
+from nestc.bundle.artifact import Artifact, Device
+from nestc.codegen.llvm import Code, print_kernel, width
+from nestc.codegen.main import build_main
+from nestc.codegen.objects import cached_object, compile_ir
+from nestc.codegen.schedule import Alias, Step
+from nestc.errors import UnsupportedOp
+from nestc.graph.region import Region, TensorType
+from nestc.kernels import generic
+from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered, physical_shape
+from nestc.kernels.families import choose
+from nestc.targets.api import Machine, Memory, Offer, Partition, constraint
+from nestc.targets.cpu.cost import seconds
+from nestc.targets.cpu.layout import VIEW, Convert, Lower, View, plan_layouts, stored
+from nestc.targets.cpu.machine import machine as machine_called
+from nestc.tensor.ir import Kernel, written
+from nestc.tensor.math import expand
+from nestc.tensor.text import kernel_text
+from nestc.tensor.verify import verify
+
+DTYPES = (
+    "float32 float64 float16 bfloat16 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool".split()
+)  # element types that kernels are generated for
+
+
+@constraint
+def _dense(region: Region) -> bool:
+    """an element type has no CPU arithmetic here (strings, complex, 4-bit and 8-bit floats)"""
+    return all(type_.dtype in DTYPES for type_ in region.types.values())
+
+
+@constraint
+def _lowered(region: Region) -> bool:
+    """no kernel family takes the operator in this form"""
+    return region.anchor == VIEW or choose(region)[0] is not None
+
+
+class CpuTarget:
+    """Generated machine code for CPUs. Options: ``arch`` (`native`, `avx512`, `avx2`, `sse2`, `neon`)."""
+
+    name = "cpu"
+
+    def __init__(self, arch: str = "native", threads: int | None = None) -> None:
+        self.cpu: CpuMachine = machine_called(arch)
+        self.threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 1
+        self.machine = Machine(
+            name=self.cpu.name,
+            memories=(Memory("ram", 0, 64),),
+            dtypes=tuple(DTYPES),
+            facts={
+                "triple": self.cpu.triple,
+                "cpu": self.cpu.cpu,
+                "vector_bits": self.cpu.vector_bytes * 8,
+                "vector_registers": self.cpu.vector_registers,
+                "fma": self.cpu.fma,
+                "l1_bytes": self.cpu.l1_bytes,
+                "l2_bytes": self.cpu.l2_bytes,
+                "l3_bytes": self.cpu.l3_bytes,
+            },
+        )
+        self.offers: tuple[Offer, ...] = (
+            Offer("kernels", generic.SUPPORTED_OPS | _FAMILY_OPS, where=(_dense, _lowered), cost=self.cost),
+        )
+
+    def cost(self, region: Region) -> float:
+        """Modelled seconds of a region on one core."""
+        return seconds(region)
+
+    def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:
+        """Kernels for every region, one object a distinct kernel, and the program that runs them in order."""
+        return _Compiler(self.cpu, partition, emit, self.threads).run()
+
+    def open(self) -> Device:
+        """This machine's CPU."""
+        from nestc.runtime.devices import device_for
+
+        return device_for("cpu-native")
+
+
+# Operators that a family lowers although the generic lowering does not know them.
+_FAMILY_OPS = frozenset({"Conv", "MatMul", "Gemm"})
+
+
+class _Compiler:
+    def __init__(
+        self, machine: CpuMachine, partition: Partition, emit: Callable[[str, str, str], None] | None, threads: int
+    ) -> None:
+        self.machine = machine
+        self.partition = partition
+        self.emit = emit
+        self.threads = threads
+        self.steps: list[Step] = []
+        self.sizes: dict[str, int] = {}
+        self.aliases: dict[str, Alias] = {}
+        self.weights: dict[str, np.ndarray] = {}
+        self.objects: dict[str, Future[bytes]] = {}
+        self.scratch = 0
+        self.codes: dict[str, Code] = {}
+
+    def run(self) -> Artifact:
+        p = self.partition
+        pairs = []
+        for region in p.regions:
+            family = None if region.anchor == VIEW else choose(region)[0]
+            if family is None and region.anchor != VIEW:
+                raise UnsupportedOp(f"region {region.name}: no CPU kernel for {', '.join(region.origin)}")
+            pairs.append((region, family))
+        types: dict[str, TensorType] = dict(p.types)
+        for region in p.regions:
+            types.update(region.types)
+        actions = plan_layouts(pairs, p.inputs, p.outputs, types, self.machine)
+        with ThreadPoolExecutor(max(1, min(self.threads, 8))) as pool:
+            for action in actions:
+                if isinstance(action, Lower):
+                    self.add_region(action, pool)
+                elif isinstance(action, Convert):
+                    self.add_conversion(action, types[action.value], pool)
+                else:
+                    self.add_view(action, types, pool)
+            objects = {symbol: future.result() for symbol, future in self.objects.items()}
+        main = build_main(
+            self.steps,
+            inputs={name: types[name] for name in p.inputs},
+            outputs={name: types[name] for name in p.outputs},
+            constants=tuple(self.weights),
+            sizes=self.sizes,
+            machine=self.machine,
+            aliases=self.aliases,
+            scratch_bytes=self.scratch,
+            threads=self.threads,
+        )
+        if self.emit is not None:
+            self.emit("llvm", f"{p.name}_main", main.llvm)
+        files = {f"{symbol}.o": code for symbol, code in objects.items()}
+        return Artifact("cpu-native", {**files, "main.o": main.object}, self.weights, main.metadata)
+
+    def add_region(self, action: Lower, pool: ThreadPoolExecutor) -> None:
+        region, layouts = action.region, action.layouts
+        lowered = action.family.lower(region, self.machine, layouts)
+        names = {name: stored(name, layouts.get(name, PLAIN)) for name in (*region.inputs, *region.outputs)}
+        for name in region.outputs:
+            self.size(names[name], region.types[name], layouts.get(name, PLAIN))
+        self.add_launches(lowered, names, region.name, seconds(region), pool)
+
+    def add_conversion(self, action: Convert, type_: TensorType, pool: ThreadPoolExecutor) -> None:
+        """A conversion kernel; its region names the value ``source`` before and ``target`` after."""
+        lowered = generic.convert(type_, action.source, action.target, self.machine)
+        target = stored(action.value, action.target)
+        names = {"source": stored(action.value, action.source), "target": target}
+        self.size(target, type_, action.target)
+        self.add_launches(lowered, names, f"{action.value}.layout", 0.0, pool)
+
+    def add_view(self, action: View, types: Mapping[str, TensorType], pool: ThreadPoolExecutor) -> None:
+        """The output is its input under another name; where both have a place of their own, it is copied."""
+        p = self.partition
+        self.size(action.output, types[action.output], PLAIN)
+        if action.output not in p.outputs:
+            self.aliases[action.output] = Alias(action.source)
+            return
+        free = action.source in self.sizes and action.source not in self.aliases
+        if free and action.source not in (*p.inputs, *p.outputs):
+            self.aliases[action.source] = Alias(action.output)
+            return
+        flat = TensorType(types[action.output].dtype, (prod(types[action.output].shape),))
+        lowered = generic.convert(flat, PLAIN, PLAIN, self.machine)
+        names = {"source": action.source, "target": action.output}
+        self.add_launches(lowered, names, f"{action.output}.copy", 0.0, pool)
+
+    def size(self, name: str, type_: TensorType, layout: Layout) -> None:
+        if name in self.partition.inputs or name in self.partition.outputs:
+            return
+        self.sizes[name] = prod(physical_shape(type_, layout)) * width(type_.dtype) // 8
+
+    def add_launches(
+        self, lowered: Lowered, names: Mapping[str, str], prefix: str, cost: float, pool: ThreadPoolExecutor
+    ) -> None:
+        names = dict(names)
+        for name, type_ in lowered.temporaries.items():
+            names[name] = f"{prefix}/{name}"
+            self.size(names[name], type_, PLAIN)
+        for name, array in lowered.constants.items():
+            names[name] = f"{prefix}/{name}"
+            self.weights[names[name]] = array
+        heaviest = max((_extent(launch.kernel) for launch in lowered.launches), default=1)
+        for launch in lowered.launches:
+            kernel = launch.kernel
+            symbol = self.add_kernel(kernel, pool)
+            stores = written(kernel)
+            moved = sum(b.size * width(b.dtype) // 8 for b in kernel.params)
+            share = cost if _extent(kernel) == heaviest else 0.0
+            self.steps.append(
+                Step(
+                    symbol,
+                    tuple(names[arg] for arg in launch.args),
+                    tuple(b.name in stores for b in kernel.params),
+                    _extent(kernel),
+                    0,
+                    max(share, moved / 10e9),
+                    kernel.origin,
+                )
+            )
+
+    def add_kernel(self, kernel: Kernel, pool: ThreadPoolExecutor) -> str:
+        """The symbol of `kernel`, which is compiled once however often a model uses it."""
+        plain = Kernel(kernel.name, kernel.params, kernel.body, kernel.locals)
+        text = kernel_text(plain)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        symbol = f"{re.sub(r'[^A-Za-z0-9_]', '_', kernel.name)}_{digest}"
+        if symbol in self.objects:
+            return symbol
+        verify(plain)
+        code = print_kernel(expand(plain, self.machine), symbol, self.machine)
+        self.scratch = max(self.scratch, code.scratch_bytes)
+        self.objects[symbol] = pool.submit(cached_object, code.text, self.machine)
+        if self.emit is not None:
+            self.emit("tensor", symbol, kernel_text(kernel))
+            self.emit("llvm", symbol, code.text)
+            self.emit("asm", symbol, compile_ir(code.text, self.machine, assembly=True).assembly)
+        return symbol
+
+
+def _extent(kernel: Kernel) -> int:
+    return kernel.parallel.extent if kernel.parallel is not None else 1
