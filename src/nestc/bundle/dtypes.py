@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ SAFETENSORS = {
 _NUMPY = frozenset(SAFETENSORS) - {"bfloat16", "float8_e4m3fn", "float8_e5m2"} | {"complex64", "complex128"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype of an element type; bfloat16, float8 and 4-bit types come from ml_dtypes, strings are objects.
 

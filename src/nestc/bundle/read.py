@@ -26,7 +26,7 @@ _ZIP_ERRORS = (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError,
 
 
 def read(path: str | os.PathLike[str]) -> Bundle:
-    """Read the bundle at `path`. Its weights are read-only views of the mapped file, which must not change while in use.
+    """Read the bundle at `path`. Its weights are read-only views of the mapped file, which must not change meanwhile.
 
     Raises BundleError if it is not a bundle, is cut or altered, or was written by a newer nestc.
     """
@@ -93,8 +93,8 @@ def _slice(view: memoryview, info: zipfile.ZipInfo) -> memoryview:
 def _bundle(contents: Mapping[str, memoryview]) -> Bundle:
     manifest = from_json(Manifest, json.loads(bytes(contents[MANIFEST])))
     entries = {entry.path: entry for entry in manifest.entries}
-    if entries.keys() | {MANIFEST} != contents.keys():
-        differing = sorted((entries.keys() | {MANIFEST}) ^ contents.keys())
+    differing = sorted({*entries, MANIFEST} ^ set(contents))
+    if differing:
         raise BundleError(f"{MANIFEST} and the archive do not agree about {', '.join(differing)}")
     for entry in manifest.entries:
         _check_entry(entry, contents[entry.path])

@@ -6,7 +6,7 @@ import dataclasses
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from nestc.errors import BundleError
@@ -18,7 +18,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, element type (``float32``, ``bool`` ...) and shape of a value; a size, or all, may be known only at run time."""
+    """Name, element type (``float32``, ``bool`` ...) and shape of a value; None is a size known only at run time."""
 
     name: str
     dtype: str
@@ -36,7 +36,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class PartitionSpec:
-    """A compiled partition: who runs it, the values at its border, and where its blobs are (``partitions/<folder>/``)."""
+    """A compiled partition: who runs it, the values at its border, and its blobs (in ``partitions/<folder>/``)."""
 
     name: str
     device: str
@@ -61,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``manifest.json``. Partitions are in execution order; ``info`` is free (plan, predictions, fallback operators ...)."""
+    """``manifest.json``. Partitions are in execution order; ``info`` is free (plan, predictions ...)."""
 
     format: str
     version: int
@@ -90,7 +90,7 @@ T = TypeVar("T")
 
 
 def from_json(kind: type[T], value: object, where: str = "manifest.json") -> T:
-    """Read a dataclass from JSON values. Raises BundleError naming the field that is missing, unknown or of a wrong type."""
+    """Read a dataclass from JSON values. Raises BundleError naming the field that is missing, unknown or wrong."""
     return cast(T, _read(kind, value, where))
 
 
@@ -136,11 +136,17 @@ def _read_fields(kind: type[Any], value: object, where: str) -> Any:
     return kind(**{name: _read(hint, given[name], f"{where}: {name}") for name, hint in hints.items()})
 
 
-@lru_cache(maxsize=None)
+@cache
 def _hints(kind: type[Any]) -> Mapping[str, Any]:
     return get_type_hints(kind)
 
 
 def _named(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    names: dict[type, str] = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")

@@ -1,4 +1,4 @@
-"""Write a bundle: a zip archive with stored entries, in which every tensor starts at a multiple of 64 bytes of the file."""
+"""Write a bundle: a zip archive of stored entries, in which every tensor starts at a multiple of 64 bytes."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ def _write_archive(file: io.BufferedWriter, bundle: Bundle) -> None:
         _store(archive, file.tell(), MANIFEST, len(text), [text])
 
 
-def _store(
-    archive: zipfile.ZipFile, begin: int, path: str, size: int, pieces: Iterable[bytes | memoryview]
-) -> Entry:
+def _store(archive: zipfile.ZipFile, begin: int, path: str, size: int, pieces: Iterable[bytes | memoryview]) -> Entry:
     """Append one stored entry whose data is aligned. `begin` is where its header will stand in the file."""
     large = size >= _ZIP64_FROM
     info = zipfile.ZipInfo(path)  # the default date, so that equal bundles are equal files
@@ -152,7 +150,7 @@ def _safetensors(
 def _weight_pieces(header: bytes, arrays: Iterable[np.ndarray]) -> Iterator[bytes | memoryview]:
     yield header
     for array in arrays:
-        data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         for begin in range(0, len(data), _PIECE):
             yield data[begin : begin + _PIECE]
         yield bytes(_padded(len(data)) - len(data))

@@ -1,8 +1,8 @@
 """Offline memory planner: buffers with a size and a lifetime become offsets in one arena.
 
 Greedy by size with best fit, as in Y. Pisarchyk and J. Lee, "Efficient Memory Management for Deep Neural Net Inference"
-(2020), which TFLite's ArenaPlanner and Arm Vela's greedy allocation also use; here three orders are tried and the smallest
-arena is kept.
+(2020), which TFLite's ArenaPlanner and Arm Vela's greedy allocation also use; here three orders are tried and the
+smallest arena is kept.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _check(buffers: Sequence[Buffer]) -> None:
     names: set[str] = set()
     for buffer in buffers:
         if buffer.nbytes < 0 or buffer.last < buffer.first:
-            raise ValueError(f"buffer {buffer.name!r} has {buffer.nbytes} bytes and lives [{buffer.first}, {buffer.last}]")
+            raise ValueError(f"buffer {buffer.name!r}: {buffer.nbytes} bytes, live in [{buffer.first}, {buffer.last}]")
         if buffer.name in names:
             raise ValueError(f"buffer {buffer.name!r} is given twice")
         names.add(buffer.name)

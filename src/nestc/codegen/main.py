@@ -12,9 +12,9 @@ Exported functions (i64 = 64-bit integer):
 - ``void <prefix>_profile(ptr table, ptr ns)``: all steps on one thread; writes the nanoseconds of each (i64).
 
 `ctx` is zeroed, 64-byte aligned memory of ``CONTEXT_BYTES + nthreads * thread_bytes`` with the number of threads at
-``CONTEXT_THREADS`` and, at ``CONTEXT_SPINS``, how often a worker looks before it sleeps: in a run, and between runs (two
-i64; 0 where there are fewer cores than threads). If the pointer at ``CONTEXT_TRACE`` is not null, worker t writes the CLOCK_MONOTONIC nanoseconds of
-the begin and end of its share of step s to ``trace[t][s]``.
+``CONTEXT_THREADS`` and, at ``CONTEXT_SPINS``, how often a worker looks before it sleeps: in a run, and between runs
+(two i64; 0 where there are fewer cores than threads). If the pointer at ``CONTEXT_TRACE`` is not null, worker t writes
+the CLOCK_MONOTONIC nanoseconds of the begin and end of its share of step s to ``trace[t][s]``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LAYOUT_VERSION = 1
 
 @dataclass(frozen=True)
 class Main:
-    """The object file with the exported functions, its LLVM IR, the schedule, and the metadata that the runtime needs."""
+    """The object file with the exported functions, its LLVM IR, the schedule, and what the runtime must know."""
 
     object: bytes
     llvm: str

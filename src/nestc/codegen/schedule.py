@@ -29,6 +29,10 @@ SPREAD_SECONDS = 20e-6
 BARRIER_SECONDS = 0.5e-6
 WAKE_SECONDS = 5e-6
 MAX_LANES = 8
+
+LOOSE_GROWTH, LOOSE_BYTES = 1.25, 1 << 18
+"""An arena may grow by so much, or up to so many bytes (half of a common L2), to spare barriers."""
+
 SCRATCH_ALIGNMENT = 64
 
 
@@ -52,7 +56,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Alias:
-    """A value that has no storage of its own: it is `value`, from byte `offset` on (a view, or a part of a concatenation)."""
+    """A value without storage of its own: `value` from byte `offset` on (a view, or a part of a concatenation)."""
 
     value: str
     offset: int = 0
@@ -85,7 +89,7 @@ class ScheduledStep:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The whole program. The pointer table holds inputs, outputs, constants, the arena and the scratch, in this order."""
+    """The whole program. The pointer table holds inputs, outputs, constants, arena and scratch, in this order."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -146,7 +150,8 @@ def schedule(
     arena_slot = len(slots)
 
     # Before the arena is planned each value has a slot of its own, so that only true dependences count.
-    own = {name: arena_slot + 2 + number for number, name in enumerate(sorted({r for r, _ in roots.values()} - set(slots)))}
+    temporaries = sorted({root for root, _ in roots.values()} - set(slots))
+    own = {name: arena_slot + 2 + number for number, name in enumerate(temporaries)}
     apart = {name: _place(name, roots, {**own, **slots}, {}, sizes) for name in roots}
     lanes = _lanes(steps, apart, threads)
     phases = _phases(steps, apart, lanes)
@@ -232,7 +237,7 @@ def _place(
 
 
 def _lanes(steps: Sequence[Step], places: Mapping[str, Place], threads: int) -> list[int]:
-    """Lane of each step: PARALLEL, or the worker of a serial one. Costly independent serial steps get lanes of their own.
+    """Lane of each step: PARALLEL, or the worker of a serial one. Costly independent serial steps get their own lanes.
 
     A serial step follows the serial step that it depends on, so that chains need no barrier.
     """
@@ -299,7 +304,7 @@ def _plan(
     sizes: Mapping[str, int],
     phases: Sequence[int] | None,
 ) -> ArenaPlan:
-    """Arena offsets. With `phases`, memory is not reused within a phase, unless that costs over a quarter more."""
+    """Arena offsets. With `phases`, memory is not reused within a phase, unless that makes the arena much larger."""
     lives: dict[str, tuple[int, int]] = {}
     for number, step in enumerate(steps):
         for name in step.args:
@@ -310,7 +315,7 @@ def _plan(
     if phases is None:
         return tight
     loose = plan_arena([Buffer(name, sizes[name], phases[lo], phases[hi]) for name, (lo, hi) in lives.items()])
-    return loose if loose.nbytes <= tight.nbytes * 1.25 else tight
+    return loose if loose.nbytes <= max(tight.nbytes * LOOSE_GROWTH, LOOSE_BYTES) else tight
 
 
 def _grain(step: Step, threads: int) -> int:

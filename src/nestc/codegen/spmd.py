@@ -1,7 +1,7 @@
-"""LLVM IR of the SPMD runtime that is generated into every native partition: step loop, chunk claiming, barrier, workers.
+"""LLVM IR of the SPMD runtime that goes into every native partition: step loop, chunk claiming, barrier, workers.
 
-Claiming: each worker owns an equal, contiguous part of a step's chunks (so that neighbouring steps meet the same data in
-its cache) and takes chunks from it with an atomic counter; when it has none left it takes from the others' parts.
+Claiming: each worker owns an equal, contiguous part of a step's chunks (so that neighbouring steps meet the same data
+in its cache) and takes chunks from it with an atomic counter; when it has none left it takes from the others' parts.
 Barrier: central, generation-counting (J. Mellor-Crummey and M. Scott, "Algorithms for Scalable Synchronization on
 Shared-Memory Multiprocessors", 1991, sec. 3.1); waiters spin with a pause, then sleep on a futex where there is one.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 from llvmlite import ir
 
@@ -38,6 +38,10 @@ _ARGUMENT = ir.LiteralStructType([_I64, _I64])  # slot of the pointer table, byt
 def emit(schedule: Schedule, triple: str, prefix: str = "nestc") -> str:
     """LLVM IR text of the program that runs `schedule` on `triple`."""
     return str(_Emitter(schedule, triple, prefix).module)
+
+
+_EmitWait: TypeAlias = Callable[[ir.IRBuilder, ir.Value, ir.Value], None]
+_EmitWake: TypeAlias = Callable[[ir.IRBuilder, ir.Value], None]
 
 
 class _Emitter:
@@ -85,7 +89,7 @@ class _Emitter:
         variable = ir.GlobalVariable(self.module, type_, f"{self.prefix}_{name}")
         variable.linkage = "internal"
         variable.global_constant = True
-        variable.initializer = ir.Constant(type_, rows)
+        cast(Any, variable).initializer = ir.Constant(type_, rows)  # llvmlite declares it as None
         return variable
 
     def _kernel(self, symbol: str, count: int) -> ir.Function:
@@ -134,7 +138,7 @@ class _Emitter:
 
         return call
 
-    def _sleep(self) -> tuple[Callable[[ir.IRBuilder, ir.Value, ir.Value], None], Callable[[ir.IRBuilder, ir.Value], None]]:
+    def _sleep(self) -> tuple[_EmitWait, _EmitWake]:
         """How a worker sleeps while a word has a value, and how the others wake it."""
         if self.linux and self.arch in _FUTEX:
             syscall = ir.Function(self.module, ir.FunctionType(_I64, [_I64], var_arg=True), "syscall")
@@ -290,7 +294,7 @@ class _Emitter:
         """All steps as one of several workers, and the meeting at the end."""
         steps = len(self.schedule.steps)
         run = b.zext(b.load_atomic(_at(b, ctx, _GENERATION), "monotonic", 4, typ=_I32), _I64)
-        # Two banks of counters a worker, used in turn: each worker clears its own of the next run, which nobody reads yet.
+        # Two banks of counters a worker, used in turn: each worker clears its own of the next run, unread until then.
         half = self.schedule.thread_bytes // 2
         odd = b.and_(run, _i64(1))
         counters = b.gep(_at(b, ctx, CONTEXT_BYTES), [b.mul(odd, _i64(half))], source_etype=_I8)

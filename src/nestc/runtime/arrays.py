@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 ALIGNMENT = 64
+
+
+def _address_by_interface(array: np.ndarray) -> int:
+    """Address of the first byte, by the documented way (about 3 us)."""
+    return array.__array_interface__["data"][0]
+
+
+def _address_in_object(array: np.ndarray) -> int:
+    """Address of the first byte, which numpy's C API keeps right after the object's head (about 0.5 us)."""
+    return _pointer_at(id(array) + _HEAD).value or 0
+
+
+_HEAD = object.__basicsize__
+_pointer_at = ctypes.c_void_p.from_address
+
+
+def _choose_address() -> Callable[[np.ndarray], int]:
+    """The quick way on CPython, whose `id` is an address, if it proves true here."""
+    probe = np.zeros(3, np.int16)
+    quick = sys.implementation.name == "cpython" and _address_in_object(probe) == _address_by_interface(probe)
+    return _address_in_object if quick else _address_by_interface
+
+
+address = _choose_address()
 
 
 def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
@@ -17,11 +43,6 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
         return np.empty(shape, dtype)
     block = np.empty(math.prod(shape) * dtype.itemsize + ALIGNMENT, np.uint8)
     return np.ndarray(shape, dtype, block, -address(block) % ALIGNMENT)
-
-
-def address(array: np.ndarray) -> int:
-    """Address of the first byte; faster than ``array.ctypes.data``."""
-    return array.__array_interface__["data"][0]
 
 
 def ready(array: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ from nestc.errors import TargetError
 # Features that LLVM uses unasked on x86. Others in a host's list (aes, sha, clflush ...) only matter to intrinsics that
 # generated code does not call, so their absence must not refuse a bundle.
 _X86 = frozenset(
-    "cmov cx8 mmx sse sse2 sse3 ssse3 sse4.1 sse4.2 sse4a popcnt lzcnt bmi bmi2 movbe f16c fma fma4 xop tbm gfni avx avx2 "
-    "avx512f avx512cd avx512bw avx512dq avx512vl avx512ifma avx512vbmi avx512vbmi2 avx512vnni avx512bitalg "
+    "cmov cx8 mmx sse sse2 sse3 ssse3 sse4.1 sse4.2 sse4a popcnt lzcnt bmi bmi2 movbe f16c fma fma4 xop tbm gfni "
+    "avx avx2 avx512f avx512cd avx512bw avx512dq avx512vl avx512ifma avx512vbmi avx512vbmi2 avx512vnni avx512bitalg "
     "avx512vpopcntdq avx512bf16 avx512fp16 avx512vp2intersect avxvnni avxvnniint8 avxvnniint16 avxifma avxneconvert "
     "avx10.1 avx10.2 amx-tile amx-int8 amx-bf16 amx-fp16".split()
 )
@@ -32,19 +32,18 @@ def check(triple: str, cpu: str, features: Iterable[str]) -> None:
     here, there = _platform(llvm.get_process_triple()), _platform(triple)
     if here != there:
         raise TargetError(
-            f"this code was compiled for {' on '.join(there)}, but this machine is {' on '.join(here)}; compile it for this one"
+            f"this code was compiled for {' on '.join(there)}, but this machine is {' on '.join(here)}; "
+            "compile it for this one"
         )
     missing = missing_features(there[0], cpu, features, host_features())
     if missing:
         raise TargetError(
-            f"this code needs a CPU with {', '.join(missing)}, which this one ({llvm.get_host_cpu_name()}) does not have; "
+            f"this code needs a CPU with {', '.join(missing)}, which this one ({llvm.get_host_cpu_name()}) has not; "
             "compile it on this machine or for an older CPU"
         )
 
 
-def missing_features(
-    architecture: str, cpu: str, features: Iterable[str], host: Mapping[str, bool]
-) -> list[str]:
+def missing_features(architecture: str, cpu: str, features: Iterable[str], host: Mapping[str, bool]) -> list[str]:
     """What code for `cpu` with `features` may use and a CPU with the features of `host` lacks, sorted."""
     if architecture != "x86_64":
         return sorted(name for name in set(features) if host.get(name) is False)

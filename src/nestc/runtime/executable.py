@@ -31,9 +31,7 @@ class Executable:
     ``respecialise``, if given, is asked for another executable when a call comes with other shapes of the same rank.
     """
 
-    def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, respecialise: Respecialise | None = None
-    ) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, respecialise: Respecialise | None = None) -> None:
         if threads is not None and threads < 1:
             raise TargetError(f"a model runs on at least one thread, not {threads}")
         self.bundle = bundle
@@ -61,7 +59,7 @@ class Executable:
 
     @property
     def outputs(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
-        """Element type and shape of every output, by name, in graph order; ``"?"`` for a size known only after a run."""
+        """Element type and shape of every output, by name; ``"?"`` stands for a size that only a run tells."""
         return {spec.name: (spec.spec.dtype, _public(spec.spec.shape)) for spec in self._outputs}
 
     @property
@@ -135,9 +133,7 @@ class Executable:
 
     def stats(self) -> dict[str, Any]:
         """Sizes in bytes, threads, number of partitions and kernel calls, and the seconds that loading took."""
-        native = [
-            stage.program for stage in self._open().stages if isinstance(stage.program, NativeProgram)
-        ]
+        native = [stage.program for stage in self._open().stages if isinstance(stage.program, NativeProgram)]
         return {
             "threads": self.threads,
             "partitions": len(self.bundle.partitions),
@@ -266,7 +262,8 @@ class _Wanted:
     def error(self, array: np.ndarray, what: str = "input") -> ShapeError:
         """The sentence that says what was wanted and what came."""
         return ShapeError(
-            f"{what} {self.name!r} must be {self.spec.dtype}{_shown(self.spec.shape)}, but is {array.dtype}{_shown(array.shape)}"
+            f"{what} {self.name!r} must be {self.spec.dtype}{_shown(self.spec.shape)}, "
+            f"but is {array.dtype}{_shown(array.shape)}"
         )
 
     def random(self, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The device "host": runs artifacts of kind ``host-onnx`` with ``onnx.reference``, for operators without generated code."""
+"""The device "host": runs artifacts of kind ``host-onnx``, operators without generated code, by ``onnx.reference``."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class NativeProgram:
             cpu.check(metadata["triple"], metadata["cpu"], metadata["features"])
             self.inputs = tuple(_spec(item) for item in metadata["inputs"])
             self.outputs = tuple(_spec(item) for item in metadata["outputs"])
-            self._outputs = [(spec.shape or (), numpy_dtype(spec.dtype)) for spec in self.outputs]
+            self._outputs = [(tuple(item["shape"]), numpy_dtype(item["dtype"])) for item in metadata["outputs"]]
             constants = [artifact.weights[name] for name in metadata["constants"]]
             self.arena_bytes: int = metadata["arena_bytes"]
             self._scratch_bytes: int = metadata["scratch_bytes"]
@@ -102,17 +102,16 @@ class NativeProgram:
         if functions is None:
             raise TargetError("this executable is closed")
         results = [
-            aligned_empty(*spec) if array is None else array
-            for array, spec in zip(outputs, self._outputs, strict=True)
+            aligned_empty(*spec) if array is None else array for array, spec in zip(outputs, self._outputs, strict=True)
         ]
         frame = self._take()
         table = frame.table
         slot = 0
         for array in inputs:
-            table[slot] = array.__array_interface__["data"][0]
+            table[slot] = address(array)
             slot += 1
         for array in results:
-            table[slot] = array.__array_interface__["data"][0]
+            table[slot] = address(array)
             slot += 1
         team = self._team
         if team is None:

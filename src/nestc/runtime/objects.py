@@ -16,10 +16,19 @@ from nestc.errors import BundleError
 _numbers = itertools.count()
 _initialised = threading.Lock()
 
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_EXPORTS = {
+    "main": (_POINTER, _POINTER, _NUMBER, _NUMBER),
+    "run": (_POINTER, _POINTER),
+    "worker": (_POINTER, _NUMBER),
+    "stop": (_POINTER,),
+    "profile": (_POINTER, _POINTER),
+}
+
 
 @dataclass(frozen=True)
 class NativeFunctions:
-    """The exported functions of a native program (see `codegen.main`); keeps the code in memory while it is referred to."""
+    """The exported functions of a native program (see `codegen.main`); the code stays in memory as long as this."""
 
     main: Callable[[int, int, int, int], None]
     run: Callable[[int, int], None]
@@ -42,17 +51,14 @@ def load(objects: Iterable[bytes], prefix: str) -> NativeFunctions:
     builder = cast(Any, llvm.JITLibraryBuilder())
     for blob in objects:
         builder.add_object_img(blob)
-    names = ("main", "run", "worker", "stop", "profile")
-    for name in names:
+    for name in _EXPORTS:
         builder.export_symbol(f"{prefix}_{name}")
     builder.add_current_process()
     try:
         library = builder.link(jit, f"nestc{next(_numbers)}")
     except RuntimeError as error:
         raise BundleError(f"the native code cannot be linked: {error}") from error
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    arguments = ((pointer, pointer, number, number), (pointer, pointer), (pointer, number), (pointer,), (pointer, pointer))
-    functions = [
-        ctypes.CFUNCTYPE(None, *types)(library[f"{prefix}_{name}"]) for name, types in zip(names, arguments, strict=True)
-    ]
-    return NativeFunctions(*functions, code=(jit, library))
+    return NativeFunctions(
+        **{name: ctypes.CFUNCTYPE(None, *types)(library[f"{prefix}_{name}"]) for name, types in _EXPORTS.items()},
+        code=(jit, library),
+    )

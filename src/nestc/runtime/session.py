@@ -60,7 +60,8 @@ class Session:
             results, elapsed = only.program(inputs, outputs)
             end = time.perf_counter() - begin
             begin = max(0.0, end - elapsed.seconds) if elapsed.kind == "measured" else 0.0
-            return results, ((only.partition.device, only.partition.name, begin, begin + elapsed.seconds, elapsed.kind),)
+            mark = (only.partition.device, only.partition.name, begin, begin + elapsed.seconds, elapsed.kind)
+            return results, (mark,)
         return self._run_all(inputs, outputs)
 
     def close(self) -> None:
@@ -80,9 +81,7 @@ class Session:
             results, elapsed = stage.program(
                 [values[name] for name in stage.partition.inputs], [wanted.get(name) for name in stage.outputs]
             )
-            marks.append(
-                (stage.partition.device, stage.partition.name, begin, begin + elapsed.seconds, elapsed.kind)
-            )
+            marks.append((stage.partition.device, stage.partition.name, begin, begin + elapsed.seconds, elapsed.kind))
             values.update(zip(stage.outputs, results, strict=True))
             for name in stage.dead:
                 del values[name]

@@ -15,14 +15,14 @@ from nestc.runtime.objects import NativeFunctions
 
 _STOP_SECONDS = 10.0
 
-# How often a worker looks before it sleeps. One look takes 10 to 45 ns on x86; in a run others are busy on its behalf, so
-# it looks longer (about 100 us) than between runs (about 50 us), where its core should soon be free for other work.
+# How often a worker looks before it sleeps. One look takes 10 to 45 ns on x86; in a run others are busy on its behalf,
+# so it looks longer (about 100 us) than between runs (about 50 us), where its core should soon be free for other work.
 _RUN_SPINS, _IDLE_SPINS = 4000, 2000
 
 
 @dataclass(frozen=True)
 class ContextLayout:
-    """Sizes and places in the context that all workers share, in bytes; `codegen.main` writes them into the metadata."""
+    """Sizes and places in the context that all workers share, in bytes, as `codegen.main` has put them down."""
 
     bytes: int
     thread_bytes: int
@@ -88,9 +88,7 @@ class Team:
             spins = self._context[self._layout.spins : self._layout.spins + 16].view(np.int64)
             spins[:] = _RUN_SPINS, _IDLE_SPINS
         workers = [
-            threading.Thread(
-                target=_work, args=(self._functions, self._context, tid), name=f"nestc-{tid}", daemon=True
-            )
+            threading.Thread(target=_work, args=(self._functions, self._context, tid), name=f"nestc-{tid}", daemon=True)
             for tid in range(1, self._threads)
         ]
         self._stop = weakref.finalize(self, _stop, self._functions, self._context, workers)
