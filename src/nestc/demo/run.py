@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nestc.demo.data import CLASSES, INPUT, model_path, labelled_images
+from nestc.demo.data import CLASSES, INPUT, labelled_images, model_path
 
 if TYPE_CHECKING:
     from nestc.bundle.bundle import BundlePartition

@@ -26,7 +26,7 @@ def difference(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -
         finite = np.isfinite(x)
         if not np.array_equal(x[~finite], y[~finite], equal_nan=True) or not np.isfinite(y[finite]).all():
             return Difference(float("inf"), float("inf"))
-        worst = float(np.abs(x - y)[finite].max(initial=0.0))
+        worst = float(np.abs(x[finite] - y[finite]).max(initial=0.0))
         scale = float(np.abs(x[finite]).max(initial=0.0))
         absolute = max(absolute, worst)
         relative = max(relative, worst / scale if scale else (0.0 if worst == 0.0 else float("inf")))
