@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from nestc.graph.decompose import expand
 from nestc.graph.infer_shapes import InferShapes
 from nestc.graph.model import Model, require_static
 from nestc.graph.passes.cancel import Cancel
@@ -18,6 +19,10 @@ from nestc.graph.passes.own_outputs import OwnOutputs
 from nestc.graph.passes.simplify import Simplify
 from nestc.graph.passes.sink import Sink
 from nestc.graph.quiet import quiet
+
+
+_BROKEN = frozenset({"MeanVarianceNormalization"})
+"""Composites that onnx 1.23 and ONNX Runtime 1.32 cannot infer the shape of inside a function, so never inside a region."""
 
 
 def passes(notes: list[str]) -> list[ir.passes.PassBase]:
@@ -57,7 +62,7 @@ def optimize(model: Model) -> Model:
     Raises `ShapeError` for an input with a dimension that has no size.
     """
     require_static(model)
-    optimized = model.clone()
+    optimized = expand(model, [node.name or "" for node in model.ir.graph if node.op_type in _BROKEN and not node.domain])
     with quiet("onnxscript", "onnx_ir"):
         for step in passes(optimized.notes):
             step(optimized.ir)

@@ -52,6 +52,7 @@ def load(
     check_external_data(model, folder)
     _check_standard(model, name)
     model = to_canonical_opset(model)
+    _name_nodes(model)
     loaded = bind(Model(model), shapes, dims, values)
     with quiet("onnxscript", "onnx_ir"):
         InferShapes()(loaded.ir)
@@ -103,6 +104,17 @@ def _to_ir(proto: onnx.ModelProto, name: str) -> ir.Model:
     except (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ModelError(f"{name} is not valid ONNX: {reason}") from error
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Give every node a name of its own, since messages, plans and profiles speak of nodes by name."""
+    taken: set[str] = set()
+    for index, node in enumerate(model.graph.all_nodes()):
+        if not node.name or node.name in taken:
+            node.name = f"{node.name or node.op_type}_{index}"
+            while node.name in taken:
+                node.name += "_"
+        taken.add(node.name)
 
 
 def _check_size(tensor: onnx.TensorProto) -> None:
