@@ -19,7 +19,7 @@ from nestc.graph.bind import bind
 from nestc.graph.infer_shapes import InferShapes
 from nestc.graph.model import Model, skeleton
 from nestc.graph.quiet import quiet
-from nestc.importers.check import check_external_data, check_operators, check_structure
+from nestc.importers.check import check_external_data, check_operators, check_structure, subgraphs
 from nestc.importers.upgrade import to_canonical_opset
 
 IR_VERSION = 11
@@ -135,8 +135,19 @@ def _check_size(tensor: onnx.TensorProto) -> None:
 def _check_standard(model: ir.Model, name: str) -> None:
     """Raise `ModelError` where onnx's checker finds a fault (attributes, counts of inputs, ...)."""
     proto = skeleton(model)
+    _complete_shapes(proto.graph)
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
         reason = " ".join(str(error).split("==>")[0].split())
         raise ModelError(f"{name} is not valid ONNX: {reason}") from error
+
+
+def _complete_shapes(graph: onnx.GraphProto) -> None:
+    """Give inputs and outputs a shape field, which the checker wants and many exporters leave out."""
+    for info in (*graph.input, *graph.output):
+        if info.type.HasField("tensor_type") and not info.type.tensor_type.HasField("shape"):
+            info.type.tensor_type.shape.SetInParent()
+    for node in graph.node:
+        for inner in subgraphs(node):
+            _complete_shapes(inner)
