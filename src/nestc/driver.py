@@ -12,14 +12,13 @@ import onnx
 
 from nestc.bundle.bundle import Bundle, BundlePartition, TensorSpec
 from nestc.errors import PlanError
-from nestc.graph import pipeline, regions
+from nestc.graph import pipeline
 from nestc.graph.bind import bind
-from nestc.graph.decompose import decompose
 from nestc.graph.model import Model, require_static, skeleton, unbound_dims
-from nestc.graph.own_outputs import own_outputs
 from nestc.graph.region import TensorType
 from nestc.importers.onnx import load
-from nestc.partition.match import Claim, claim
+from nestc.partition.descend import claim_or_descend
+from nestc.partition.match import Claim
 from nestc.partition.place import follow, place
 from nestc.partition.plan import Plan
 from nestc.runtime.executable import Executable
@@ -35,9 +34,6 @@ Progress = Callable[[str, float], None]
 Source = str | os.PathLike[str] | onnx.ModelProto | bytes | Model
 
 OBJECTIVES = ("latency", "throughput", "energy")
-
-MAX_DESCENTS = 8
-"""Function bodies of ONNX call each other at most a few deep; more rounds would mean that one calls itself."""
 
 
 @dataclass
@@ -79,7 +75,7 @@ def build(
 
     # Simplify first, so that regions are formed of what really has to be computed.
     tell("optimise the graph", 0.0)
-    done.optimised = own_outputs(pipeline.optimize(model))
+    done.optimised = pipeline.optimize(model)
     _verify(done.optimised)
     if stop_after == "graph":
         return done
@@ -87,7 +83,7 @@ def build(
     # Regions before placement: a target takes a convolution with its activation, or not at all. What nobody takes is
     # decomposed here and formed anew, since its pieces may join their neighbours.
     tell("form regions", 0.1)
-    done.optimised, done.formed, done.claims = _claim_or_descend(done.optimised, targets)
+    done.optimised, done.formed, done.claims = claim_or_descend(done.optimised, targets)
     _verify(done.formed)
     if emit is not None:
         emit("graph", "model", onnx.printer.to_text(skeleton(done.formed.ir)))
@@ -139,7 +135,7 @@ def compile(
     """
     if objective not in OBJECTIVES:
         raise PlanError(f"there is no objective {objective!r}; choose {', '.join(OBJECTIVES)}")
-    chosen = with_fallbacks(resolve(targets), threads)
+    chosen = with_fallbacks(resolve(targets, {"threads": threads}), threads)
     given = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
 
     def make(ready: Model) -> Bundle:
@@ -182,25 +178,8 @@ def with_fallbacks(targets: Sequence[Target], threads: int | None) -> tuple[Targ
 
     chosen: list[Target] = [target for target in targets if target.name != "host"]
     if all(target.name != "cpu" for target in chosen):
-        chosen.append(CpuTarget())
+        chosen.append(CpuTarget(threads=threads))
     return (*chosen, next((target for target in targets if target.name == "host"), HostTarget()))
-
-
-def _claim_or_descend(model: Model, targets: Sequence[Target]) -> tuple[Model, Model, list[Claim]]:
-    """The model (with refused operators decomposed), its regions, and who takes each.
-
-    ``host``, the last target, would take nearly anything: it is asked only when decomposing helps no more.
-    """
-    natives = [target for target in targets if target.name != "host"]
-    for _ in range(MAX_DESCENTS):
-        formed = regions.form(model)
-        found = regions.regions(formed)
-        refused = [each for each in (claim(region, natives) for region in found) if each.target is None]
-        descended = decompose(model, {op.name for each in refused for op in each.region.ops}) if refused else None
-        if descended is None:
-            return model, formed, [claim(region, targets) for region in found]
-        model = descended
-    raise AssertionError("decomposition does not end")
 
 
 def _verify(model: Model) -> None:

@@ -122,7 +122,9 @@ class Specialised:
         return self._current().timeline()
 
     def for_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> Executable:
-        """The executable for inputs of these shapes, for a model whose shapes depend on no values."""
+        """The executable for inputs of these shapes, for a model whose shapes depend on no values; ShapeError if fixed."""
+        for name, (_, shape) in self._model.inputs.items():
+            _check_shape(name, shape, shapes[name])
         with self._lock:
             return self._specialised(tuple((name, shapes[name]) for name in self._model.inputs), {}, ())
 

@@ -33,10 +33,10 @@ def installed() -> dict[str, Target]:
     return available
 
 
-def make(text: str) -> Target:
+def make(text: str, defaults: Mapping[str, object] | None = None) -> Target:
     """Make a target of ``name`` or ``name:option=value,option2=value2``.
 
-    Raises TargetError for an unknown name or option (the nearest is suggested), a value of the wrong kind, or a
+    `defaults` gives options that the text does not, to targets that have such options. Raises TargetError for an unknown name or option (the nearest is suggested), a value of the wrong kind, or a
     target whose package does not load.
     """
     name, _, rest = text.partition(":")
@@ -49,12 +49,17 @@ def make(text: str) -> Target:
         factory = known[name].load()
     except (ImportError, AttributeError) as error:
         raise TargetError(f"target {name!r} does not load: {error}") from error
-    return factory(**_options(name, rest, factory))
+    known_options = _parameters(factory)
+    given = {key: value for key, value in (defaults or {}).items() if key in known_options}
+    return factory(**{**given, **_options(name, rest, known_options)})
 
 
-def resolve(targets: Iterable[str | Target]) -> tuple[Target, ...]:
-    """Targets from names, texts with options, or Target objects, in the order given and each name once."""
-    made = [make(target) if isinstance(target, str) else target for target in targets]
+def resolve(targets: Iterable[str | Target], defaults: Mapping[str, object] | None = None) -> tuple[Target, ...]:
+    """Targets from names, texts with options, or Target objects, in the order given and each name once.
+
+    `defaults` as for `make`; objects are taken as they are.
+    """
+    made = [make(target, defaults) if isinstance(target, str) else target for target in targets]
     names = [target.name for target in made]
     for name in names:
         if names.count(name) > 1:
@@ -68,11 +73,10 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-def _options(name: str, text: str, factory: typing.Any) -> dict[str, object]:
+def _options(name: str, text: str, kinds: Mapping[str, type]) -> dict[str, object]:
     """Read ``option=value,...`` by the parameters of the target's constructor, whose annotations give the kinds."""
     if not text:
         return {}
-    kinds = _parameters(factory)
     options: dict[str, object] = {}
     for part in text.split(","):
         key, equals, value = part.partition("=")

@@ -44,7 +44,12 @@ def _dense(region: Region) -> bool:
 @constraint
 def _lowered(region: Region) -> bool:
     """no kernel family takes the operator in this form"""
-    return region.anchor == VIEW or choose(region)[0] is not None
+    return _is_view(region) or choose(region)[0] is not None
+
+
+def _is_view(region: Region) -> bool:
+    """Whether the region needs no kernel: its output is its input under another shape. A constant has to be copied."""
+    return region.anchor == VIEW and bool(region.inputs)
 
 
 class CpuTarget:
@@ -113,8 +118,8 @@ class _Compiler:
         p = self.partition
         pairs = []
         for region in p.regions:
-            family = None if region.anchor == VIEW else choose(region)[0]
-            if family is None and region.anchor != VIEW:
+            family = None if _is_view(region) else choose(region)[0]
+            if family is None and not _is_view(region):
                 raise UnsupportedOp(f"region {region.name}: no CPU kernel for {', '.join(region.origin)}")
             pairs.append((region, family))
         types: dict[str, TensorType] = dict(p.types)
