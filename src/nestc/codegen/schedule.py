@@ -155,7 +155,7 @@ def schedule(
     apart = {name: _place(name, roots, {**own, **slots}, {}, sizes) for name in roots}
     lanes = _lanes(steps, apart, threads)
     phases = _phases(steps, apart, lanes)
-    arena = _plan(steps, roots, own, sizes, phases if threads > 1 else None)
+    arena = _plan(steps, roots, own, sizes, _epochs(phases, lanes) if threads > 1 else None)
 
     places = {
         name: _place(name, roots, {**dict.fromkeys(own, arena_slot), **slots}, arena.offsets, sizes) for name in roots
@@ -281,6 +281,19 @@ def _phases(steps: Sequence[Step], places: Mapping[str, Place], lanes: Sequence[
     return phases
 
 
+def _epochs(phases: Sequence[int], lanes: Sequence[int]) -> list[int]:
+    """Steps of equal number may overlap in time: those of a phase, unless one worker runs the whole phase in order."""
+    used: dict[int, set[int]] = {}
+    for phase, lane in zip(phases, lanes, strict=True):
+        used.setdefault(phase, set()).add(lane)
+    epochs: list[int] = []
+    for number, phase in enumerate(phases):
+        alone = len(used[phase]) == 1 and lanes[number] != PARALLEL
+        new = number > 0 and (alone or phase != phases[number - 1])
+        epochs.append(epochs[-1] + new if epochs else 0)
+    return epochs
+
+
 def _accesses(step: Step, places: Mapping[str, Place]) -> list[_Access]:
     return [
         (places[name].slot, places[name].offset, places[name].end, write)
@@ -302,9 +315,9 @@ def _plan(
     roots: Mapping[str, tuple[str, int]],
     own: Mapping[str, int],
     sizes: Mapping[str, int],
-    phases: Sequence[int] | None,
+    epochs: Sequence[int] | None,
 ) -> ArenaPlan:
-    """Arena offsets. With `phases`, memory is not reused within a phase, unless that makes the arena much larger."""
+    """Arena offsets. With `epochs`, memory is not reused within one, unless that makes the arena much larger."""
     lives: dict[str, tuple[int, int]] = {}
     for number, step in enumerate(steps):
         for name in step.args:
@@ -312,9 +325,9 @@ def _plan(
             if root in own:
                 lives[root] = (lives.get(root, (number, 0))[0], number)
     tight = plan_arena([Buffer(name, sizes[name], *life) for name, life in lives.items()])
-    if phases is None:
+    if epochs is None:
         return tight
-    loose = plan_arena([Buffer(name, sizes[name], phases[lo], phases[hi]) for name, (lo, hi) in lives.items()])
+    loose = plan_arena([Buffer(name, sizes[name], epochs[lo], epochs[hi]) for name, (lo, hi) in lives.items()])
     return loose if loose.nbytes <= max(tight.nbytes * LOOSE_GROWTH, LOOSE_BYTES) else tight
 
 

@@ -268,7 +268,7 @@ class _Emitter:
             mine = b.atomic_rmw("add", counter, _i64(1), "monotonic")
             b.cbranch(b.icmp_unsigned("<", mine, size), work, done)
             b.position_at_end(work)
-            begin = b.mul(b.add(low, mine), grain)
+            begin = cast(ir.Value, b.mul(b.add(low, mine), grain))
             limit = b.add(begin, grain)
             end = b.select(b.icmp_unsigned("<", limit, extent), limit, extent)
             self._call(b, trampoline, kernel, arguments, table, scratch, begin, end)
