@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 
 class OwnOutputs(ir.passes.InPlacePass):
-    """Put an Identity before an output that is a weight, an input, or given out twice."""
+    """Put an Identity before an output that is a weight, or given out twice."""
 
     def __init__(self, notes: list[str] | None = None) -> None:
         super().__init__()
@@ -19,7 +19,8 @@ class OwnOutputs(ir.passes.InPlacePass):
         seen: set[ir.Value] = set()
         changed = False
         for index, value in enumerate(graph.outputs):
-            if value.producer() is not None and value not in seen:
+            # An input given out as it is keeps its name, which is part of the interface; the runtime passes it on.
+            if (value.producer() is not None or value.is_graph_input()) and value not in seen:
                 seen.add(value)
                 continue
             label = value.name
@@ -28,12 +29,12 @@ class OwnOutputs(ir.passes.InPlacePass):
             graph.append(node)
             graph.outputs[index] = copy
             if value.is_graph_input() or value.producer() is not None:
-                # An input keeps its name; so an output of that name cannot differ from it, and gets another.
+                # The first one keeps the name, so that the second gets another.
                 copy.name = f"{label}.copy" if f"{label}.copy" not in names else f"{label}.copy.{index}"
             else:
                 value.name = f"{label}.value"
             names.add(copy.name)
             changed = True
         if changed:
-            self.notes.append("outputs that are constants or inputs copied")
+            self.notes.append("outputs that are constants copied")
         return ir.passes.PassResult(model, changed)
