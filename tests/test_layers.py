@@ -32,6 +32,9 @@ ALLOWED = {("importers", f"nestc.graph.{name}") for name in ("bind", "infer_shap
 # Everything above the stages: the command line and the driver see all.
 TOP = {"driver", "cli", "commands", "specialise", "demo"}
 
+# Helpers that compile and run one kernel for tests and benchmarks; no stage may import them.
+TOOLS = {"nestc.kernels.testing"}
+
 # The run side must be light: these never appear among its imports.
 COMPILER = ("importers", "graph", "quant", "tensor", "kernels", "codegen", "targets")
 
@@ -75,13 +78,14 @@ KNOWN = {name for name, _ in MODULES}
 @pytest.mark.parametrize(("name", "path"), MODULES, ids=[name for name, _ in MODULES])
 def test_a_stage_imports_no_later_one(name: str, path: Path) -> None:
     parts = name.split(".")
-    if len(parts) < 2 or parts[1] in TOP:
+    if len(parts) < 2 or parts[1] in TOP or name in TOOLS:
         return
     stage = parts[1]
     for imported in imports(path, KNOWN):
         if imported in CONTRACTS or (stage, imported) in ALLOWED:
             continue
         other = imported.split(".")[1]
+        assert imported not in TOOLS, f"{name} imports {imported}, which is for tests and benchmarks"
         assert other not in TOP, f"{name} imports {imported}: only the command line and the driver see everything"
         if stage == "targets":
             continue

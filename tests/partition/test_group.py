@@ -57,7 +57,7 @@ def graphs(draw: st.DrawFn) -> tuple[list[Region], dict[str, str]]:
     return regions, device
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(graphs())
 def test_partitions_cover_everything_once_and_run_in_order(drawn: tuple[list[Region], dict[str, str]]) -> None:
     regions, device = drawn
