@@ -225,13 +225,17 @@ def _extreme(op: str, a: Expr, b: Expr) -> Expr:
 
 
 def _shift(op: Op, a: Expr, b: Expr) -> Expr:
-    """Shifts by the width or more give 0 instead of what the machine happens to do."""
+    """Shifts by a negative amount or by the width and more give what sign extension alone leaves: 0, or -1."""
     bits = int(a.dtype.lstrip("uint"))
-    name = "shl" if op.attributes.get("direction") in ("LEFT", b"LEFT") else "shr"
-    if isinstance(b, Const):
-        return Binary(name, a, b) if int(b.value) < bits else _like(0, a)
+    left = op.attributes.get("direction") in ("LEFT", b"LEFT")
     inside = Binary("lt", b, _like(bits, b))
-    return Select(inside, Binary(name, a, Select(inside, b, _like(0, b))), _like(0, a))
+    if not b.dtype.startswith("u"):
+        inside = Binary("and", inside, Binary("ge", b, _like(0, b)))
+    if left:
+        return Select(inside, Binary("shl", a, Select(inside, b, _like(0, b))), _like(0, a))
+    if a.dtype.startswith("u"):
+        return Select(inside, Binary("shr", a, Select(inside, b, _like(0, b))), _like(0, a))
+    return Binary("shr", a, Select(inside, b, _like(bits - 1, b)))
 
 
 def _mod(op: Op, a: Expr, b: Expr) -> Expr:
@@ -388,7 +392,9 @@ def apply_elementwise(op: Op, arguments: list[Expr | None], region: Region) -> E
     if op.op_type in ("Cast", "CastLike"):
         return convert(given[0], dtype)
     if op.op_type == "BitCast":
-        return given[0] if given[0].dtype == dtype else Bitcast(given[0], dtype)
+        # A bool is one byte in memory, 0 or 1.
+        bits = cast(given[0], "uint8") if given[0].dtype == "bool" else given[0]
+        return bits if bits.dtype == dtype else cast(bits, dtype) if dtype == "bool" else Bitcast(bits, dtype)
     if op.op_type == "Where":
         return select(*given)
     wide = [None if x is None else cast(x, "float32") if x.dtype in HALVES else x for x in arguments]

@@ -40,6 +40,8 @@ class _Fusion:
                 for name in stage.args:
                     self.force(name)
                 self.result.append(stage)
+                for name in stage.outputs:
+                    self.emitted.pop(name, None)  # it may have changed a value in place
                 continue
             value = self.expand(stage)
             if value.name in self.outputs:

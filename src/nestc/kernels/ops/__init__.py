@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from nestc.graph.region import Op
 from nestc.kernels.compute import Body
 from nestc.kernels.elementwise import ELEMENTWISE
-from nestc.kernels.ops import make, move, reduction, select
+from nestc.kernels.ops import linear, loss, make, move, normal, reduction, scan, select, window
 
 Rule = Callable[[Body, Op], None]
 
@@ -25,5 +25,10 @@ RULES: Mapping[str, Rule] = {
     **make.RULES,
     **select.RULES,
     **reduction.RULES,
+    **linear.RULES,
+    **window.RULES,
+    **normal.RULES,
+    **scan.RULES,
+    **loss.RULES,
 }
 """Every operator of ONNX's own domain that the generic family knows."""

@@ -188,13 +188,16 @@ def _depth_to_space(body: Body, op: Op) -> None:
 def _space_to_depth(body: Body, op: Op) -> None:
     block = integer(op, "blocksize", 1)
     depth = body.shape(op.inputs[0])[1]
+    columns_first = text(op, "mode", "DCR") == "DCR"
 
     def value(axes: Axes) -> Expr:
         n, c, h, w = axes
-        part = ix.floordiv(c, depth)
+        if columns_first:
+            part, channel = ix.floordiv(c, depth), ix.mod(c, depth)
+        else:
+            part, channel = ix.mod(c, block * block), ix.floordiv(c, block * block)
         row = ix.add(ix.mul(h, block), ix.floordiv(part, block))
-        column = ix.add(ix.mul(w, block), ix.mod(part, block))
-        return body.read(op.inputs[0], (n, ix.mod(c, depth), row, column))
+        return body.read(op.inputs[0], (n, channel, row, ix.add(ix.mul(w, block), ix.mod(part, block))))
 
     body.map(op.outputs[0], value)
 

@@ -17,7 +17,7 @@ from nestc.tensor.rewrite import cast
 Axes = tuple[Var, ...]
 
 
-def _work(dtype: str) -> str:
+def work_dtype(dtype: str) -> str:
     """The dtype in which values of `dtype` are combined."""
     return "float32" if dtype in HALVES else dtype
 
@@ -59,7 +59,7 @@ def combine(
 ) -> None:
     """out = after(op over axes `over` of before(source)), in the work dtype of `source`."""
     shape = body.shape(source)
-    work, dtype = _work(body.dtype(source)), body.dtype(out)
+    work, dtype = work_dtype(body.dtype(source)), body.dtype(out)
 
     def value(axes: Axes, reduced: Axes) -> Expr:
         index = place(len(shape), axes, reduced, over, keep)
@@ -135,7 +135,7 @@ def _log_sum_exp(body: Body, source: str, out: str, over: tuple[int, ...], keep:
     """log(sum(exp(x - max))) + max, so that nothing overflows; where the maximum is infinite it is the result."""
     shape = body.shape(source)
     dtype = body.dtype(out)
-    work = _work(dtype) if "float" in dtype else "float64"
+    work = work_dtype(dtype) if "float" in dtype else "float64"
     top = body.temporary(work, body.shape(out))
     combine(body, top, source, over, keep, "max", lambda x: cast(x, work), _same)
 
@@ -144,7 +144,9 @@ def _log_sum_exp(body: Body, source: str, out: str, over: tuple[int, ...], keep:
         return Select(Binary("lt", Unary("abs", m), constant(float("inf"), work)), m, constant(0, work))
 
     def value(axes: Axes, reduced: Axes) -> Expr:
-        x = cast(cast(body.read(source, place(len(shape), axes, reduced, over, keep)), _work(body.dtype(source))), work)
+        x = cast(
+            cast(body.read(source, place(len(shape), axes, reduced, over, keep)), work_dtype(body.dtype(source))), work
+        )
         return Unary("exp", Binary("sub", x, finite(axes)))
 
     total = body.temporary(work, body.shape(out))
@@ -163,7 +165,7 @@ def _arg(body: Body, op: Op) -> None:
     keep = bool(integer(op, "keepdims", 1))
     last = bool(integer(op, "select_last_index", 0))
     how = "max" if op.op_type == "ArgMax" else "min"
-    work = _work(body.dtype(source))
+    work = work_dtype(body.dtype(source))
     best = body.temporary(work, body.shape(out))
     combine(body, best, source, (axis,), keep, how, _same, _same)
     missing = -1 if last else shape[axis]
@@ -209,17 +211,19 @@ def _global_pool(body: Body, op: Op) -> None:
         combine(body, out, source, over, True, "add", _same, lambda total: mean(total, count))
     else:
         p = integer(op, "p", 2)
-        combine(body, out, source, over, True, "add", lambda x: _power(_absolute(x), p), lambda t: _p_root(t, p))
+        combine(body, out, source, over, True, "add", lambda x: powered(_absolute(x), p), lambda t: p_root(t, p))
 
 
-def _power(x: Expr, p: int) -> Expr:
+def powered(x: Expr, p: int) -> Expr:
+    """x ** p for a positive integer p."""
     result = x
     for _ in range(p - 1):
         result = Binary("mul", result, x)
     return result
 
 
-def _p_root(x: Expr, p: int) -> Expr:
+def p_root(x: Expr, p: int) -> Expr:
+    """x ** (1 / p)."""
     return x if p == 1 else Unary("sqrt", x) if p == 2 else Binary("pow", x, constant(1 / p, x.dtype))
 
 
@@ -229,9 +233,9 @@ def _lp_normalization(body: Body, op: Op) -> None:
     axis, p = axis_of(op, len(shape), -1), integer(op, "p", 2)
     if p not in (1, 2):
         raise refused(op, f"p is {p}, not 1 or 2")
-    work = _work(dtype)
+    work = work_dtype(dtype)
     norm = body.temporary(work, tuple(1 if d == axis else n for d, n in enumerate(shape)))
-    combine(body, norm, source, (axis,), True, "add", lambda x: _power(_absolute(x), p), lambda t: _p_root(t, p))
+    combine(body, norm, source, (axis,), True, "add", lambda x: powered(_absolute(x), p), lambda t: p_root(t, p))
 
     def value(axes: Axes) -> Expr:
         length = body.read(norm, [ix.const(0) if d == axis else i for d, i in enumerate(axes)])
@@ -247,7 +251,7 @@ def _mean_variance(body: Body, op: Op) -> None:
     source, out = op.inputs[0], op.outputs[0]
     shape, dtype = body.shape(source), body.dtype(source)
     over = tuple(a % len(shape) for a in (integers(op, "axes") or (0, 2, 3)))
-    work = _work(dtype)
+    work = work_dtype(dtype)
     small = tuple(1 if d in over else n for d, n in enumerate(shape))
     average, spread = body.temporary(work, small), body.temporary(work, small)
     count = prod(shape[a] for a in over)
@@ -276,13 +280,13 @@ def _batch_normalization(body: Body, op: Op) -> None:
         raise refused(op, "training mode")
     source, scale, bias, average, variance = op.inputs[:5]
     dtype = body.dtype(source)
-    work = _work(dtype)
+    work = work_dtype(dtype)
     epsilon = number(op, "epsilon", 1e-5)
 
     def value(axes: Axes) -> Expr:
         channel = (axes[1] if len(axes) > 1 else ix.const(0),)
         x, s, b, m, v = (
-            cast(cast(body.read(n, i), _work(body.dtype(n))), work)
+            cast(cast(body.read(n, i), work_dtype(body.dtype(n))), work)
             for n, i in ((source, axes), (scale, channel), (bias, channel), (average, channel), (variance, channel))
         )
         root = Unary("sqrt", Binary("add", v, constant(epsilon, work)))
