@@ -20,6 +20,7 @@ from nestc.graph.infer_shapes import InferShapes
 from nestc.graph.model import Model, skeleton
 from nestc.graph.quiet import quiet
 from nestc.importers.check import check_external_data, check_operators, check_structure, subgraphs
+from nestc.importers.mapped import map_external, parse_mapped
 from nestc.importers.upgrade import to_canonical_opset
 
 IR_VERSION = 11
@@ -50,6 +51,8 @@ def load(
         external_data.set_base_dir(model.graph, folder)
     check_operators(model)
     check_external_data(model, folder)
+    if folder is not None:
+        map_external(model, folder)
     _check_standard(model, name)
     model = to_canonical_opset(model)
     _name_nodes(model)
@@ -67,10 +70,13 @@ def _read(source: str | os.PathLike[str] | onnx.ModelProto | bytes) -> tuple[onn
         return _parse(source, "the model"), "the model", None
     path = Path(source)
     try:
-        content = path.read_bytes()
+        mapped = parse_mapped(path)
+        proto = _parse(path.read_bytes(), str(path)) if mapped is None else mapped
+    except google.protobuf.message.DecodeError as error:
+        raise ModelError(f"{path} is not an ONNX model, or is cut") from error
     except OSError as error:
         raise ModelError(f"cannot read the model {str(path)!r}: {error.strerror or error}") from error
-    return _parse(content, str(path)), str(path), path.parent
+    return proto, str(path), path.parent
 
 
 def _parse(content: bytes, name: str) -> onnx.ModelProto:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +11,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from nestc.graph.kinds import is_constant
+
+_EAGER_BYTES = 1 << 16
 
 AttributeInput = int | float | str | Sequence[int] | Sequence[float]
 
@@ -60,6 +62,22 @@ class Rewrite(ir.passes.InPlacePass):
         name = self.fresh(name)
         tensor = ir.Tensor(array, dtype=dtype, name=name) if dtype else ir.tensor(array, name=name)
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def lazy(self, compute: Callable[[], np.ndarray], like: ir.Value, name: str) -> ir.Value:
+        """A new initializer of the dtype and shape of a constant, computed only when somebody reads it.
+
+        Small ones are computed at once. Large ones are not kept, so that folded weights never stand beside the
+        original ones in memory as a whole.
+        """
+        tensor = like.const_value
+        if tensor is None or tensor.nbytes <= _EAGER_BYTES:
+            return self.constant(compute(), name, like.dtype)
+        name = self.fresh(name)
+        dtype, shape = tensor.dtype, ir.Shape(tensor.shape)
+        lazy = ir.LazyTensor(lambda: ir.Tensor(compute(), dtype=dtype, name=name), dtype, shape, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(tensor.shape), const_value=lazy)
         self.graph.register_initializer(value)
         return value
 
