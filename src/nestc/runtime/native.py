@@ -66,7 +66,7 @@ class NativeProgram:
             self.inputs = tuple(_spec(item) for item in metadata["inputs"])
             self.outputs = tuple(_spec(item) for item in metadata["outputs"])
             self._outputs = [(tuple(item["shape"]), numpy_dtype(item["dtype"])) for item in metadata["outputs"]]
-            constants = [artifact.weights[name] for name in metadata["constants"]]
+            constants = [np.asarray(artifact.weights[name]) for name in metadata["constants"]]
             self.arena_bytes: int = metadata["arena_bytes"]
             self._scratch_bytes: int = metadata["scratch_bytes"]
             self._steps: Sequence[Mapping[str, Any]] = metadata["steps"]

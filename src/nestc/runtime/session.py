@@ -11,7 +11,9 @@ import numpy as np
 
 from nestc.bundle.artifact import Program
 from nestc.bundle.bundle import Bundle, BundlePartition
-from nestc.errors import BundleError
+from nestc.bundle.dtypes import numpy_dtype
+from nestc.errors import BundleError, TargetError
+from nestc.runtime.arrays import ready
 from nestc.runtime.devices import device_for
 
 
@@ -82,7 +84,7 @@ class Session:
                 [values[name] for name in stage.partition.inputs], [wanted.get(name) for name in stage.outputs]
             )
             marks.append((stage.partition.device, stage.partition.name, begin, begin + elapsed.seconds, elapsed.kind))
-            values.update(zip(stage.outputs, results, strict=True))
+            values.update(_checked(stage, results))
             for name in stage.dead:
                 del values[name]
         return [self._output(name, values[name], given) for name, given in wanted.items()], tuple(marks)
@@ -103,8 +105,29 @@ class Session:
             arguments = [values[name] for name in stage.partition.inputs]
             found.append((stage, arguments))
             results, _ = stage.program(arguments, [None] * len(stage.outputs))
-            values.update(zip(stage.outputs, results, strict=True))
+            values.update(_checked(stage, results))
         return found
+
+
+def _checked(stage: _Stage, results: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Results by name, as native code may read them. Raises TargetError if they are not what the bundle promises.
+
+    The next partition trusts shapes and types, and would read beyond an array that is too small.
+    """
+    values: dict[str, np.ndarray] = {}
+    for spec, result in zip(stage.partition.outputs, results, strict=True):
+        array = ready(np.asarray(result))
+        fits = spec.shape is None or (
+            len(spec.shape) == array.ndim
+            and all(size is None or size == found for size, found in zip(spec.shape, array.shape, strict=True))
+        )
+        if array.dtype != numpy_dtype(spec.dtype) or not fits:
+            raise TargetError(
+                f"partition {stage.partition.name} on {stage.partition.device} gave {spec.name!r} as "
+                f"{array.dtype}{list(array.shape)}, not {spec.dtype}{list(spec.shape or ())}"
+            )
+        values[spec.name] = array
+    return values
 
 
 def _last_uses(bundle: Bundle) -> list[tuple[str, ...]]:
