@@ -41,7 +41,7 @@ ENGINES = ("nestc", "onnxruntime")
 
 @dataclass(frozen=True)
 class Result:
-    """Verdict on one case by one engine; ONNX Runtime's passes count as native. `detail` explains what is no pass."""
+    """Verdict on one case by one engine; ONNX Runtime's passes count as native. `detail` says why it is not native."""
 
     name: str
     op: str
@@ -60,7 +60,7 @@ def run_case(name: str, engine: str = "nestc") -> Result:
     case = _case(name)
     try:
         inputs, expected = case.data()
-        outputs, fallback = _run_nestc(case, inputs) if engine == "nestc" else (_run_onnxruntime(case, inputs), False)
+        outputs, interpreted = _run_nestc(case, inputs) if engine == "nestc" else (_run_onnxruntime(case, inputs), {})
     except Exception as error:  # noqa: BLE001 - whatever an engine raises is its verdict
         kind = type(error).__name__
         status: Status = "unsupported" if kind in ("UnsupportedOp", "NotImplemented") else "crash"
@@ -68,7 +68,9 @@ def run_case(name: str, engine: str = "nestc") -> Result:
     difference = compare(case, expected, outputs)
     if difference:
         return Result(name, case.op, engine, "wrong", difference)
-    return Result(name, case.op, engine, "fallback" if fallback else "native")
+    if interpreted:
+        return Result(name, case.op, engine, "fallback", "interpreted: " + ", ".join(sorted(interpreted)))
+    return Result(name, case.op, engine, "native")
 
 
 _CASES: dict[str, NodeCase] = {}
@@ -82,12 +84,12 @@ def _case(name: str) -> NodeCase:
     return _CASES[name]
 
 
-def _run_nestc(case: NodeCase, inputs: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], bool]:
+def _run_nestc(case: NodeCase, inputs: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], Mapping[str, int]]:
     import nestc
 
     executable = nestc.compile(case.file, targets=["cpu"], threads=1)
     outputs = executable.run(inputs)
-    return list(outputs.values()), bool(executable.fallback_ops)
+    return list(outputs.values()), executable.fallback_ops
 
 
 def _run_onnxruntime(case: NodeCase, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -231,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes (default: CPUs)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one case (default 60)")
     parser.add_argument("--list-failures", action="store_true", help="name every case that does not pass, and why")
+    parser.add_argument("--list-fallbacks", action="store_true", help="name every case that an interpreter helps with")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args(arguments)
     cases = load_cases()
@@ -253,10 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(summary))
         return 0
     print_table(summary)
-    if options.list_failures:
-        for result in sorted(results, key=lambda r: (r.engine, r.status, r.op, r.name)):
-            if not result.passed:
-                print(f"{result.engine:12} {result.status:12} {result.name}: {result.detail}")
+    listed = {status for status in STATUSES[2:] if options.list_failures}
+    listed |= {"fallback"} if options.list_fallbacks else set()
+    for result in sorted(results, key=lambda r: (r.engine, r.status, r.op, r.name)):
+        if result.status in listed:
+            print(f"{result.engine:12} {result.status:12} {result.name}: {result.detail}")
     return 0
 
 
