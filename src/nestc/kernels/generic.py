@@ -82,7 +82,7 @@ class _Params:
         self.layouts = layouts
         self.args: list[str] = []
         self.buffers: dict[str, Buffer] = {}
-        self.memo: dict[Expr, Expr] = {}
+        self.names: dict[str, str] = {}  # parameter -> value
 
     def layout(self, name: str) -> Layout:
         return self.layouts.get(name, PLAIN)
@@ -94,6 +94,7 @@ class _Params:
             type_ = self.body.type(name)
             size = prod(physical_shape(type_, self.layout(name)))
             known = self.buffers[name] = self.builder.param(f"a{len(self.args)}", type_.dtype, (size,))
+            self.names[known.name] = name
             self.args.append(name)
         return known
 
@@ -115,6 +116,8 @@ class _Params:
             if not isinstance(n, Load) or (n.buffer.shape == () and n.buffer.name.startswith("$")):
                 return None
             name = n.buffer.name
+            if n.buffer is self.buffers.get(self.names.get(name, "")):
+                return None  # a node around it was simplified to a load that is done
             literal = self.literal(name)
             if literal is not None:
                 if n.mask is None:
