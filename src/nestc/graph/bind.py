@@ -66,14 +66,15 @@ def _set_shape(value: ir.Value, shape: tuple[int, ...], sizes: dict[str, int]) -
         raise ShapeError(f"input {value.name!r} cannot have the shape {list(shape)}: sizes are not negative")
     if value.shape is not None and len(value.shape) != len(shape):
         raise ShapeError(
-            f"input {value.name!r} has rank {len(value.shape)} {list(shape_of(value))}, so the shape {list(shape)} does not fit"
+            f"input {value.name!r} has rank {len(value.shape)}, {list(shape_of(value))}; the shape {list(shape)} does not fit"
         )
     changed = value.shape is None
     for dim, size in zip(value.shape or (), shape, strict=False):
         if isinstance(dim, int):
             changed |= dim != size
-        elif dim.value and sizes.setdefault(dim.value, size) != size:
-            raise ShapeError(f"dimension {dim.value!r} would be both {sizes[dim.value]} and {size} (input {value.name!r})")
+        elif dim.value and dim.value != "?" and sizes.setdefault(dim.value, size) != size:
+            both = f"{sizes[dim.value]} and {size}"
+            raise ShapeError(f"dimension {dim.value!r} would be both {both} (input {value.name!r})")
     value.shape = ir.Shape(shape)
     return changed
 
@@ -89,9 +90,8 @@ def _substitute(value: ir.Value, sizes: Mapping[str, int]) -> None:
 def _make_constant(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
     tensor = ir.tensor(array, name=value.name)
     if value.dtype is not None and tensor.dtype != value.dtype:
-        raise ShapeError(
-            f"input {value.name!r} has dtype {element_name(value.dtype)}, but the value given has {element_name(tensor.dtype)}"
-        )
+        given = element_name(tensor.dtype)
+        raise ShapeError(f"input {value.name!r} has dtype {element_name(value.dtype)}, but the value given has {given}")
     if value.shape is not None and len(value.shape) != array.ndim:
         raise ShapeError(f"input {value.name!r} has rank {len(value.shape)}, but the value given has rank {array.ndim}")
     graph.inputs.remove(value)

@@ -133,7 +133,7 @@ def require_static(model: Model) -> None:
     for name, axis, dim in unbound_dims(model):
         if axis < 0:
             raise ShapeError(f"input {name!r} has no shape in the model; give one with --shape {name}=D0,D1,...")
-        if dim:
+        if dim not in ("", "?"):  # some exporters write ? for a size that has no name
             raise ShapeError(
                 f"input {name!r} has the symbolic dimension {dim!r} at axis {axis}; bind it with --dim {dim}=SIZE"
             )
