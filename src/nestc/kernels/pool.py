@@ -35,7 +35,7 @@ _CHAINS = 4  # independent accumulators of a whole-image reduction, to hide the 
 
 @dataclass(frozen=True)
 class Window:
-    """How windows move over one spatial axis: output o covers ``o * stride - begin + k * dilation``, 0 <= k < kernel."""
+    """How windows move over one axis: output o covers ``o * stride - begin + k * dilation``, 0 <= k < kernel."""
 
     size: int
     out: int
@@ -290,7 +290,7 @@ class _Windowed:
         self.block = operands.layout(self.source).block
         self.width = self.block or machine.lanes(type_.dtype)
         self.tail = Tail(operands, op)
-        # With dilation 1 a tap outside, moved to the border, is a tap that the window has anyway: no test for a maximum.
+        # With dilation 1 a tap outside, moved to the border, is one that the window has anyway: no test for a maximum.
         self.clamped = self.combine.kind == "max" and all(
             w.dilation == 1 and min(w.counts(False)) > 0 for w in self.windows
         )
@@ -411,7 +411,12 @@ class _Windowed:
             self.taps(kernel, looped, [*prefix, k], body)
 
     def sum(
-        self, total: Buffer, at: Expr, prefix: list[Expr], kernel: list[int], tap: Callable[[Sequence[Expr | int]], Expr]
+        self,
+        total: Buffer,
+        at: Expr,
+        prefix: list[Expr],
+        kernel: list[int],
+        tap: Callable[[Sequence[Expr | int]], Expr],
     ) -> Store:
         """Accumulate the taps that are written out."""
         value: Expr | None = Load(total, (ix.const(0), at)) if prefix else None
@@ -480,15 +485,14 @@ def _with_indices(op: Op, operands: Operands) -> None:
         same = binary("and", known, binary("eq", Load(where, zero), position))
         builder.store(best, zero, select(same, x, Load(best, zero)))
 
-    with builder.parallel("row", *shape[:2], *(w.out for w in axes[:-1])) as (n, channel, *row):
-        with builder.loop("col", axes[-1].out) as column:
-            builder.store(best, zero, combine.identity)
-            builder.store(where, zero, ix.const(-1))
-            visit(n, channel, [*row, column], [])
-            values = {op.outputs[0]: cast(Load(best, zero), operands.type(op.outputs[0]).dtype)}
-            values[op.outputs[1]] = Load(where, zero)
-            for out in operands.region.outputs:
-                builder.emit(operands.stores(out, (n, channel, *row, column), values[out]))
+    with builder.parallel("pixel", *shape[:2], *(w.out for w in axes)) as (n, channel, *place):
+        builder.store(best, zero, combine.identity)
+        builder.store(where, zero, ix.const(-1))
+        visit(n, channel, place, [])
+        values = {op.outputs[0]: cast(Load(best, zero), operands.type(op.outputs[0]).dtype)}
+        values[op.outputs[1]] = Load(where, zero)
+        for out in operands.region.outputs:
+            builder.emit(operands.stores(out, (n, channel, *place), values[out]))
 
 
 POOL = Pool()

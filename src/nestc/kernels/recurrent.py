@@ -101,6 +101,11 @@ class Network:
         """Vectors that hold the hidden units of one sequence."""
         return -(-self.hidden // self.lanes)
 
+    @property
+    def reset_first(self) -> bool:
+        """Whether a GRU's reset is applied to the state before its product, so that a step takes two sweeps."""
+        return self.op.op_type == "GRU" and not self.linear_before_reset
+
     def clipped(self, x: Expr) -> Expr:
         """The input of an activation limited to +-clip."""
         if self.clip is None:
@@ -242,9 +247,13 @@ class _Lowering:
         """All launches in order."""
         net = self.net
         stem = next(name for name in net.op.outputs if name)
-        self.w, self.r, self.b, self.rb, self.xw = (f"{stem}.{part}" for part in ("w", "r", "b", "rb", "xw"))
+        names = (f"{stem}.{part}" for part in ("w", "r", "r2", "b", "rb", "xw"))
+        self.w, self.r, self.r2, self.b, self.rb, self.xw = names
         self.pack(self.w, net.op.inputs[1], net.inputs)
-        self.pack(self.r, net.op.inputs[2], net.hidden)
+        # What is read in separate sweeps is packed apart, so that each sweep reads whole cache lines.
+        self.pack(self.r, net.op.inputs[2], net.hidden, range(2) if net.reset_first else None)
+        if net.reset_first:
+            self.pack(self.r2, net.op.inputs[2], net.hidden, range(2, 3))
         self.pack_bias()
         shape = (net.directions, net.steps * net.batch, net.chunks, net.gates, net.lanes)
         self.temporaries[self.xw] = self.packed[self.xw] = TensorType(net.dtype, shape)
@@ -271,22 +280,23 @@ class _Lowering:
         wide[:, :, : net.hidden] = array
         return np.moveaxis(wide.reshape(*array.shape[:2], net.chunks, net.lanes, *array.shape[3:]), 2, 1)
 
-    def pack(self, name: str, source: str, depth: int) -> None:
-        """Weights (D, G * H, depth) as (D, chunks, depth, G, lanes): what a chunk reads, in the order it reads it."""
+    def pack(self, name: str, source: str, depth: int, gates: range | None = None) -> None:
+        """Weights (D, G * H, depth) as (D, chunks, depth, gates, lanes): a chunk reads them in this order."""
         net = self.net
-        self.packed[name] = TensorType(net.dtype, (net.directions, net.chunks, depth, net.gates, net.lanes))
+        gates = range(net.gates) if gates is None else gates
+        self.packed[name] = TensorType(net.dtype, (net.directions, net.chunks, depth, len(gates), net.lanes))
         array = self.region.constant(source)
         if array is not None:
-            split = array.reshape(net.directions, net.gates, net.hidden, depth)
+            split = array.reshape(net.directions, net.gates, net.hidden, depth)[:, gates.start : gates.stop]
             self.constants[name] = np.ascontiguousarray(np.moveaxis(self.chunked(split), -1, 2))
             return
         self.temporaries[name] = self.packed[name]
         operands = self.operands(f"{net.op.op_type.lower()}_pack")
         builder, target = operands.builder, operands.buffer(name)
         with builder.parallel("chunk", net.directions, net.chunks) as (d, c), builder.loop("k", depth) as k:
-            for gate in range(net.gates):
+            for place, gate in enumerate(gates):
                 at = lambda unit, gate=gate: (d, ix.add(unit, gate * net.hidden), k)  # noqa: E731
-                builder.emit(self.vector(target, (d, c, k, ix.const(gate)), c, operands, source, at))
+                builder.emit(self.vector(target, (d, c, k, ix.const(place)), c, operands, source, at))
         self.finish(operands)
 
     def pack_bias(self) -> None:
@@ -458,9 +468,9 @@ class _Loop:
             self.rb = self.operands.buffer(lowering.rb) if net.linear_before_reset else None
             self.z = self.builder.scratch("z", (self.rows, wide), net.dtype)
             self.reset = self.builder.scratch("reset", (self.rows, wide), net.dtype)
-        first = [0, 1] if op.op_type == "GRU" and not net.linear_before_reset else None
-        self.products = Products(self.builder, net, self.rows, first)
-        if first:
+        self.products = Products(self.builder, net, self.rows, [0, 1] if net.reset_first else None)
+        if net.reset_first:
+            self.r2 = self.operands.buffer(lowering.r2)
             self.second = Products(self.builder, net, self.rows, [2])
 
     def build(self) -> None:
@@ -532,11 +542,10 @@ class _Loop:
     def step(self, step: Expr) -> None:
         """One time step of all rows; behind a sequence's end its state is handed on and Y is zero."""
         net, builder = self.net, self.builder
-        last = ix.const(net.steps - 1)
-        backwards: Expr = ix.sub(last, step)
+        length: Expr = ix.const(net.steps)
         if self.lengths:
             length = cast(self.operands.load(self.lengths, (self.batch[0],)), "int64")
-            backwards = clamp(ix.sub(ix.add(length, -1), step), 0, net.steps - 1)
+        backwards = clamp(ix.sub(ix.add(length, -1), step), 0, net.steps - 1)
         time = step
         if net.directions == 2:
             time = select(binary("eq", self.d, ix.const(1)), backwards, step)
@@ -557,15 +566,15 @@ class _Loop:
         net, builder = self.net, self.builder
         self.old, self.new = ix.mod(step, 2), ix.mod(ix.add(step, 1), 2)
         self.time = time
-        if net.op.op_type == "GRU" and not net.linear_before_reset:
+        if net.reset_first:
             self.gru_reset_first()
             return
         with builder.loop("unit", net.chunks) as c:
-            self.multiply(self.products, c, lambda row, k: load(self.h, self.old, row, k))
+            self.multiply(self.products, self.r, c, lambda row, k: load(self.h, self.old, row, k))
             for row in range(self.rows):
                 {"LSTM": self.lstm, "GRU": self.gru, "RNN": self.rnn}[net.op.op_type](row, c)
 
-    def multiply(self, products: Products, c: Expr, x: Callable[[int, Expr], Expr]) -> None:
+    def multiply(self, products: Products, r: Buffer, c: Expr, x: Callable[[int, Expr], Expr]) -> None:
         """Recurrent products of a chunk's gates, started with the projected input."""
         net = self.net
         rb = self.rb if net.op.op_type == "GRU" else None
@@ -576,7 +585,8 @@ class _Loop:
             return self.projected(row, c, gate)
 
         products.start(initial)
-        products.run(net.hidden, lambda k, gate: load(self.r, self.d, c, k, gate, 0, lanes=net.lanes), x)
+        first = products.gates[0]
+        products.run(net.hidden, lambda k, gate: load(r, self.d, c, k, gate - first, 0, lanes=net.lanes), x)
 
     def projected(self, row: int, c: Expr, gate: int) -> Expr:
         """The input's share of a gate."""
@@ -640,13 +650,13 @@ class _Loop:
         """The reset is applied to the state before its product, so all of it must be known first."""
         net, builder = self.net, self.builder
         with builder.loop("unit", net.chunks) as c:
-            self.multiply(self.products, c, lambda row, k: load(self.h, self.old, row, k))
+            self.multiply(self.products, self.r, c, lambda row, k: load(self.h, self.old, row, k))
             for row in range(self.rows):
                 builder.store(self.z, (row, self.at(c)), net.activate(0, self.products.value(row, 0)))
                 reset = net.activate(0, self.products.value(row, 1))
                 builder.store(self.reset, (row, self.at(c)), binary("mul", reset, self.hidden(self.old, row, c)))
         with builder.loop("unit", net.chunks) as c:
-            self.multiply(self.second, c, lambda row, k: load(self.reset, row, k))
+            self.multiply(self.second, self.r2, c, lambda row, k: load(self.reset, row, k))
             for row in range(self.rows):
                 candidate = net.activate(1, self.second.value(row, 2))
                 update = load(self.z, row, self.at(c), lanes=net.lanes)
@@ -655,4 +665,3 @@ class _Loop:
 
 
 RECURRENT = Recurrent()
-
