@@ -7,6 +7,7 @@ The scheme is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import ceil, prod
 
 import numpy as np
@@ -19,6 +20,7 @@ from nestc.kernels.gemm_shape import (
     Product,
     accumulation_dtype,
     choose_blocks,
+    choose_parts,
     choose_tile,
     lanes_below,
     product_of,
@@ -29,7 +31,7 @@ from nestc.kernels.operands import Operands
 from nestc.kernels.tail import Tail, tail_refusal
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, clamp, constant, less, load, splat
-from nestc.tensor.ir import Binary, Expr, Fma, Load, Stmt, Var
+from nestc.tensor.ir import Binary, Const, Expr, Fma, Load, Stmt, Var
 from nestc.tensor.rewrite import binary, cast
 from nestc.tensor.vectorize import vectorize
 
@@ -77,6 +79,17 @@ def _anchor(region: Region) -> Op | None:
     return next((op for op in region.ops if op.op_type in ("MatMul", "Gemm") and not op.domain), None)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Which rows a piece of code is about: `rows` of them from `row`, for one part of k; `slot` numbers the tile."""
+
+    batch: tuple[Expr, ...]
+    part: Expr
+    slot: Expr
+    row: Expr
+    rows: int
+
+
 class _Gemm:
     """Builds the kernel of one product.
 
@@ -94,6 +107,7 @@ class _Gemm:
         self.panels = ceil(product.n / self.width)
         self.blocks: Blocks = choose_blocks(product, self.tile, self.lanes, self.size, machine)
         self.direct = self.reads_b_directly()
+        self.parts = 1 if product.m <= 2 * self.tile.rows else choose_parts(product.k, _UNROLL)
         self.k = Builder("gemm")
         self.operands = Operands(self.k, region, {})
 
@@ -148,83 +162,94 @@ class _Gemm:
         if self.heavy:
             self.finished = k.stack("tile", (t.rows, self.width), self.dtype)
         full, rest = divmod(p.m, t.rows)
-        groups = max(1, full) // self.blocks.tiles
-        across = self.panels // self.blocks.panels
-        with k.parallel("item", *(prod(p.batch), across, groups)) as (n, jb, ib):
+        down, across = self.blocks.tiles, self.blocks.panels
+        groups = max(1, full) // down
+        if self.parts > 1:
+            self.partial = k.scratch("partial", (down + 1, t.rows, across * self.width), self.dtype)
+        with k.parallel("item", prod(p.batch), self.panels // across, groups) as (n, jb, ib):
             batch = ix.unflatten(n, p.batch)
-            if full:
-                with k.loop("tile_row", self.blocks.tiles) as ti:
-                    row = ix.mul(ix.add(ix.mul(ib, self.blocks.tiles), ti), t.rows)
-                    self.row_tile(batch, jb, row, t.rows)
-            if rest:
-                with k.when(binary("eq", ib, ix.const(groups - 1))):
-                    self.row_tile(batch, jb, ix.const(full * t.rows), rest)
+            with k.loop("part", self.parts) as part:
+                if full:
+                    with k.loop("tile_row", down) as ti:
+                        row = ix.mul(ix.add(ix.mul(ib, down), ti), t.rows)
+                        self.row_tile(_Place(batch, part, ti, row, t.rows), jb)
+                if rest:
+                    with k.when(binary("eq", ib, ix.const(groups - 1))):
+                        row = ix.const(full * t.rows)
+                        self.row_tile(_Place(batch, part, ix.const(down), row, rest), jb)
 
-    def row_tile(self, batch: tuple[Expr, ...], jb: Expr, row: Expr, rows: int) -> None:
-        """The item's panels for one tile of rows."""
+    def row_tile(self, at: _Place, jb: Expr) -> None:
+        """The item's panels for one tile of rows; a panel that reaches past the last column has code of its own."""
         k, p = self.k, self.product
+        last, always = ix.const(self.panels - 1), Const(True, "bool")
         with k.loop("panel", self.blocks.panels) as pj:
             panel = ix.add(ix.mul(jb, self.blocks.panels), pj)
-            if p.n % self.width == 0:
-                self.sum_over_k(batch, panel, row, rows)
-                self.finish(batch, panel, row, rows)
-                return
-            last = ix.const(self.panels - 1)
+            cases = [(always, panel)]
+            if p.n % self.width and self.panels > 1:
+                cases = [(less(panel, last), clamp(panel, 0, self.panels - 2)), (binary("eq", panel, last), last)]
             if not self.direct:
-                self.sum_over_k(batch, panel, row, rows)
-            if self.panels == 1:
-                self.last_panel(batch, last, row, rows)
-                return
-            with k.when(less(panel, last)):
-                inner = clamp(panel, 0, self.panels - 2)
-                if self.direct:
-                    self.sum_over_k(batch, inner, row, rows)
-                self.finish(batch, inner, row, rows)
-            with k.when(binary("eq", panel, last)):
-                self.last_panel(batch, last, row, rows)
+                self.sum_over_k(at, panel, pj)
+            for case, exact in cases:
+                with k.when(case):
+                    if self.direct:
+                        self.sum_over_k(at, exact, pj)
+                    with k.when(binary("eq", at.part, ix.const(self.parts - 1))):
+                        self.finish(at, exact)
+            if self.parts > 1:
+                with k.when(less(at.part, self.parts - 1)):
+                    self.keep(at, pj)
 
-    def last_panel(self, batch: tuple[Expr, ...], panel: Expr, row: Expr, rows: int) -> None:
-        """A panel that reaches past the last column."""
-        if self.direct:
-            self.sum_over_k(batch, panel, row, rows)
-        self.finish(batch, panel, row, rows)
+    def keep(self, at: _Place, pj: Expr) -> None:
+        """Put the sums so far aside."""
+        for r in range(at.rows):
+            for c in range(self.tile.vectors):
+                place = (at.slot, r, ix.add(ix.mul(pj, self.width), c * self.lanes))
+                self.k.store(self.partial, place, load(self.acc, 0, r, c, 0, lanes=self.lanes))
 
-    def sum_over_k(self, batch: tuple[Expr, ...], panel: Expr, row: Expr, rows: int) -> None:
-        """Leave the tile's sums in the accumulators."""
-        k, t, depth = self.k, self.tile, self.product.k
-        zero = constant(0, self.dtype, self.lanes)
-        for s in range(t.split):
-            for r in range(rows):
+    def clear(self, at: _Place, pj: Expr) -> None:
+        """Accumulators to zero, or to the sums over the parts of k that are done."""
+        k, t, lanes = self.k, self.tile, self.lanes
+        places = [(s, r, c) for s in range(t.split) for r in range(at.rows) for c in range(t.vectors)]
+        for place in places:
+            k.store(self.acc, (*place, 0), constant(0, self.dtype, lanes))
+        if self.parts == 1:
+            return
+        with k.when(less(0, at.part)):
+            for r in range(at.rows):
                 for c in range(t.vectors):
-                    k.store(self.acc, (s, r, c, 0), zero)
+                    done = load(self.partial, at.slot, r, ix.add(ix.mul(pj, self.width), c * lanes), lanes=lanes)
+                    k.store(self.acc, (0, r, c, 0), done)
+
+    def sum_over_k(self, at: _Place, panel: Expr, pj: Expr) -> None:
+        """Leave the tile's sums over one part of k in the accumulators."""
+        k, t, depth, rows = self.k, self.tile, self.product.k // self.parts, at.rows
+        first = ix.mul(at.part, depth)
+        self.clear(at, pj)
         step = max(_UNROLL, t.split)
         with k.loop("k", depth // step) as p:
+            start = ix.add(first, ix.mul(p, step))
             for u in range(step):
-                self.step(batch, panel, row, rows, ix.add(ix.mul(p, step), u), u % t.split)
+                self.step(at, panel, ix.add(start, u), u % t.split)
             if self.product.m <= 2 * t.rows:
-                self.prefetch(batch, panel, ix.mul(p, step), step)
+                self.prefetch(at.batch, panel, start, step)
         for u in range(depth - depth % step, depth):
-            self.step(batch, panel, row, rows, ix.const(u), u % t.split)
+            self.step(at, panel, ix.const(u), u % t.split)
         for s in range(1, t.split):
             for r in range(rows):
                 for c in range(t.vectors):
-                    total = Binary(
-                        "add",
-                        load(self.acc, 0, r, c, 0, lanes=self.lanes),
-                        load(self.acc, s, r, c, 0, lanes=self.lanes),
-                    )
-                    k.store(self.acc, (0, r, c, 0), total)
+                    one, other = (load(self.acc, i, r, c, 0, lanes=self.lanes) for i in (0, s))
+                    k.store(self.acc, (0, r, c, 0), Binary("add", one, other))
 
-    def step(self, batch: tuple[Expr, ...], panel: Expr, row: Expr, rows: int, at: Expr, s: int) -> None:
+    def step(self, at: _Place, panel: Expr, depth: Expr, s: int) -> None:
         """One k: the shorter side of the tile is kept in registers, the longer one streams."""
-        k, p, lanes = self.k, self.product, self.lanes
+        k, p, lanes, rows = self.k, self.product, self.lanes, at.rows
 
         def fetch_row(r: int) -> None:
-            value = cast(self.operands.load(p.a, p.a_index(batch, ix.add(row, r), at)), self.dtype)
+            value = cast(self.operands.load(p.a, p.a_index(at.batch, ix.add(at.row, r), depth)), self.dtype)
             k.store(self.row, (r, 0), splat(value, lanes))
 
         def fetch_column(c: int) -> None:
-            k.store(self.column, (c, 0), self.b_vector(batch, panel, at, c))
+            k.store(self.column, (c, 0), self.b_vector(at.batch, panel, depth, c))
 
         def multiply(r: int, c: int) -> None:
             a, b, acc = load(self.row, r, 0, lanes=lanes), load(self.column, c, 0, lanes=lanes), (s, r, c, 0)
@@ -269,9 +294,9 @@ class _Gemm:
             for c in range(0, self.width, line):
                 self.k.prefetch(self.b, self.product.b_matrix(batch), panel, ix.add(at, u + ahead), c)
 
-    def finish(self, batch: tuple[Expr, ...], panel: Expr, row: Expr, rows: int) -> None:
+    def finish(self, at: _Place, panel: Expr) -> None:
         """Scale, add, run the tail and store."""
-        k, lanes = self.k, self.lanes
+        k, lanes, rows = self.k, self.lanes, at.rows
         start = ix.mul(panel, self.width)
         if not self.heavy:
             for r in range(rows):
@@ -279,7 +304,7 @@ class _Gemm:
                     lane = Var(f"lane{r}_{c}", lanes)
                     value = Load(self.acc, (ix.const(0), ix.const(r), ix.const(c), lane))
                     column = ix.add(start, c * lanes, lane)
-                    k.emit(vectorize(self.stores(batch, ix.add(row, r), column, value), lane, ix.const(0), lanes))
+                    k.emit(vectorize(self.stores(at.batch, ix.add(at.row, r), column, value), lane, ix.const(0), lanes))
             return
         for r in range(rows):
             for c in range(self.tile.vectors):
@@ -288,7 +313,7 @@ class _Gemm:
             lane = Var("lane", lanes)
             place = ix.add(ix.mul(c, lanes), lane)
             value = Load(self.finished, (r, place))
-            statements = self.stores(batch, ix.add(row, r), ix.add(start, place), value)
+            statements = self.stores(at.batch, ix.add(at.row, r), ix.add(start, place), value)
             k.emit(vectorize(statements, lane, ix.const(0), lanes))
 
     def stores(self, batch: tuple[Expr, ...], row: Expr, column: Expr, value: Expr) -> tuple[Stmt, ...]:

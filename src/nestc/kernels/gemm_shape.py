@@ -16,6 +16,7 @@ from nestc.tensor.ir import Binary, Expr, Ramp, Stmt
 from nestc.tensor.rewrite import cast
 
 ITEM_PRODUCTS = 1 << 18  # multiply-adds of a parallel item that is worth a claim: some 5 us
+_PART = 1024
 ITEMS = 128  # no more items are needed for 64 workers
 
 
@@ -124,7 +125,7 @@ def choose_tile(m: int, n: int, lanes: int, machine: CpuMachine) -> Tile:
     """The register tile with the least modelled cycles for an m x n product.
 
     For each k a tile of r x v accumulators issues r * v multiply-adds (two a cycle) and r + v loads (two a cycle), and
-    it cannot be faster than the latency of one multiply-add (4 cycles).
+    it cannot be faster than the latency of one multiply-add (4 cycles). Vectors of `b` weigh more: they come from L2.
     """
     vectors = ceil(n / lanes)
     best: tuple[float, int, Tile] | None = None
@@ -146,7 +147,7 @@ def choose_tile(m: int, n: int, lanes: int, machine: CpuMachine) -> Tile:
 
 def _step_cycles(rows: int, vectors: int) -> float:
     work = max(rows * vectors / 2, (rows + vectors) / 2)
-    return max(work, 2.0 if rows == 1 else 4.0) + 0.05 * (rows + vectors)
+    return max(work, 2.0 if rows == 1 else 4.0) + 0.05 * rows + 0.15 * vectors
 
 
 def _split(rows: int, vectors: int, machine: CpuMachine) -> int:
@@ -181,6 +182,12 @@ def choose_blocks(product: Product, tile: Tile, lanes: int, size: int, machine: 
                 best = (key, Blocks(down, across))
     assert best is not None
     return best[1]
+
+
+def choose_parts(k: int, step: int) -> int:
+    """How many equal parts, of whole steps, k is summed in: a tile's rows of a part stay in L1. 1 if none fit."""
+    fitting = (d for d in divisors(k) if k // d <= _PART and (k // d) % step == 0 and k // d >= _PART // 3)
+    return next(fitting, 1)
 
 
 def divisors(n: int) -> list[int]:
