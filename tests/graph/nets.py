@@ -170,10 +170,12 @@ def llama() -> onnx.ModelProto:
         return b.call("Add", b.call("Mul", value, cos), b.call("Mul", turned, sin))
 
     y = norm(x)
-    heads = [
-        b.call("Transpose", b.call("Reshape", b.call("MatMul", y, b.weight(16, 16)), b.ints(1, 5, 2, 8)), perm=[0, 2, 1, 3])
-        for _ in range(3)
-    ]
+
+    def head() -> str:
+        shaped = b.call("Reshape", b.call("MatMul", y, b.weight(16, 16)), b.ints(1, 5, 2, 8))
+        return b.call("Transpose", shaped, perm=[0, 2, 1, 3])
+
+    heads = [head() for _ in range(3)]
     angle = np.arange(5)[:, None] * 0.5 ** np.arange(8)
     cos, sin = b.constant(np.cos(angle).astype(np.float32)), b.constant(np.sin(angle).astype(np.float32))
     q, k = rotate(heads[0], cos, sin), rotate(heads[1], cos, sin)

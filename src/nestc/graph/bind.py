@@ -65,9 +65,8 @@ def _set_shape(value: ir.Value, shape: tuple[int, ...], sizes: dict[str, int]) -
     if any(size < 0 for size in shape):
         raise ShapeError(f"input {value.name!r} cannot have the shape {list(shape)}: sizes are not negative")
     if value.shape is not None and len(value.shape) != len(shape):
-        raise ShapeError(
-            f"input {value.name!r} has rank {len(value.shape)}, {list(shape_of(value))}; the shape {list(shape)} does not fit"
-        )
+        known = list(shape_of(value))
+        raise ShapeError(f"input {value.name!r} has rank {len(known)}, {known}; the shape {list(shape)} does not fit")
     changed = value.shape is None
     for dim, size in zip(value.shape or (), shape, strict=False):
         if isinstance(dim, int):
@@ -83,8 +82,7 @@ def _substitute(value: ir.Value, sizes: Mapping[str, int]) -> None:
     """Put sizes for named dimensions in a value's shape."""
     if value.shape is None or not sizes:
         return
-    dims = [dim if isinstance(dim, int) or dim.value not in sizes else sizes[dim.value] for dim in value.shape]
-    value.shape = ir.Shape(dims)
+    value.shape = ir.Shape(dim if isinstance(dim, int) else sizes.get(dim.value or "", dim) for dim in value.shape)
 
 
 def _make_constant(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from nestc.graph.kinds import has_body, is_constant, is_elementwise, is_move, is_view
+from nestc.graph.kinds import TAILED, has_body, is_constant, is_elementwise, is_move, is_view
 from nestc.graph.model import static_shape
 
 MAX_NODES = 32
@@ -28,20 +28,23 @@ class Cluster:
     anchor: str | None
 
 
-def clusters(graph: ir.Graph) -> list[Cluster]:
+def clusters(graph: ir.Graph, alone: Collection[str] = ()) -> list[Cluster]:
     """Cut a topologically sorted graph into regions, in an order in which they can run.
+
+    Nodes named in `alone` get a region each.
 
     Greedy: a region starts at the first node that is left and takes in nodes whose other operands earlier regions
     have computed. A region thus never waits for something that waits for it, so no cycle can arise.
     """
-    return _Former(graph).run()
+    return _Former(graph, alone).run()
 
 
 class _Former:
     """State of one run: which nodes have found their region."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, alone: Collection[str]) -> None:
         self.graph = graph
+        self.alone = {node for node in graph if node.name in alone}
         self.position = {node: index for index, node in enumerate(graph)}
         self.done: set[ir.Node] = set()
 
@@ -56,14 +59,15 @@ class _Former:
 
     def start(self, head: ir.Node) -> Cluster:
         """The region whose first node is `head`."""
-        if is_view(head) and _known(head):
+        if is_view(head) and _known(head) and head not in self.alone:
             return Cluster(tuple(self.view_chain(head)), VIEW)
         free = is_elementwise(head) or is_move(head)
         anchor = None if free else head.op_type
-        if has_body(head) or not _known(head) or (is_move(head) and len(head.outputs) > 1):
-            return Cluster((head,), head.op_type if not free else None)
+        single = has_body(head) or not _known(head) or head in self.alone or not (free or head.op_type in TAILED)
+        if single or sum(not _unused(value) for value in head.outputs) != 1:
+            return Cluster((head,), anchor)
         nodes = self.tail(head)
-        if all(map(is_elementwise, nodes)):
+        if all(map(is_elementwise, nodes)):  # several outputs of one shape are stored by one loop
             self.widen(nodes)
         return Cluster(tuple(nodes), anchor)
 
@@ -77,6 +81,8 @@ class _Former:
             if follower is None or value.is_graph_output() or follower not in self.position:
                 break
             if not is_view(follower) or not _known(follower) or not self.ready(follower, set(chain)):
+                break
+            if follower in self.alone:
                 break
             chain.append(follower)
         return chain
@@ -117,7 +123,9 @@ class _Former:
 
     def admit(self, node: ir.Node, inside: set[ir.Node], shape: tuple[int, ...], depth: int) -> list[ir.Node]:
         """`node`, after those producers it needs to bring along, if it may join a region; else nothing."""
-        if node not in self.position or node in self.done or not is_elementwise(node) or not _known(node):
+        if node not in self.position or node in self.done or node in self.alone:
+            return []
+        if not is_elementwise(node) or not _known(node):
             return []
         if static_shape(node.outputs[0]) != shape:
             return []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from nestc.errors import ModelError, UnsupportedOp
+from nestc.errors import UnsupportedOp
 from nestc.graph.infer_shapes import InferShapes
 from nestc.graph.model import Model
 from nestc.graph.passes.fold_constants import FoldConstants
@@ -20,7 +21,7 @@ def expandable(op: Op | ir.Node) -> bool:
     """Whether ONNX defines the operator by simpler ones (perhaps only for some types and attributes)."""
     if not onnx.defs.has(op.op_type, op.domain):
         return False
-    schema = onnx.defs.get_schema(op.op_type, op.domain)
+    schema: Any = onnx.defs.get_schema(op.op_type, op.domain)  # onnx's type stub lacks the function members
     return schema.has_function or schema.has_context_dependent_function
 
 
@@ -54,7 +55,7 @@ def expand(model: Model, nodes: Collection[str]) -> Model:
 def _body(model: ir.Model, node: ir.Node, overload: str) -> ir.Function:
     """The function that defines a node, for its types and attributes, in the model's operator set."""
     version = model.opset_imports[node.domain]
-    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    schema: Any = onnx.defs.get_schema(node.op_type, version, node.domain)
     for name, attribute in schema.attributes.items():
         if name not in node.attributes and attribute.default_value.type:
             node.attributes[name] = ir.from_proto(attribute.default_value)
@@ -77,8 +78,6 @@ def _body(model: ir.Model, node: ir.Node, overload: str) -> ir.Function:
         body.node.append(onnx.helper.make_node("Identity", [body.input[0]], [name]))
     node.resize_outputs(len(body.output))
     function = ir.from_proto(body)
-    if not isinstance(function, ir.Function):
-        raise ModelError(f"the definition of {node.op_type} cannot be read")
     function.overload = overload
     function.domain, function.name = node.domain, node.op_type
     for domain in function.opset_imports:

@@ -25,13 +25,17 @@ ELEMENTWISE = UNARY | BROADCASTING | QUANTIZERS | {"CastLike", "Dropout"}
 VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 """Row-major order of the elements does not change, so the output may be the input under another shape."""
 
-MOVES = frozenset(
-    "Concat DepthToSpace Expand Gather Pad Slice SpaceToDepth Split Tile Transpose Trilu".split()
-)
+MOVES = frozenset("Concat DepthToSpace Expand Gather Pad Slice SpaceToDepth Split Tile Transpose Trilu".split())
 """Elements are moved (or zeros put between) by a rule that is known when compiling."""
 
-DATA_DEPENDENT = frozenset({"Compress", "NonMaxSuppression", "NonZero", "StringSplit", "Unique"})
-"""The shape of the result is known only at run time."""
+TAILED = frozenset(
+    """ArgMax ArgMin Attention AveragePool BatchNormalization Conv ConvInteger ConvTranspose CumSum Einsum Gather Gemm
+    GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization InstanceNormalization LRN LayerNormalization
+    LogSoftmax LpNormalization LpPool MatMul MatMulInteger MaxPool QLinearConv QLinearMatMul RMSNormalization ReduceL1
+    ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Resize
+    Softmax""".split()
+)
+"""Anchors whose result is stored element by element, so that an elementwise tail can be computed on the way out."""
 
 NONDETERMINISTIC = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}

@@ -20,9 +20,8 @@ from nestc.graph.passes.simplify import Simplify
 from nestc.graph.passes.sink import Sink
 from nestc.graph.quiet import quiet
 
-
 _BROKEN = frozenset({"MeanVarianceNormalization"})
-"""Composites that onnx 1.23 and ONNX Runtime 1.32 cannot infer the shape of inside a function, so never inside a region."""
+"""Composites whose shape onnx 1.23 and ONNX Runtime 1.32 cannot infer inside a function, so inside a region."""
 
 
 def passes(notes: list[str]) -> list[ir.passes.PassBase]:
@@ -62,7 +61,8 @@ def optimize(model: Model) -> Model:
     Raises `ShapeError` for an input with a dimension that has no size.
     """
     require_static(model)
-    optimized = expand(model, [node.name or "" for node in model.ir.graph if node.op_type in _BROKEN and not node.domain])
+    broken = [node.name or "" for node in model.ir.graph if node.op_type in _BROKEN and not node.domain]
+    optimized = expand(model, broken)
     with quiet("onnxscript", "onnx_ir"):
         for step in passes(optimized.notes):
             step(optimized.ir)

@@ -17,16 +17,16 @@ NAME_KEY = "nestc.region"
 ANCHOR_KEY = "nestc.anchor"
 
 
-def form(model: Model) -> Model:
+def form(model: Model, alone: Collection[str] = ()) -> Model:
     """A copy of `model` in which every node is inside a region.
 
     A region is a call of an ONNX function of the domain `DOMAIN`, so the result is still valid ONNX; weights stay in
     the main graph and are handed to the call. Nodes with a graph inside (If, Loop, Scan) stay as they are, each a
-    region of its own. The regions come in an order in which they can run.
+    region of its own, and so are the nodes named in `alone`. The regions come in an order in which they can run.
     """
     formed = model.clone()
     graph = formed.ir.graph
-    found = clusters(graph)
+    found = clusters(graph, alone)
     for index, cluster in enumerate(found):
         name = _region_name(index, cluster)
         if has_body(cluster.nodes[0]):
@@ -45,10 +45,6 @@ def _region_name(index: int, cluster: Cluster) -> str:
     ops = [node.op_type for node in cluster.nodes]
     shown = ops if len(ops) <= 5 else [*ops[:4], f"and{len(ops) - 4}"]
     return f"r{index:03d}_{'_'.join(shown)}"
-
-
-def _names(graph: ir.Graph) -> set[str]:
-    return {value.name or "" for node in graph for value in node.outputs} | {value.name or "" for value in graph.inputs}
 
 
 def _outline(model: ir.Model, cluster: Cluster, name: str) -> None:
@@ -129,8 +125,8 @@ def _region(model: ir.Model, node: ir.Node) -> Region:
     if node.domain != DOMAIN:
         return _bare_region(node)
     function = model.functions[node.op_identifier()]
-    outer = {inner.name or "": value.name or "" for inner, value in zip(function.inputs, node.inputs, strict=True) if value}
-    outer |= {inner.name or "": value.name or "" for inner, value in zip(function.outputs, node.outputs, strict=True)}
+    pairs = (*zip(function.inputs, node.inputs, strict=True), *zip(function.outputs, node.outputs, strict=True))
+    outer = {inner.name or "": value.name or "" for inner, value in pairs if value is not None}
     types: dict[str, TensorType] = {}
     constants: dict[str, Callable[[], np.ndarray]] = {}
     inputs: list[str] = []
@@ -243,10 +239,7 @@ def submodel(model: Model, names: Collection[str]) -> ir.Model:
     inside = set(chosen)
     made = {value for node in chosen for value in node.outputs}
     taken = _unique(
-        value
-        for node in chosen
-        for value in (*node.inputs, *captured(node))
-        if value is not None and value not in made
+        value for node in chosen for value in (*node.inputs, *captured(node)) if value is not None and value not in made
     )
     given = [value for node in chosen for value in node.outputs if _escapes(value, inside)]
     mapping = {value: _copy_value(value) for value in taken}
@@ -304,5 +297,3 @@ def _copy_graph(graph: ir.Graph, outer: Mapping[ir.Value, ir.Value]) -> ir.Graph
         initializers=[mapping[value] for value in graph.initializers.values()],
         name=graph.name,
     )
-
-

@@ -1,4 +1,4 @@
-"""Refuse what is not a sound ONNX model, in one sentence each: undefined values, cycles, unknown operators, stray files."""
+"""Refuse what is not a sound ONNX model, in one sentence: undefined values, cycles, unknown operators, stray files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], defined: set[str], where: str,
         for used in filter(None, node.input):
             if used not in everything:
                 raise ModelError(
-                    f"node {label(node)} of {where} uses the value {used!r}, which no node, input or initializer defines"
+                    f"node {label(node)} of {where} uses the value {used!r}, which no node, input or weight defines"
                 )
         for graph in subgraphs(node):
             _check_graph(graph, everything)
@@ -127,7 +127,7 @@ def check_external_data(model: ir.Model, folder: Path | None) -> None:
         location = os.fspath(tensor.location)
         where = f"weight {tensor.name!r}"
         if folder is None:
-            raise ModelError(f"{where} lies in the file {location!r}, so give the model as a path, not as an object or bytes")
+            raise ModelError(f"{where} lies in the file {location!r}, so give the model as a path, not as bytes")
         path = Path(os.path.realpath(folder / location))
         if os.path.isabs(location) or not path.is_relative_to(os.path.realpath(folder)):
             raise ModelError(f"{where} lies in {location!r}, outside the model's folder, which is not allowed")

@@ -133,9 +133,8 @@ def _check_size(tensor: onnx.TensorProto) -> None:
     bits = ir.DataType(tensor.data_type).itemsize * 8
     needed = -int(-int(np.prod(tensor.dims, dtype=np.int64)) * bits // 8)
     if len(tensor.raw_data) != needed:
-        raise ModelError(
-            f"weight {tensor.name!r} of shape {list(tensor.dims)} needs {needed} bytes, but the file has {len(tensor.raw_data)}"
-        )
+        found = len(tensor.raw_data)
+        raise ModelError(f"weight {tensor.name!r} of shape {list(tensor.dims)} needs {needed} bytes, not {found}")
 
 
 def _check_standard(model: ir.Model, name: str) -> None:

@@ -72,8 +72,9 @@ def _relabel_if_equal(model: ir.Model) -> None:
     From set 24 to 28 operators gained element types and attributes, and new ones came; no meaning changed.
     """
     version = model.opset_imports[""]
-    if any(node.op_type == "Mod" and not node.attributes.get_int("fmod", 0) and _is_float(node) for node in model.graph):
-        return  # new in set 28
+    floored = [node for node in model.graph if node.op_type == "Mod" and not node.attributes.get_int("fmod", 0)]
+    if any(map(_is_float, floored)):
+        return  # floor division of floats is new in set 28
     _set_version(model, CANONICAL_OPSET)
     proto = skeleton(model)
     for info in proto.graph.output:

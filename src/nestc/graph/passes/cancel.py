@@ -71,7 +71,9 @@ class Cancel(Rewrite):
         """Cast(Cast(x)) is Cast(x) if the first one keeps every value of x."""
         before = producer(node.inputs[0], "Cast")
         source = None if before is None else before.inputs[0]
-        if before is None or source is None or source.dtype is None or not _lossless(source.dtype, before.outputs[0].dtype):
+        if before is None or source is None or source.dtype is None:
+            return False
+        if not _lossless(source.dtype, before.outputs[0].dtype):
             return False
         node.replace_input_with(0, source)
         return True

@@ -12,6 +12,7 @@ from nestc.graph.model import static_shape
 from nestc.graph.passes.rewrite import Rewrite, array, ints, only_use, operand, producer
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_EXACT_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Affine:
 class FoldAffine(Rewrite):
     """Conv, ConvTranspose or Gemm followed by an affine map a channel becomes one with other weights and bias.
 
-    The map is a BatchNormalization in inference mode, or Mul, Div, Add or Sub with a constant. A batch normalization that stands before an unpadded Conv is folded forward.
+    The map is a BatchNormalization in inference mode, or Mul, Div, Add or Sub with a constant. One that stands before
+    an unpadded Conv is folded forward.
     """
 
     what = "normalizations and biases folded into weights"
@@ -92,8 +94,10 @@ class FoldAffine(Rewrite):
         affine = affine_of(node, index, shape[1]) if len(shape) > 2 else None
         if affine is None or weight is None or (bias_value is not None and bias is None):
             return False
-        padded = any(ints(after, "pads")) or after.attributes.get_string("auto_pad", "NOTSET") not in {"NOTSET", "VALID"}
-        if (padded and np.any(affine.shift)) or node.outputs[0].dtype not in _FLOATS or not np.isfinite(affine.scale).all():
+        automatic = after.attributes.get_string("auto_pad", "NOTSET") not in {"NOTSET", "VALID"}
+        if (automatic or any(ints(after, "pads"))) and np.any(affine.shift):
+            return False
+        if node.outputs[0].dtype not in _FLOATS or not np.isfinite(affine.scale).all():
             return False
         groups = after.attributes.get_int("group", 1)
         per_output = lambda vector: np.repeat(vector.reshape(groups, -1), weight.shape[0] // groups, axis=0)  # noqa: E731
@@ -102,7 +106,7 @@ class FoldAffine(Rewrite):
         scaled = wide * per_output(affine.scale).reshape(weight.shape[:2] + spatial)
         added = (wide.reshape(weight.shape[0], weight.shape[1], -1).sum(2) * per_output(affine.shift)).sum(1)
         total = added if bias is None else added + np.asarray(bias, np.float64)
-        name, dtype = after.outputs[0].name, after.inputs[1].dtype  # pyright: ignore
+        name, dtype = after.outputs[0].name, node.outputs[0].dtype
         after.replace_input_with(0, node.inputs[index])
         after.replace_input_with(1, self.constant(scaled.astype(weight.dtype), f"{name}.weight", dtype))
         after.resize_inputs(3)
@@ -111,7 +115,7 @@ class FoldAffine(Rewrite):
 
 
 class LowerBatchNormalization(Rewrite):
-    """Write a batch normalization that could not be folded as x * scale + shift, which fuses with anything elementwise."""
+    """Write a batch normalization that could not be folded as x * scale + shift, which fuses with more."""
 
     what = "batch normalizations written as Mul and Add"
 
@@ -120,12 +124,13 @@ class LowerBatchNormalization(Rewrite):
             return False
         shape, dtype = static_shape(node.outputs[0]), node.outputs[0].dtype
         affine = affine_of(node, 0, shape[1]) if shape is not None and len(shape) > 1 else None
-        data, weight = node.inputs[0], array(operand(node, 1))
-        if affine is None or shape is None or data is None or weight is None or dtype not in _FLOATS:
+        data = node.inputs[0]
+        # Not in half precision, where the rounded scale and shift would differ from what the operator computes.
+        if affine is None or shape is None or data is None or dtype is None or dtype not in _EXACT_FLOATS:
             return False
         column = (-1,) + (1,) * (len(shape) - 2)
         name = node.outputs[0].name
-        element = data.const_value.numpy().dtype if data.const_value is not None else dtype.numpy()
+        element = dtype.numpy()
         scale = self.constant(affine.scale.astype(element).reshape(column), f"{name}.scale", dtype)
         shift = self.constant(affine.shift.astype(element).reshape(column), f"{name}.shift", dtype)
         product = self.insert(node, "Mul", [data, scale], like=node.outputs[0])
@@ -182,7 +187,9 @@ def _per_channel(value: ir.Value | None, data: ir.Value | None, channels: int) -
     full = (1,) * (len(shape) - constant.ndim) + constant.shape
     if any(size != 1 for axis, size in enumerate(full) if axis != 1):
         return None
-    return np.broadcast_to(np.asarray(constant, np.float64).reshape(-1), (channels,)) if full[1] in (1, channels) else None
+    if full[1] not in (1, channels):
+        return None
+    return np.broadcast_to(np.asarray(constant, np.float64).reshape(-1), (channels,))
 
 
 def _channels(node: ir.Node) -> int | None:

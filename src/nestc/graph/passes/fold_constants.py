@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript import optimizer
 
-from nestc.graph.kinds import NONDETERMINISTIC, is_constant
+from nestc.graph.kinds import NONDETERMINISTIC, QUANTIZERS, is_constant
 from nestc.graph.model import static_shape
 from nestc.graph.passes.rewrite import Rewrite, array
 
@@ -50,19 +50,19 @@ class FoldConstants(ir.passes.InPlacePass):
 
 def _worth_folding(node: ir.Node) -> bool | None:
     """For onnxscript: True to fold a node of constant operands, False not to, None where it is not our matter."""
-    if node.domain or node.op_type in NONDETERMINISTIC | {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}:
+    if node.domain or node.op_type in NONDETERMINISTIC | QUANTIZERS | {"DynamicQuantizeLinear"}:
         return False
     if node.op_type in {"Constant", "ConstantOfShape"} or len(node.outputs) != 1:
         return False
     shape = static_shape(node.outputs[0])
     if shape is None:
         return None
-    operands = sum(value.const_value.size for value in node.inputs if value is not None and value.const_value is not None)
-    return math.prod(shape) <= operands + GROWTH
+    tensors = [value.const_value for value in node.inputs if value is not None]
+    return math.prod(shape) <= sum(tensor.size for tensor in tensors if tensor is not None) + GROWTH
 
 
 class ViewConstants(Rewrite):
-    """Make a constant of ConstantOfShape and of Expand of a constant: as a numpy view of one element, without memory."""
+    """Make constants of ConstantOfShape and of Expand of a constant: numpy views of one element, without memory."""
 
     what = "constants of one repeated value"
 
@@ -76,9 +76,10 @@ class ViewConstants(Rewrite):
             dtype = ir.DataType.FLOAT if fill is None else fill.as_tensor().dtype
         elif node.op_type == "Expand" and is_constant(node.inputs[0]) and array(node.inputs[1]) is not None:
             data, target = array(node.inputs[0]), array(node.inputs[1])
-            if data is None or target is None or data.size != 1 or node.inputs[0] is None or node.inputs[0].dtype is None:
+            dtype = node.outputs[0].dtype
+            if data is None or target is None or data.size != 1 or dtype is None:
                 return False
-            element, dtype = data.reshape(()), node.inputs[0].dtype
+            element = data.reshape(())
             shape = np.array(np.broadcast_shapes(data.shape, tuple(int(size) for size in target)), np.int64)
         else:
             return False

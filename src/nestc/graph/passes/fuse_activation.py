@@ -131,11 +131,13 @@ class FuseActivation(Rewrite):
             self.replace(result, self.insert(node, "Relu", [x], like=result))
             return True
         element = result.dtype.numpy()
-        bounds: list[ir.Value | None] = [
-            self.constant(np.array(bound, element), f"{result.name}.{label}", result.dtype) if math.isfinite(bound) else None
-            for bound, label in ((low, "min"), (high, "max"))
-        ]
-        inputs = [x, *bounds] if bounds[1] is not None else [x, bounds[0]]
+        inputs: list[ir.Value | None] = [x]
+        for bound, label in ((low, "min"), (high, "max")):
+            finite = math.isfinite(bound)
+            array = np.array(bound if finite else 0.0, element)
+            inputs.append(self.constant(array, f"{result.name}.{label}", result.dtype) if finite else None)
+        while inputs[-1] is None:
+            inputs.pop()
         self.replace(result, self.insert(node, "Clip", inputs, like=result))
         return True
 
@@ -221,6 +223,5 @@ def _clamp(value: Vector) -> tuple[float, float] | None:
         return None
     low = -math.inf if value[-8] == -1e4 else float(value[-8])
     high = math.inf if value[-1] == 1e4 else float(value[-1])
-    if low >= high or (low == -math.inf and high == math.inf) or not np.array_equal(value, np.clip(_SAMPLES, low, high)):
-        return None
-    return low, high
+    bounded = low < high and (math.isfinite(low) or math.isfinite(high))
+    return (low, high) if bounded and np.array_equal(value, np.clip(_SAMPLES, low, high)) else None

@@ -64,9 +64,9 @@ class FuseAttention(Rewrite):
 
     def key(self, before: ir.Node, scores: _Scores) -> ir.Value:
         """K itself: the operand of the transpose that made K^T, or another transpose of it."""
-        shape = static_shape(scores.transposed_key) or ()
+        shape = list(static_shape(scores.transposed_key) or ())
         order = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
-        swapped = (*shape[:-2], shape[-1], shape[-2])
+        swapped = [shape[axis] for axis in order]
         source, made = scores.key_source, producer(scores.transposed_key, "Transpose")
         if source is None or made is None:
             like = scores.transposed_key
@@ -83,7 +83,7 @@ class FuseAttention(Rewrite):
         return value if len(shape) == 4 else self.reshape(before, value, (1, *shape))
 
     def mask(self, before: ir.Node, mask: ir.Value, scores: tuple[int, ...]) -> ir.Value | None:
-        """The mask with as many axes as Attention wants (2 to 4), if it broadcasts to the scores and its last axis is whole."""
+        """The mask with the four axes of Attention's, if it broadcasts to the scores and its last axis is whole."""
         shape = static_shape(mask)
         if shape is None or mask.dtype != before.outputs[0].dtype or len(shape) > len(scores):
             return None

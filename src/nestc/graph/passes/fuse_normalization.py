@@ -63,7 +63,8 @@ class FuseNormalization(Rewrite):
             return value
         constant = array(value)
         if constant is not None:
-            return self.constant(np.ascontiguousarray(np.broadcast_to(constant.reshape(-1), shape) if constant.size == 1 else constant.reshape(shape)), name)
+            full = np.broadcast_to(constant.reshape(()), shape) if constant.size == 1 else constant.reshape(shape)
+            return self.constant(np.ascontiguousarray(full), name)
         sizes = self.constant(np.array(shape, np.int64), f"{name}.shape")
         return self.insert(before, "Reshape", [value, sizes], like=value, shape=shape)
 
@@ -98,8 +99,10 @@ def _inverse(value: ir.Value | None) -> ir.Value | None:
 def _mean_square(value: ir.Value | None, deviation: ir.Value) -> _Normalized | None:
     """Match ReduceMean(deviation ** 2) + epsilon over the last axes, and see whether deviation is x - ReduceMean(x)."""
     add = producer(value, "Add")
-    for place in (0, 1) if add is not None else ():
-        epsilon, mean = scalar(operand(add, 1 - place)), producer(operand(add, place), "ReduceMean")  # pyright: ignore
+    if add is None:
+        return None
+    for place in (0, 1):
+        epsilon, mean = scalar(add.inputs[1 - place]), producer(add.inputs[place], "ReduceMean")
         axes = None if mean is None else _last_axes(mean)
         if epsilon is None or mean is None or axes is None or not _is_square(mean.inputs[0], deviation):
             continue

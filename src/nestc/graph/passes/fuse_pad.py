@@ -10,8 +10,8 @@ from nestc.graph.passes.rewrite import Rewrite, array, ints, operand, producer, 
 
 
 class FusePad(Rewrite):
-    """Conv, ConvInteger-free: Pad with zeros goes into Conv; into MaxPool where the padding cannot win; and into
-    AveragePool where it counts padded elements anyhow."""
+    """Pad with zeros goes into Conv, into MaxPool where the padding cannot win, and into AveragePool where that counts
+    what is padded anyhow."""
 
     what = "paddings fused into convolutions and poolings"
 
@@ -21,7 +21,8 @@ class FusePad(Rewrite):
             return False
         shape = static_shape(pad.outputs[0])
         added = _spatial_padding(pad)
-        if added is None or shape is None or node.attributes.get_string("auto_pad", "NOTSET") not in {"NOTSET", "VALID"}:
+        automatic = node.attributes.get_string("auto_pad", "NOTSET") not in {"NOTSET", "VALID"}
+        if added is None or shape is None or automatic:
             return False
         spatial = len(shape) - 2
         own = ints(node, "pads", (0,) * (2 * spatial))
@@ -64,7 +65,9 @@ class FusePad(Rewrite):
 def _spatial_padding(pad: ir.Node) -> tuple[int, ...] | None:
     """Zeros put before each spatial axis, then after each, if nothing else is padded and nothing is cut off."""
     shape, amounts = static_shape(pad.outputs[0]), array(operand(pad, 1))
-    if pad.attributes.get_string("mode", "constant") != "constant" or shape is None or amounts is None or len(shape) < 3:
+    if pad.attributes.get_string("mode", "constant") != "constant":
+        return None
+    if shape is None or amounts is None or len(shape) < 3:
         return None
     rank = len(shape)
     chosen = array(operand(pad, 3))

@@ -25,7 +25,8 @@ class OwnOutputs(ir.passes.InPlacePass):
                 continue
             label = value.name
             copy = ir.Value(name=label, type=value.type, shape=value.shape)
-            node = ir.node("Identity", [value], outputs=[copy], name=f"{label}.output", version=graph.opset_imports.get(""))
+            version = graph.opset_imports.get("")
+            node = ir.node("Identity", [value], outputs=[copy], name=f"{label}.output", version=version)
             graph.append(node)
             graph.outputs[index] = copy
             if value.is_graph_input() or value.producer() is not None:

@@ -75,9 +75,9 @@ class Rewrite(ir.passes.InPlacePass):
         if tensor is None or tensor.nbytes <= _EAGER_BYTES:
             return self.constant(compute(), name, like.dtype)
         name = self.fresh(name)
-        dtype, shape = tensor.dtype, ir.Shape(tensor.shape)
+        dtype, shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
         lazy = ir.LazyTensor(lambda: ir.Tensor(compute(), dtype=dtype, name=name), dtype, shape, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(tensor.shape), const_value=lazy)
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=lazy)
         self.graph.register_initializer(value)
         return value
 

@@ -12,7 +12,8 @@ from nestc.graph.model import static_shape
 from nestc.graph.passes.rewrite import Rewrite, array, ints, only_use, operand
 
 _REDUCTIONS = frozenset(
-    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare".split()
+    """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+    ReduceSumSquare""".split()
 )
 
 
@@ -39,7 +40,8 @@ class Sink(Rewrite):
         return False
 
     def elementwise(self, node: ir.Node) -> bool:
-        moved = [(index, value) for index, value in enumerate(node.inputs) if value is not None and not is_constant(value)]
+        given = [(index, value) for index, value in enumerate(node.inputs) if value is not None]
+        moved = [(index, value) for index, value in given if not is_constant(value)]
         sources = [self.source(value) for _, value in moved]
         if not moved or sources[0] is None or any(source is None for source in sources):
             return False
@@ -81,7 +83,8 @@ class Sink(Rewrite):
                 return False
             if constant.size > 1:
                 full = constant.reshape((1,) * (rank - constant.ndim) + constant.shape)
-                inputs[index] = self.constant(np.ascontiguousarray(full.transpose(inverse)), f"{value.name}.moved", value.dtype)
+                turned = np.ascontiguousarray(full.transpose(inverse))
+                inputs[index] = self.constant(turned, f"{value.name}.moved", value.dtype)
         below = [shape[axis] for axis in inverse]
         result = self.same_operator(node, inputs, below)
         self.replace(node.outputs[0], self.insert(node, "Transpose", [result], {"perm": order}, like=node.outputs[0]))
@@ -93,8 +96,11 @@ class Sink(Rewrite):
             return False
         before = {static_shape(head.inputs[0]) for head in heads if head.inputs[0] is not None}
         source = heads[0].inputs[0]
-        constants = [value for index, value in enumerate(node.inputs) if index not in places and value is not None]
-        if len(before) != 1 or source is None or any(value.const_value is None or value.const_value.size != 1 for value in constants):
+        others = [value for index, value in enumerate(node.inputs) if index not in places]
+        constants = [value for value in others if value is not None]
+        if len(before) != 1 or source is None:
+            return False
+        if any(value.const_value is None or value.const_value.size != 1 for value in constants):
             return False
         below = before.pop() or ()
         if shape is None or 0 in shape or any(len(value.shape or ()) > len(below) for value in constants):
