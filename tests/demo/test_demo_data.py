@@ -23,6 +23,7 @@ def test_the_network_has_what_bigger_ones_have() -> None:
 def test_the_report_reads_as_text() -> None:
     report = {
         "images": 500, "accuracy": 0.94, "latency_ms": 0.25, "images_per_second": 4000.0, "compile_seconds": 1.5,
+        "bundle_bytes": 4096, "load_ms": 3.0,
         "threads": 1, "regions": 12, "kernels": 9, "kernel_calls": 12, "instruction_set": "AVX2 + FMA (x86_64, znver3)",
         "code_bytes": 20480, "weights_bytes": 1024, "arena_bytes": 2048, "fallback_ops": {},
         "partitions": [{"device": "cpu", "regions": 12, "ops": {"Conv": 10}}],

@@ -49,11 +49,11 @@ def bench(
 
     report = measure(
         executable,
+        common.read_inputs(input or [], executable.inputs) or common.random_inputs(executable.inputs),
         model or (None if common.is_bundle(bundle) else bundle),
         vs=vs or [],
         threads=threads or executable.stats()["threads"],
         runs=runs,
-        inputs=common.read_inputs(input or [], executable.inputs) or None,
         load_ms=round(load_ms, 3),
         name=bundle.name,
     )

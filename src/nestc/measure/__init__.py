@@ -2,7 +2,7 @@
 
 from nestc.measure.bench import bench
 from nestc.measure.compare import Difference, difference
-from nestc.measure.engines import PEERS, Engine, NestcEngine, open_peer, random_inputs
+from nestc.measure.engines import PEERS, Engine, NestcEngine, open_peer
 from nestc.measure.machine import context, cpu_name, peak_rss_mb, pinned, usable_cores, versions
 from nestc.measure.timing import Timing, interleave
 
@@ -20,7 +20,6 @@ __all__ = [
     "open_peer",
     "peak_rss_mb",
     "pinned",
-    "random_inputs",
     "usable_cores",
     "versions",
 ]

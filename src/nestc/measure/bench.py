@@ -10,22 +10,22 @@ import numpy as np
 
 from nestc.errors import Error
 from nestc.measure.compare import Difference, difference
-from nestc.measure.engines import Engine, Executable, NestcEngine, open_peer, random_inputs
+from nestc.measure.engines import Engine, Executable, NestcEngine, open_peer
 from nestc.measure.machine import peak_rss_mb, pinned, usable_cores
 from nestc.measure.timing import interleave
 
 
 def bench(
     executable: Executable,
-    model_path: Path | None,
+    inputs: Mapping[str, np.ndarray],
+    model_path: Path | None = None,
     vs: Sequence[str] = (),
     threads: int = 1,
     runs: int = 30,
-    inputs: Mapping[str, np.ndarray] | None = None,
     load_ms: float | None = None,
     name: str | None = None,
 ) -> dict[str, Any]:
-    """Measure `executable` and, interleaved with it, each of `vs` on the ONNX file `model_path`.
+    """Measure `executable` on `inputs` and, interleaved with it, each of `vs` on the ONNX file `model_path`.
 
     Everything runs on the same `threads` cores, with as many threads each. Returns the JSON object of `nestc bench`:
     times are medians over `runs` blocks, `ratio` is the peer's median over ours, differences are the largest against
@@ -38,16 +38,15 @@ def bench(
         raise Error(f"{threads} threads are asked for, but this process may use only {len(usable_cores())} cores")
     if vs and model_path is None:
         raise Error("comparing needs the ONNX file that the bundle was made of; give the model instead of the bundle")
-    arrays = dict(inputs) if inputs is not None else random_inputs(executable.inputs)
     with pinned(threads):
-        ours = NestcEngine(executable, arrays)
+        ours = NestcEngine(executable, inputs)
         outputs = ours.outputs()
         peak = peak_rss_mb()
         engines: dict[str, Engine] = {ours.name: ours}
         apart = [Difference(0.0, 0.0)]
         for peer in vs:
             assert model_path is not None
-            engines[peer] = open_peer(peer, model_path, arrays, threads)
+            engines[peer] = open_peer(peer, model_path, inputs, threads)
             apart.append(difference(engines[peer].outputs(), outputs))
         timings = interleave({key: engine.run for key, engine in engines.items()}, runs)
     own = timings[ours.name]

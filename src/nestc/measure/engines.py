@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +18,6 @@ Arrays = Mapping[str, np.ndarray]
 
 class Executable(Protocol):
     """The part of `nestc.Executable` that measuring needs."""
-
-    @property
-    def inputs(self) -> Mapping[str, tuple[str, tuple[int | str, ...]]]:
-        """(dtype, shape) by input name, in graph order."""
-        ...
 
     def run(self, inputs: Arrays) -> Mapping[str, np.ndarray]:
         """Run with named arrays."""
@@ -158,26 +153,6 @@ def symbolic_sizes(model: Path, inputs: Arrays) -> dict[str, int]:
             if dim.dim_param:
                 sizes[dim.dim_param] = size
     return sizes
-
-
-def random_inputs(wanted: Mapping[str, tuple[str, Sequence[int | str]]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Seeded arrays for (dtype, shape) by name: normal floats, and zeros and ones for all else.
-
-    Zeros and ones serve as masks, token ids and indices alike. Raises Error if a dimension is open.
-    """
-    random = np.random.default_rng(seed)
-    arrays: dict[str, np.ndarray] = {}
-    for name, (dtype, shape) in wanted.items():
-        sizes = [size for size in shape if isinstance(size, int)]
-        if len(sizes) != len(shape):
-            listed = ",".join(str(size) for size in shape)
-            raise Error(f"input {name!r} has open dimensions ({listed}); bind them with --shape {name}=... or --dim")
-        kind = np.dtype(getattr(importlib.import_module("ml_dtypes"), dtype) if dtype == "bfloat16" else dtype)
-        if kind.kind in "fcV":
-            arrays[name] = random.standard_normal(sizes).astype(kind)
-        else:
-            arrays[name] = random.integers(0, 2, sizes).astype(kind)
-    return arrays
 
 
 def _package(name: str) -> Any:
