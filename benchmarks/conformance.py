@@ -142,12 +142,13 @@ def compare(case: NodeCase, expected: Sequence[np.ndarray], outputs: Sequence[np
     for index, (want, got) in enumerate(zip(expected, outputs, strict=True)):
         if want.shape != got.shape:
             return f"output {index} has shape {got.shape}, expected {want.shape}"
-        if want.dtype != got.dtype:
+        texts = want.dtype == object and got.dtype.kind in "OUT"  # numpy has several ways to hold strings
+        if want.dtype != got.dtype and not texts:
             return f"output {index} has type {got.dtype}, expected {want.dtype}"
         if case.random:
             continue
-        if want.dtype == object:
-            if not np.array_equal(want, got):
+        if texts:
+            if want.tolist() != got.tolist():
                 return f"output {index} has other strings"
             continue
         rtol = case.rtol

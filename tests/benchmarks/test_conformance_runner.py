@@ -46,6 +46,9 @@ def test_differences_are_named(relu) -> None:
     assert "has shape (1, 2)" in compare(relu, want, [want[0][None]])
     assert "has type float64" in compare(relu, want, [want[0].astype(np.float64)])
     assert "differs in 1 of 2 elements, first 3.0 where 2.0" in compare(relu, want, [np.array([1, 3], np.float32)])
+    texts = np.array(["a", "bc"], object)
+    assert compare(relu, [texts], [texts.astype(str)]) == ""
+    assert compare(relu, [texts], [np.array(["a", "b"])]) == "output 0 has other strings"
     nan = [np.array([np.nan], np.float32)]
     assert compare(relu, nan, nan) == ""
 
