@@ -29,8 +29,8 @@ def work_dtype(dtype: str) -> str:
 def merge_axes(region: Region, anchor: Op, fixed: Sequence[str], groups: Sequence[Sequence[int]]) -> Region | str:
     """The region with axes of the anchor's output merged, or why that cannot be.
 
-    `groups` lists the axes of each new axis, in order. Operands of the tail (all but `fixed` ones, which only the anchor
-    reads) must be whole or broadcast along every group. Data stays where it is: only the types change.
+    `groups` lists the axes of each new axis, in order. Operands of the tail (all but the `fixed` ones, which only the
+    anchor reads) must be whole or broadcast along every group. Data stays where it is: only the types change.
     """
     full = region.types[anchor.outputs[0]].shape
     types: dict[str, TensorType] = {}

@@ -82,11 +82,8 @@ class _Softmax:
         operands.buffer(self.x)
         self.tail = Tail(operands, self.op)
         self.tail.declare()
-        memory = (
-            k.stack
-            if self.n * self.lanes * 8 <= _STACK_BYTES or (self.last and self.n * 8 <= _STACK_BYTES)
-            else k.scratch
-        )
+        length = self.n if self.last else self.n * self.lanes
+        memory = k.stack if length * 8 <= _STACK_BYTES else k.scratch
         if self.last:
             if not self.log:
                 self.line = memory("line", (-(-self.n // self.lanes) * self.lanes,), self.dtype)
@@ -123,14 +120,15 @@ class _Softmax:
             return load(self.line, start, lanes=lanes)
 
         total = row.reduce("add", exponential, 0.0)
-        factor = self.factor(total, top)
+        factor = self.factor(total)
 
         def finish(start: Expr, u: int, mask: Expr | None) -> None:
             lane = Var("lane", lanes)
             column = ix.add(start, lane)
             inside = None if mask is None else Binary("lt", column, ix.const(self.n))
             if self.log:
-                value = Binary("sub", widen(Load(self.operands.buffer(self.x), (*lead, column), 1, inside)), factor)
+                here = widen(Load(self.operands.buffer(self.x), (*lead, column), 1, inside))
+                value = Binary("sub", Binary("sub", here, top), factor)
             else:
                 value = Binary("mul", Load(self.line, (column,)), factor)
             self.store((*lead, column), value, lane)
@@ -157,21 +155,22 @@ class _Softmax:
                 k.store(self.line, (i, 0), e)
                 e = load(self.line, i, 0, lanes=lanes)
             k.store(total, (0,), Binary("add", load(total, 0, lanes=lanes), e))
-        k.store(total, (0,), self.factor(load(total, 0, lanes=lanes), load(top, 0, lanes=lanes)))
+        k.store(total, (0,), self.factor(load(total, 0, lanes=lanes)))
         with k.loop("i", n) as i:
             lane = Var("lane", lanes)
             column, factor = ix.add(start, lane), Load(total, (lane,))
             if self.log:
                 inside = Binary("lt", column, ix.const(width)) if ragged else None
-                value = Binary("sub", widen(Load(self.operands.buffer(self.x), (*lead, i, column), 1, inside)), factor)
+                here = widen(Load(self.operands.buffer(self.x), (*lead, i, column), 1, inside))
+                value = Binary("sub", Binary("sub", here, Load(top, (lane,))), factor)
             else:
                 value = Binary("mul", Load(self.line, (i, lane)), factor)
             self.store((*lead, i, column), value, lane)
 
-    def factor(self, total: Expr, top: Expr) -> Expr:
-        """What an exponential is multiplied by; for the logarithm, what is taken from x."""
+    def factor(self, total: Expr) -> Expr:
+        """What an exponential is multiplied by; for the logarithm, what is taken from x - maximum."""
         if self.log:
-            return Binary("add", top, Unary("log", total))
+            return Unary("log", total)
         return Binary("div", constant(1, self.dtype, total.lanes), total)
 
     def store(self, index: tuple[Expr, ...], value: Expr, lane: Var) -> None:
