@@ -94,13 +94,13 @@ def test_what_no_native_target_takes_goes_to_host_and_is_reported() -> None:
 
 def test_what_nobody_takes_is_named_with_each_reason() -> None:
     proto = model(
-        [helper.make_node("MaxRoiPool", ["x", "r"], ["y"], name="roi", pooled_shape=[1, 1])],
-        [("x", TensorProto.FLOAT, [1, 1, 4, 4]), ("r", TensorProto.FLOAT, [1, 5])],
-        [("y", TensorProto.FLOAT, [1, 1, 1, 1])],
+        [helper.make_node("Multinomial", ["x"], ["y"], name="draw", sample_size=1)],
+        [("x", TensorProto.FLOAT, [1, 4])],
+        [("y", TensorProto.INT32, [1, 1])],
     )
     with pytest.raises(UnsupportedOp) as caught:
         compile(proto)
-    for said in ("MaxRoiPool", "'roi'", "cpu: ", "host: "):
+    for said in ("Multinomial", "'draw'", "cpu: ", "host: "):
         assert said in str(caught.value)
 
 
