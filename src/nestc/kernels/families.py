@@ -10,8 +10,10 @@ from nestc.kernels.conv import CONV
 from nestc.kernels.gemm import GEMM
 from nestc.kernels.generic import Generic
 from nestc.kernels.pool import POOL
+from nestc.kernels.recurrent import RECURRENT
+from nestc.kernels.softmax import SOFTMAX
 
-FAMILIES: tuple[Family, ...] = (CONV, GEMM, POOL, Generic())
+FAMILIES: tuple[Family, ...] = (CONV, GEMM, POOL, SOFTMAX, RECURRENT, Generic())
 
 
 def choose(region: Region) -> tuple[Family | None, Mapping[str, str]]:

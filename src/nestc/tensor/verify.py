@@ -24,7 +24,6 @@ from nestc.tensor.ir import (
 )
 from nestc.tensor.rewrite import substitute
 
-_SAMPLES = 12  # iterations of a parallel loop that are compared for races
 
 
 def verify(kernel: Kernel) -> None:
@@ -178,18 +177,26 @@ def _races(kernel: Kernel) -> Iterator[str]:
     var = kernel.parallel
     if var is None or var.extent < 2:
         return
-    step = max(1, var.extent // _SAMPLES)
-    picks = sorted({*range(0, var.extent, step), *range(min(var.extent, 3)), var.extent - 1})
+    # The first iterations, the border of a row where the loop is folded, the middle and the end.
+    starts = {0, 1, 2, var.extent // 2, var.extent - 2}
+    picks = sorted({p + d for p in starts for d in (0, 1) if 0 <= p + d < var.extent})
     for s, conditions in _guarded_stores(kernel.body, ()):
         if s.buffer.memory != "param" or s.mask is not None:
             continue
         if any(i.lanes > 1 for i in s.index):
             continue  # a scatter: the lowering that makes one answers for it
-        boxes = [(p, _box(s, var, p)) for p in picks if not _excluded(conditions, var, p)]
-        for (p, a), (q, b) in zip(boxes, boxes[1:]):
-            if all(low <= other_high and other_low <= high for (low, high), (other_low, other_high) in zip(a, b)):
+        flat = ix.flatten(s.index, s.buffer.shape)
+        spans = [(p, _span(flat, s, var, p)) for p in picks if not _excluded(conditions, var, p)]
+        for (p, a), (q, b) in zip(spans, spans[1:]):
+            # Flat positions that do not meet settle it; else some index of the two must not meet.
+            if _meet([a], [b]) and _meet(_box(s, var, p), _box(s, var, q)):
                 yield f"iterations {p} and {q} of {var.name} both write {s.buffer.name}"
                 break
+
+
+def _meet(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> bool:
+    """Whether two boxes of ranges overlap."""
+    return all(low <= other_high and other_low <= high for (low, high), (other_low, other_high) in zip(a, b))
 
 
 def _guarded_stores(block: Block, conditions: tuple[Expr, ...]) -> Iterator[tuple[Store, tuple[Expr, ...]]]:
@@ -210,12 +217,16 @@ def _excluded(conditions: tuple[Expr, ...], var: Var, at: int) -> bool:
     return any(isinstance(c, Const) and not c.value for c in known)
 
 
+def _span(flat: Expr, s: Store, var: Var, at: int) -> tuple[int, int]:
+    """The range of the flat position of a store in one iteration of the parallel loop."""
+    low, high = ix.bounds(substitute(flat, {var: ix.const(at)}))
+    return low, high + s.value.lanes - 1
+
+
 def _box(s: Store, var: Var, at: int) -> list[tuple[int, int]]:
-    """The range of each index of a store in one iteration of the parallel loop, and of the flat position."""
-    index = tuple(substitute(i, {var: ix.const(at)}) for i in s.index)
-    box = [ix.bounds(i) for i in index]
+    """The range of each index of a store in one iteration of the parallel loop."""
+    box = [ix.bounds(substitute(i, {var: ix.const(at)})) for i in s.index]
     if box:
         low, high = box[-1]
         box[-1] = (low, high + s.value.lanes - 1)
-    low, high = ix.bounds(ix.flatten(index, s.buffer.shape))
-    return [*box, (low, high + s.value.lanes - 1)]
+    return box

@@ -95,7 +95,12 @@ class CpuTarget:
 
 
 # Operators that a family lowers although the generic lowering does not know them.
-_FAMILY_OPS = frozenset({"Conv", "MatMul", "Gemm"})
+_FAMILY_OPS = frozenset(
+    "Conv ConvTranspose MatMul Gemm MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool Resize"
+    " Upsample LSTM GRU RNN Softmax LogSoftmax LayerNormalization RMSNormalization InstanceNormalization"
+    " GroupNormalization LpNormalization MeanVarianceNormalization BatchNormalization LRN Attention"
+    " RotaryEmbedding".split()
+)
 
 
 class _Compiler:
