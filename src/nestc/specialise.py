@@ -17,6 +17,7 @@ from nestc.graph.model import Model, require_static
 from nestc.graph.shape_operands import shape_operands
 
 if TYPE_CHECKING:
+    from nestc.bundle.bundle import Bundle
     from nestc.partition.plan import Plan
     from nestc.runtime import Executable
 
@@ -102,6 +103,11 @@ class Specialised:
         return self._current().fallback_ops
 
     @property
+    def bundle(self) -> Bundle:
+        """The bundle of the specialisation used last."""
+        return self._current().bundle
+
+    @property
     def info(self) -> Mapping[str, Any]:
         """What the compiler noted of the specialisation used last."""
         return self._current().info
@@ -122,7 +128,10 @@ class Specialised:
         return self._current().timeline()
 
     def for_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> Executable:
-        """The executable for inputs of these shapes, for a model whose shapes depend on no values; ShapeError if fixed."""
+        """The executable for inputs of these shapes, where no shape depends on values.
+
+        Raises ShapeError where a size that the model fixes is another one.
+        """
         for name, (_, shape) in self._model.inputs.items():
             _check_shape(name, shape, shapes[name])
         with self._lock:

@@ -90,6 +90,8 @@ def compile_(
             progress=step,
         )
         executable.save(destination)
+    if sink is not None and Level.graph in levels:
+        sink.model(executable)
     report = summary(executable, destination, time.perf_counter() - started)
     if json:
         common.print_json(report)
@@ -152,6 +154,15 @@ class Sink:
             path = path.with_name(f"{stem}-{len(self.written)}{SUFFIX[Level(level)]}")
         try:
             path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise Error(f"cannot write {path}: {error.strerror or error}") from error
+        self.written.append(path)
+
+    def model(self, executable: Executable | Specialised) -> None:
+        """Write the graph with its regions as ``model.onnx``, without weights, for Netron and other viewers."""
+        path = self.folder / "model.onnx"
+        try:
+            path.write_bytes(executable.bundle.graph)
         except OSError as error:
             raise Error(f"cannot write {path}: {error.strerror or error}") from error
         self.written.append(path)

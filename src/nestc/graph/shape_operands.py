@@ -8,7 +8,7 @@ from nestc.graph.kinds import has_body
 from nestc.graph.model import Model
 
 LARGEST = 64
-"""An input of more elements is data: a shape, a list of axes or sizes is never longer than a tensor's rank, times two."""
+"""An input of more elements is data: a shape or a list of axes has no more than twice a tensor's rank."""
 
 # Operand numbers, by operator, whose value decides the shape of the result or how its elements are found.
 OPERANDS: dict[str, tuple[int, ...]] = {

@@ -36,8 +36,8 @@ def installed() -> dict[str, Target]:
 def make(text: str, defaults: Mapping[str, object] | None = None) -> Target:
     """Make a target of ``name`` or ``name:option=value,option2=value2``.
 
-    `defaults` gives options that the text does not, to targets that have such options. Raises TargetError for an unknown name or option (the nearest is suggested), a value of the wrong kind, or a
-    target whose package does not load.
+    `defaults` gives options that the text does not, to targets that have such options. Raises TargetError for an
+    unknown name or option (the nearest is suggested), a value of the wrong kind, or a target that does not load.
     """
     name, _, rest = text.partition(":")
     known = entries()
