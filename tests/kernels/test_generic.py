@@ -34,7 +34,8 @@ def check(
     region = region_of(nodes, values, outputs, constants)
     assert GENERIC.refusal(region) is None
     lowered = GENERIC.lower(region, MACHINE, layouts or {})
-    for jit in (True, False) if interpret else (True,):
+    small = interpret and sum(values[n].size for n in outputs) <= 400
+    for jit in (True, False) if small else (True,):
         results = run_lowered(region, lowered, values, MACHINE, layouts, jit=jit)
         for name in outputs:
             want = values[name]
@@ -261,10 +262,10 @@ def test_blocked_concat() -> None:
 
 
 @QUICK
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=3), st.data())
+@given(st.lists(st.integers(1, 13), min_size=1, max_size=3), st.data())
 def test_top_k_and_arg(shape: list[int], data: st.DataObject) -> None:
     axis = data.draw(st.integers(0, len(shape) - 1))
-    k = data.draw(st.integers(1, shape[axis]))
+    k = data.draw(st.integers(1, min(5, shape[axis])))
     x = np.random.default_rng(k).permutation(int(np.prod(shape))).reshape(shape).astype(np.float32)
     largest = data.draw(st.integers(0, 1))
     nodes = [node("TopK", ["x", "k"], ["v", "i"], axis=axis, largest=largest)]

@@ -176,7 +176,7 @@ def vector_gain(job: Job, v: Var, lanes: int) -> bool:
         for n in nodes(e):
             if isinstance(n, Load) and n.index:
                 stride = ix.coefficient(n.index[0], v)
-                vector += 1 if stride in (0, 1) else 2 * lanes
+                vector += 1 if stride in (0, 1) else 3 * lanes
                 scalar += lanes
             elif isinstance(n, Binary) and n.op in ("floordiv", "mod", "rem", "div") and "float" not in n.dtype:
                 vector += 3 * lanes if ix.depends(n, v) else 0
@@ -394,9 +394,12 @@ def _emit_reduction(builder: Builder, job: Job, machine: CpuMachine, allow_paral
     assert job.value is not None
     steps = prod(r.extent for r in job.reduce)
     lanes = vector_lanes(job, machine)
-    along_output = bool(job.axes) and vector_gain(job, job.axes[-1], lanes)
     inner = _contiguous_reduction(job)
-    along_reduction = inner is not None and inner.extent >= lanes and lanes > 1 and not along_output
+    along_reduction = inner is not None and inner.extent >= lanes > 1
+    along_output = bool(job.axes) and vector_gain(job, job.axes[-1], lanes)
+    if along_output and along_reduction:
+        along_reduction = not _contiguous(job, job.axes[-1])
+        along_output = not along_reduction
     step = lanes if along_output else 1
     spread = _spread(job.axes, job.cost * max(1, steps), step) if allow_parallel and job.axes else _Spread((), job.axes)
     values: dict[Var, Expr] = {}
@@ -448,6 +451,12 @@ def _contiguous_reduction(job: Job) -> Var | None:
         if best is None or r.extent > best[0]:
             best = (r.extent, r)
     return None if best is None else best[1]
+
+
+def _contiguous(job: Job, v: Var) -> bool:
+    """Whether no load strides along `v`."""
+    assert job.value is not None
+    return all(ix.coefficient(n.index[0], v) in (0, 1) for n in nodes(job.value) if isinstance(n, Load) and n.index)
 
 
 def _scalar_reduction(builder: Builder, job: Job, at: dict[Var, Expr]) -> None:
