@@ -20,7 +20,7 @@ SMALL_SECONDS = 2e-6
 CHUNK_SECONDS = 5e-6
 """Cost of a chunk where the grain is chosen here: long beside an atomic (20 ns), short beside a typical step."""
 
-CHUNKS_PER_WORKER = 8
+CHUNKS_PER_WORKER = 16
 """At most so many chunks a worker where the grain is chosen here; more would not balance better."""
 
 SPREAD_SECONDS = 20e-6

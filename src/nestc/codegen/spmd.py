@@ -23,7 +23,7 @@ _PHASE, _ASLEEP = 128, 132  # number of barriers passed; workers asleep in one
 CONTEXT_THREADS, _TABLE, _STOP, CONTEXT_TRACE, CONTEXT_SPINS, _IDLE_SPINS = 192, 200, 208, 216, 224, 232
 CONTEXT_BYTES = 256
 
-_FUTEX = {"x86_64": 202, "i686": 240, "aarch64": 98, "arm64": 98, "riscv64": 98, "arm": 240}
+_FUTEX = {"x86_64": 202, "aarch64": 98, "arm64": 98, "riscv64": 98}  # system call numbers on Linux
 _WAIT_PRIVATE, _WAKE_PRIVATE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE with FUTEX_PRIVATE_FLAG (linux/futex.h)
 
 _I32, _I64, _PTR, _VOID = ir.IntType(32), ir.IntType(64), ir.PointerType(), ir.VoidType()
@@ -124,7 +124,7 @@ class _Emitter:
 
     def _pause(self) -> Callable[[ir.IRBuilder], None]:
         """What a spinning worker does between two looks."""
-        if self.arch in ("x86_64", "i686"):
+        if self.arch == "x86_64":
             return self._hint("llvm.x86.sse2.pause")
         if self.arch in ("aarch64", "arm64"):
             return self._hint("llvm.aarch64.isb", 15)  # waits some 10 ns, where `yield` does nothing on most cores
