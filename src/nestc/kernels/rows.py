@@ -11,9 +11,8 @@ import numpy as np
 from nestc.graph.region import Op, Region, TensorType
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, constant, select, splat
-from nestc.tensor.ir import Binary, Buffer, Expr, Load, Ramp, Reduce, Store, Var
+from nestc.tensor.ir import Binary, Buffer, Expr, Load, Ramp, Reduce
 from nestc.tensor.rewrite import cast
-from nestc.tensor.vectorize import vectorize
 
 HALVES = frozenset({"float16", "bfloat16"})
 FLOATS = HALVES | {"float32", "float64"}
@@ -62,15 +61,23 @@ def rows_per_item(rows: int, cost: int) -> int:
 
 
 class Row:
-    """Walks over n elements by vectors: groups of `unroll` accumulators, single vectors, and one that is cut short."""
+    """Walks over n elements by vectors: groups of `unroll` accumulators, single vectors, and one that is cut short.
 
-    def __init__(self, builder: Builder, n: int, lanes: int, dtype: str, unroll: int = 4) -> None:
+    A row may have several segments of n elements; while it is walked, `segment` is the number of the one at hand.
+    """
+
+    def __init__(self, builder: Builder, n: int, lanes: int, dtype: str, unroll: int = 4, segments: int = 1) -> None:
         self.k, self.n, self.lanes, self.dtype = builder, n, lanes, dtype
+        self.segments = segments
+        self.segment: Expr = ix.const(0)
         self.unroll = max(1, min(unroll, n // lanes))
 
     def walk(self, body: Callable[[Expr, int, Expr | None], None], unroll: int = 0) -> None:
         """Emit ``body(start, accumulator, mask)`` for every vector; the mask is None for whole ones."""
-        wide = unroll or self.unroll
+        with self.k.loop("segment", self.segments) as self.segment:
+            self._walk(body, unroll or self.unroll)
+
+    def _walk(self, body: Callable[[Expr, int, Expr | None], None], wide: int) -> None:
         full = self.n // self.lanes
         with self.k.loop("i", full // wide) as i:
             for u in range(wide):
@@ -81,15 +88,6 @@ class Row:
             start = full * self.lanes
             inside = Binary("lt", Ramp(ix.const(start), 1, self.lanes), splat(ix.const(self.n), self.lanes))
             body(ix.const(start), full % wide, inside)
-
-    def vector(self, scalar: Callable[[Expr], Expr], start: Expr) -> Expr:
-        """The value of ``scalar(column)`` for all lanes from `start` on."""
-        lane = Var("lane", self.lanes)
-        value = scalar(ix.add(start, lane))
-        line = Buffer("line", value.dtype, (self.lanes,))  # never a buffer of the kernel: only the value is taken
-        (store,) = vectorize((Store(line, (lane,), value),), lane, ix.const(0), self.lanes)
-        assert isinstance(store, Store)
-        return store.value
 
     def reduce(self, op: str, value: Callable[[Expr, Expr | None], Expr], identity: float) -> Expr:
         """`op` over ``value(start, mask)`` of all vectors, as a scalar; what a mask cuts off counts as `identity`."""
