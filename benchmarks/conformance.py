@@ -55,12 +55,15 @@ class Result:
         return self.status in ("native", "fallback")
 
 
-def run_case(name: str, engine: str = "nestc") -> Result:
-    """Run one case in this process; every exception becomes a verdict."""
+def run_case(name: str, engine: str = "nestc", threads: int = 1) -> Result:
+    """Run one case in this process on `threads` threads; every exception becomes a verdict."""
     case = _case(name)
     try:
         inputs, expected = case.data()
-        outputs, interpreted = _run_nestc(case, inputs) if engine == "nestc" else (_run_onnxruntime(case, inputs), {})
+        if engine == "nestc":
+            outputs, interpreted = _run_nestc(case, inputs, threads)
+        else:
+            outputs, interpreted = _run_onnxruntime(case, inputs, threads), {}
     except Exception as error:  # noqa: BLE001 - whatever an engine raises is its verdict
         kind = type(error).__name__
         status: Status = "unsupported" if kind in ("UnsupportedOp", "NotImplemented") else "crash"
@@ -84,21 +87,23 @@ def _case(name: str) -> NodeCase:
     return _CASES[name]
 
 
-def _run_nestc(case: NodeCase, inputs: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], Mapping[str, int]]:
+def _run_nestc(
+    case: NodeCase, inputs: Mapping[str, np.ndarray], threads: int
+) -> tuple[list[np.ndarray], Mapping[str, int]]:
     import nestc
 
-    executable = nestc.compile(case.file, targets=["cpu"], threads=1)
+    executable = nestc.compile(case.file, targets=["cpu"], threads=threads)
     outputs = executable.run(inputs)
     return list(outputs.values()), executable.fallback_ops
 
 
-def _run_onnxruntime(case: NodeCase, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+def _run_onnxruntime(case: NodeCase, inputs: Mapping[str, np.ndarray], threads: int) -> list[np.ndarray]:
     """Its Python interface has only numpy's types: inputs of others become constants, outputs are read as raw bits."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     model = onnx.load(str(case.file))
     odd = {name for name, array in inputs.items() if not _in_numpy(array.dtype)}
     kept = [value for value in model.graph.input if value.name not in odd]
@@ -109,7 +114,7 @@ def _run_onnxruntime(case: NodeCase, inputs: Mapping[str, np.ndarray]) -> list[n
     feeds = {name: array for name, array in inputs.items() if name not in odd}
     declared = [value.type.tensor_type.elem_type for value in model.graph.output]
     if all(_in_numpy(helper.tensor_dtype_to_np_dtype(element)) for element in declared):
-        return session.run(None, feeds)
+        return [np.asarray(output) for output in session.run(None, feeds)]
     binding = session.io_binding()
     for name, array in feeds.items():
         binding.bind_cpu_input(name, array)
@@ -165,18 +170,23 @@ def compare(case: NodeCase, expected: Sequence[np.ndarray], outputs: Sequence[np
     return ""
 
 
-def _run_task(task: tuple[str, str]) -> Result:
+def _run_task(task: tuple[str, str, int]) -> Result:
     return run_case(*task)
 
 
 def run_all(
-    cases: Sequence[NodeCase], engines: Sequence[str], jobs: int, timeout: float, tell: Callable[[str], None]
+    cases: Sequence[NodeCase],
+    engines: Sequence[str],
+    jobs: int,
+    timeout: float,
+    tell: Callable[[str], None],
+    threads: int = 1,
 ) -> Iterator[Result]:
     """Verdicts of all cases by all engines, each case isolated from the others."""
     ops = {case.name: case.op for case in cases}
-    tasks = [(case.name, engine) for engine in engines for case in cases]
+    tasks = [(case.name, engine, threads) for engine in engines for case in cases]
     for count, (task, answer) in enumerate(run_isolated(_run_task, tasks, jobs, timeout), 1):
-        name, engine = task
+        name, engine, _ = task
         yield Result(name, ops[name], engine, "crash", answer.reason) if isinstance(answer, Lost) else answer
         if count % 100 == 0:
             tell(f"{count} of {len(tasks)}")
@@ -230,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", help="comma-separated operators; default: all")
     parser.add_argument("--models", help="comma-separated case names (test_...); default: all")
     parser.add_argument("--engine", choices=(*ENGINES, "both"), default="both")
-    parser.add_argument("--threads", type=int, default=1, help="accepted for uniformity; cases run on one thread each")
+    parser.add_argument("--threads", type=int, default=1, help="threads a case runs on (default 1)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes (default: CPUs)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one case (default 60)")
     parser.add_argument("--list-failures", action="store_true", help="name every case that does not pass, and why")
@@ -248,10 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: no node test is about what --op or --models names", file=sys.stderr)
         return 2
     engines = ENGINES if options.engine == "both" else (options.engine,)
-    shown = sys.stderr.isatty()
-    results = list(
-        run_all(cases, engines, options.jobs, options.timeout, lambda s: print(s, file=sys.stderr) if shown else None)
-    )
+    tell = (lambda text: print(text, file=sys.stderr)) if sys.stderr.isatty() else (lambda text: None)
+    results = list(run_all(cases, engines, options.jobs, options.timeout, tell, options.threads))
     summary = summarize(results, cases)
     if options.json:
         print(json.dumps(summary))

@@ -75,7 +75,9 @@ class NetBuilder:
         """Add a node of one output, whose shape the caller states."""
         name = self.fresh(op_type.lower())
         names = [v.name if v is not None else "" for v in inputs]
-        self.nodes.append(helper.make_node(op_type, names, [name], name=f"node_{name}", **attributes))
+        node = helper.make_node(op_type, names, [name], name=f"node_{name}")
+        node.attribute.extend(helper.make_attribute(key, attributes[key]) for key in sorted(attributes))
+        self.nodes.append(node)
         return Value(name, tuple(shape))
 
     def activate(self, x: Value, kind: str | None) -> Value:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,32 +70,27 @@ def _generate() -> None:
     part = CACHE.with_name(CACHE.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    cases = [(test.name, test.model, test.data_sets, test.rtol, test.atol) for test in tests]
     about: dict[str, tuple[str, str]] = {}
-    for test in tests:
-        node = test.model.graph.node[0] if test.model.graph.node else None
-        about[test.name] = (node.op_type, node.domain) if node is not None else ("", "")
+    for name, model, *_ in cases:
+        node = model.graph.node[0] if model is not None and model.graph.node else None
+        about[name] = (node.op_type, node.domain) if node is not None else ("", "")
     entries: list[dict[str, object]] = []
-    for test in tests:
-        values = [*test.model.graph.input, *test.model.graph.output]
-        if not all(value.type.HasField("tensor_type") for value in values) or len(test.data_sets) != 1:
+    for name, model, data_sets, rtol, atol in cases:
+        if model is None or data_sets is None or len(data_sets) != 1:
             continue
-        inputs, outputs = test.data_sets[0]
+        values = [*model.graph.input, *model.graph.output]
+        if not all(value.type.HasField("tensor_type") for value in values):
+            continue
+        inputs, outputs = data_sets[0]
         tensors = [_tensor(array, value) for array, value in zip([*inputs, *outputs], values, strict=True)]
-        (part / f"{test.name}.onnx").write_bytes(test.model.SerializeToString())
+        (part / f"{name}.onnx").write_bytes(model.SerializeToString())
         blobs = [tensor.SerializeToString() for tensor in tensors]
-        (part / f"{test.name}.data").write_bytes(b"".join(len(b).to_bytes(8, "little") + b for b in blobs))
-        base = test.name.split("_expanded")[0]
-        op, domain = about.get(base, about[test.name])
-        entries.append(
-            {
-                "name": test.name,
-                "op": op,
-                "domain": domain,
-                "rtol": test.rtol,
-                "atol": test.atol,
-                "random": _is_random(test.model, inputs),
-            }
-        )
+        (part / f"{name}.data").write_bytes(b"".join(len(b).to_bytes(8, "little") + b for b in blobs))
+        # An expanded case is the same operator's function body.
+        op, domain = about.get(name.split("_expanded")[0], about[name])
+        random = _is_random(model, inputs)
+        entries.append({"name": name, "op": op, "domain": domain, "rtol": rtol, "atol": atol, "random": random})
     (part / "cases.json").write_text(json.dumps(entries))
     shutil.rmtree(CACHE, ignore_errors=True)
     part.rename(CACHE)
@@ -111,7 +107,7 @@ def _tensor(value: object, info: onnx.ValueInfoProto) -> TensorProto:
     return numpy_helper.from_array(array, info.name)
 
 
-def _is_random(model: onnx.ModelProto, inputs: list[object]) -> bool:
+def _is_random(model: onnx.ModelProto, inputs: Sequence[object]) -> bool:
     """True for random operators, and for Dropout in training mode with a ratio other than zero."""
     for node in model.graph.node:
         if node.op_type in RANDOM_OPS:

@@ -10,7 +10,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -140,7 +140,7 @@ def measure(probe: Probe, threads: int = 1) -> float:
     return threads * rounds * probe.chains * probe.operations / best / 1e9
 
 
-def _once(function: ctypes._CFuncPtr, rounds: int, threads: int) -> float:  # pyright: ignore[reportPrivateUsage]
+def _once(function: Callable[[int, int, int], None], rounds: int, threads: int) -> float:
     """Seconds from the moment all threads begin until the last has ended, each on a core of its own."""
     cores = usable_cores()[-threads:]
     gate = threading.Barrier(threads)

@@ -38,7 +38,9 @@ def count_flops(file: Path, inputs: Mapping[str, np.ndarray]) -> float:
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     shapes = constants | {key: value.shape for key, value in inputs.items()}
-    shapes |= {key: value.shape for key, value in zip(names, session.run(None, dict(inputs)), strict=True)}
+    shapes |= {
+        key: value.shape for key, value in zip(names, map(np.asarray, session.run(None, dict(inputs))), strict=True)
+    }
     return float(sum(node_flops(node, shapes) for node in nodes))
 
 

