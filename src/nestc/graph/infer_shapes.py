@@ -57,14 +57,17 @@ def _merge(value: ir.Value, proto: onnx.TypeProto) -> bool:
     return before != (value.type, value.shape)
 
 
-def _better(old: int | ir.SymbolicDim, new: int | ir.SymbolicDim) -> bool:
+def _better(old: int | ir.SymbolicDim, new: ir.SymbolicDim) -> bool:
     """Whether the dimension known before says more than an inferred one that has no size."""
-    return isinstance(old, int) or (old.value is not None and not isinstance(new, int) and new.value is None)
+    if isinstance(old, int):
+        return True
+    # onnx calls a size that it cannot compute unk__N.
+    return old.value is not None and (new.value is None or new.value.startswith("unk__"))
 
 
 def _reason(text: str) -> str:
     """The innermost reason in onnx's message, with the operator it speaks of."""
-    reason = text.strip().splitlines()[-1].split("InferenceError] ")[-1].strip()
+    reason = re.sub(r"^\(op_type:[^)]*\): ", "", text.strip().splitlines()[-1].split("InferenceError] ")[-1].strip())
     operator = re.search(r"op_type:(\w+)(?:, node name: ([^)]+))?", text)
     if operator is None:
         return reason

@@ -8,12 +8,15 @@ import onnx_ir as ir
 import onnxscript.version_converter as script_converter
 
 from nestc.errors import ModelError
+from nestc.graph.infer_shapes import InferShapes
 from nestc.graph.model import skeleton
 from nestc.graph.quiet import quiet
 
 CANONICAL_OPSET = 24
 """The newest operator set for which ONNX Runtime 1.32 has kernels of all its operators (it lost Swish in 25)."""
 OLDEST_OPSET = 1
+_BROADCASTING = 7  # from here on operands broadcast as in numpy; onnx's converter forgets PRelu
+_RESIZE_CHANGED = 11  # from here on Resize has modes, whose defaults differ from what it did before
 _SCRIPT_OLDEST = 18  # onnxscript's converter starts here; below it onnx's own one is used
 
 
@@ -31,8 +34,17 @@ def to_canonical_opset(model: ir.Model) -> ir.Model:
     if version > CANONICAL_OPSET:
         _relabel_if_equal(model)
         return model
+    if version < CANONICAL_OPSET:
+        # Some converters need ranks and channels, and pass over in silence what they lack them for.
+        InferShapes()(model)
     if version < _SCRIPT_OLDEST:
+        if version < _BROADCASTING and any(node.op_type == "PRelu" for node in model.graph.all_nodes()):
+            raise ModelError(
+                f"the model uses PRelu as of operator set {version}, which is not supported: export it again"
+            )
         model = _convert_with_onnx(model, _SCRIPT_OLDEST)
+        if version < _RESIZE_CHANGED:
+            _resize_as_before(model)
     with quiet("onnxscript", "onnx_ir"):
         script_converter.convert_version(model, CANONICAL_OPSET)
     _set_version(model, CANONICAL_OPSET)
@@ -64,6 +76,16 @@ def _convert_with_onnx(model: ir.Model, version: int) -> ir.Model:
     for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         setattr(converted, field, getattr(model, field))
     return converted
+
+
+def _resize_as_before(model: ir.Model) -> None:
+    """Give Resize the modes that it and Upsample had before they could be chosen, which onnx's converter forgets."""
+    for node in model.graph.all_nodes():
+        if node.op_type == "Resize" and not node.domain:
+            node.attributes["coordinate_transformation_mode"] = ir.AttrString(
+                "coordinate_transformation_mode", "asymmetric"
+            )
+            node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "floor")
 
 
 def _relabel_if_equal(model: ir.Model) -> None:
