@@ -11,7 +11,7 @@ from nestc.kernels.api import CpuMachine
 from nestc.kernels.compute import cost, identity_of, nodes
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, splat
-from nestc.tensor.ir import Binary, Block, Buffer, Const, Expr, Load, Reduce, Select, Store, Unary, Var
+from nestc.tensor.ir import Binary, Block, Buffer, Const, Expr, Fma, Load, Reduce, Select, Store, Unary, Var
 from nestc.tensor.rewrite import map_statements, substitute, transform
 from nestc.tensor.vectorize import vectorize
 
@@ -378,6 +378,8 @@ def _combined(op: str, a: Expr, b: Expr) -> Expr:
     if op in ("min", "max") and "float" in a.dtype:
         # `a op b` is b if b is NaN; a NaN in the accumulator has to be kept by hand.
         return Select(Unary("isnan", a), a, Binary(op, a, b))
+    if op == "add" and isinstance(b, Binary) and b.op == "mul" and "float" in b.dtype:
+        return Fma(b.a, b.b, a)
     return binary(op, a, b)
 
 

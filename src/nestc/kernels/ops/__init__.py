@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from nestc.graph.region import Op
 from nestc.kernels.compute import Body
 from nestc.kernels.elementwise import ELEMENTWISE
-from nestc.kernels.ops import linear, loss, make, move, normal, reduction, roi, scan, select, window
+from nestc.kernels.ops import linear, loss, make, move, normal, reduction, roi, sample, scan, select, signal, window
 
 Rule = Callable[[Body, Op], None]
 
@@ -31,5 +31,7 @@ RULES: Mapping[str, Rule] = {
     **scan.RULES,
     **loss.RULES,
     **roi.RULES,
+    **sample.RULES,
+    **signal.RULES,
 }
 """Every operator of ONNX's own domain that the generic family knows."""
