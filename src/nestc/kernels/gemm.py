@@ -159,7 +159,7 @@ class _Gemm:
         self.row = k.regs("a", (t.rows,), self.lanes, self.dtype)
         self.column = k.regs("b", (t.vectors,), self.lanes, self.dtype)
         self.heavy = any(op.op_type in _HEAVY for op in self.region.ops) or len(self.region.ops) > 5
-        if self.heavy:
+        if self.heavy or p.n == 1:
             self.finished = k.stack("tile", (t.rows, self.width), self.dtype)
         full, rest = divmod(p.m, t.rows)
         down, across = self.blocks.tiles, self.blocks.panels
@@ -298,7 +298,7 @@ class _Gemm:
         """Scale, add, run the tail and store."""
         k, lanes, rows = self.k, self.lanes, at.rows
         start = ix.mul(panel, self.width)
-        if not self.heavy:
+        if not self.heavy and self.product.n > 1:
             for r in range(rows):
                 for c in range(self.tile.vectors):
                     lane = Var(f"lane{r}_{c}", lanes)
@@ -309,6 +309,10 @@ class _Gemm:
         for r in range(rows):
             for c in range(self.tile.vectors):
                 k.store(self.finished, (r, c * lanes), load(self.acc, 0, r, c, 0, lanes=lanes))
+        if self.product.n == 1:  # the output may have no axis of columns to store vectors along
+            with k.loop("done_row", rows) as r:
+                k.emit(self.stores(at.batch, ix.add(at.row, r), ix.const(0), load(self.finished, r, 0)))
+            return
         with k.loop("done_row", rows) as r, k.loop("done_vector", self.tile.vectors) as c:
             lane = Var("lane", lanes)
             place = ix.add(ix.mul(c, lanes), lane)
