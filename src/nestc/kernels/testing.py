@@ -96,6 +96,8 @@ def op_of(node: onnx.NodeProto) -> Op:
             attributes[attribute.name] = value
         elif attribute.ints or attribute.floats:
             attributes[attribute.name] = tuple(value)
+        elif attribute.strings:
+            attributes[attribute.name] = tuple(text.decode() for text in attribute.strings)
         elif attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS):
             attributes[attribute.name] = ()
     inputs = list(node.input)
