@@ -14,7 +14,7 @@ import llvmlite.binding as llvm
 from nestc.errors import Error
 from nestc.kernels.api import CpuMachine
 
-_CODE_VERSION = "1"  # raise when the passes or the printed code change, so that cached objects are not reused
+_CODE_VERSION = "2"  # raise when the passes or the printed code change, so that cached objects are not reused
 _CACHE_FILES = 20_000
 _lock = threading.Lock()
 _ready = False
@@ -30,6 +30,9 @@ def initialize() -> None:
             # Addresses come as one pointer a loop plus constants; loop strength reduction would trade that for a
             # pointer an access, and spill them (a 3x3 convolution then runs at 60 % of its speed).
             llvm.set_option("nestc", "--disable-lsr")
+            # The machine scheduler hoists loads of a register tile until accumulators spill; a kernel's text is
+            # already in the order that it should run in.
+            llvm.set_option("nestc", "--enable-misched=false")
             _ready = True
 
 
