@@ -1,8 +1,8 @@
 """ConvTranspose gathered by phase: outputs that lie a stride apart are a plain convolution with a part of the taps.
 
-Along an axis, with ``u = o + pad``, phase ``f = u % stride`` and ``m = u // stride``, output o is the sum over the taps k
-with ``(f - k * dilation) % stride == 0`` of ``input[m + (f - k * dilation) / stride] * weight[k]``. So no multiplication
-meets a zero between inputs, and one loop nest serves all phases: what differs are small tables of taps.
+Along an axis, with ``u = o + pad``, phase ``f = u % stride`` and ``m = u // stride``, output o is the sum over the taps
+k with ``(f - k * dilation) % stride == 0`` of ``input[m + (f - k * dilation) / stride] * weight[k]``. No product
+has a zero between inputs as a factor, and one loop nest serves all phases: what differs are small tables of taps.
 """
 
 from __future__ import annotations
