@@ -227,6 +227,16 @@ def test_what_the_reference_cannot_run_is_a_target_error():
     assert onnx.__version__
 
 
+def test_native_code_refuses_a_value_of_another_size():
+    """A shape that the bundle leaves open reaches native code unchecked: reading beyond the array must not happen."""
+    bundle = native_bundle([Step("add", ("x", "x", "t"), WRITES, 24)], {"x": f32(24)}, {"t": f32(24)}, {})
+    loose = replace(bundle, inputs=(TensorSpec("x", "float32", (None,)),))
+    with Executable(loose) as executable:
+        assert executable(np.ones(24, np.float32)).tolist() == [2.0] * 24
+        with pytest.raises(TargetError, match=r"compiled for 'x' as float32\[24\], not float32\[23\]"):
+            executable(np.ones(23, np.float32))
+
+
 def test_borders_that_do_not_fit_are_refused():
     bundle = mixed_bundle()
     with pytest.raises(BundleError, match="partition h needs 't', which no earlier partition computes"):

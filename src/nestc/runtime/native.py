@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class NativeProgram:
             self.inputs = tuple(_spec(item) for item in metadata["inputs"])
             self.outputs = tuple(_spec(item) for item in metadata["outputs"])
             self._outputs = [(tuple(item["shape"]), numpy_dtype(item["dtype"])) for item in metadata["outputs"]]
+            self._border_bytes = [_nbytes(item) for item in (*metadata["inputs"], *metadata["outputs"])]
             constants = [np.asarray(artifact.weights[name]) for name in metadata["constants"]]
             self.arena_bytes: int = metadata["arena_bytes"]
             self._scratch_bytes: int = metadata["scratch_bytes"]
@@ -106,13 +108,12 @@ class NativeProgram:
         ]
         frame = self._take()
         table = frame.table
-        slot = 0
-        for array in inputs:
+        for slot, array in enumerate((*inputs, *results)):
+            # Kernels trust their shapes. A value whose shape only a run tells comes here unchecked.
+            if array.nbytes != self._border_bytes[slot]:
+                self._frames.append(frame)
+                raise self._wrong_size(slot, array)
             table[slot] = address(array)
-            slot += 1
-        for array in results:
-            table[slot] = address(array)
-            slot += 1
         team = self._team
         if team is None:
             begin = time.perf_counter()
@@ -170,6 +171,13 @@ class NativeProgram:
                 team.close()
         self._frames.clear()
 
+    def _wrong_size(self, slot: int, array: np.ndarray) -> TargetError:
+        spec = (*self.inputs, *self.outputs)[slot]
+        wanted, found = list(spec.shape or ()), list(array.shape)
+        return TargetError(
+            f"native code was compiled for {spec.name!r} as {spec.dtype}{wanted}, not {array.dtype}{found}"
+        )
+
     def _take(self) -> _Frame:
         """A frame that no other call uses now."""
         try:
@@ -197,6 +205,10 @@ def _span(trace: np.ndarray) -> np.ndarray:
     busy = end - begin
     real = busy * 20 >= busy.max(axis=0, keepdims=True)
     return np.where(real, end, 0).max(axis=0) - np.where(real, begin, np.iinfo(np.int64).max).min(axis=0)
+
+
+def _nbytes(item: Mapping[str, Any]) -> int:
+    return math.prod(item["shape"]) * numpy_dtype(item["dtype"]).itemsize
 
 
 def _spec(item: Mapping[str, Any]) -> TensorSpec:
