@@ -80,6 +80,8 @@ def attention_shape(op: Op, region: Region) -> AttentionShape | str:
         full = (batch, heads, length, keys)
         if len(shape) > 4 or any(n not in (1, m) for n, m in zip(shape[::-1], full[::-1])):
             return f"the mask of {node} has shape {shape}, which does not broadcast to {full}"
+        if shape and shape[-1] != keys:  # ONNX masks the keys that the mask does not reach, also when it has one column
+            return f"the mask of {node} covers {shape[-1]} of {keys} keys"
         if region.types[mask].dtype not in FLOATS | {"bool"}:
             return f"the mask of {node} is {region.types[mask].dtype}"
     return AttentionShape(
