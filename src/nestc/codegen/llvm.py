@@ -640,7 +640,8 @@ class _Printer:
         unequal = self.emit(f"fcmp une {kind} {remainder}, {zero}")
         negative, divisor = (self.emit(f"fcmp olt {kind} {x}, {zero}") for x in (remainder, b))
         fix = self.emit(f"and {flag} {unequal}, {self.emit(f'xor {flag} {negative}, {divisor}')}")
-        return self.emit(f"select {flag} {fix}, {kind} {self.emit(f'fadd {kind} {remainder}, {b}')}, {kind} {remainder}")
+        fixed = self.emit(f"fadd {kind} {remainder}, {b}")
+        return self.emit(f"select {flag} {fix}, {kind} {fixed}, {kind} {remainder}")
 
     def int_divide(self, e: Binary, a: str, b: str, kind: str) -> str:
         """Integer division that cannot trap: x / 0 is x, x % 0 is 0, and min / -1 wraps."""

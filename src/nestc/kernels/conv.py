@@ -42,9 +42,7 @@ class ConvFamily:
             return "an axis is empty"
         return tail_refusal(region, op)
 
-    def layouts(
-        self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]
-    ) -> Mapping[str, Layout]:
+    def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
         """Blocked output; the input as it comes (its scalars are broadcast), except that groups want whole blocks."""
         op = _anchor(region)
         assert op is not None
@@ -59,7 +57,7 @@ class ConvFamily:
                 result[name] = block
             elif name != op.inputs[0] and len(region.types[name].shape) != rank:
                 result[name] = PLAIN
-        result.update({name: block for name in region.outputs})
+        result.update(dict.fromkeys(region.outputs, block))
         return result
 
     def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
@@ -110,7 +108,8 @@ class _Direct:
 
     Items of the parallel loop are (batch, group of output vectors, chunk of output rows). An item walks its rows and
     register tiles; for each tile it sums over input blocks, kernel rows and columns with ``mr * nr`` vector
-    accumulators, broadcasting inputs against streamed weights [group of outputs][input block][kernel][lane][nr * lanes].
+    accumulators, broadcasting inputs against streamed weights
+    [group of outputs][input block][kernel][lane][nr * lanes].
     Where the weights of an item are larger than half of L1, input blocks are taken in chunks that are not: all tiles of
     the item use a chunk before the next one, and partial sums wait in scratch memory.
     """
@@ -133,8 +132,12 @@ class _Direct:
         self.lanes = machine.lanes("float32")
         registers = machine.vector_registers if self.dtype == "float32" else machine.vector_registers // 2
         group_vectors = ceil(shape.out_channels // shape.group / self.lanes)
+        row = shape.out[-1]
         self.flat = shape.pointwise and len(shape.out) > 1
         self.original = shape
+        self.trailing = len(shape.out)
+        shape = shape.squeezed()
+        self.trailing -= len(shape.out)
         if self.flat:
             pixels = prod(shape.out)
             mr, nr = register_tile(group_vectors, min(pixels, 96), registers)
@@ -155,7 +158,7 @@ class _Direct:
                 mr, nr = register_tile(group_vectors, rows[1], registers)
         else:
             self.shape = shape
-            mr, nr = register_tile(group_vectors, shape.out[-1], registers)
+            mr, nr = register_tile(group_vectors, row, registers)
         self.mr, self.nr = mr, nr
         self.builder = Builder("conv")
         self.operands = Operands(self.builder, region, layouts)
@@ -228,9 +231,7 @@ class _Direct:
         kernel = self.original.kernel
         padded = np.zeros((s.group, wide, self.blocks * self.step, *kernel), weights.dtype)
         padded[:, :per_group, : self.in_per_group] = weights.reshape(s.group, per_group, self.in_per_group, *kernel)
-        split = padded.reshape(
-            s.group * self.group_chunks, self.nr * self.lanes, self.blocks, self.step, prod(kernel)
-        )
+        split = padded.reshape(s.group * self.group_chunks, self.nr * self.lanes, self.blocks, self.step, prod(kernel))
         packed = np.ascontiguousarray(split.transpose(0, 2, 4, 3, 1))
         shape = (s.group * self.group_chunks, self.blocks, *s.kernel, self.step, self.nr * self.lanes)
         return packed.reshape(shape)
@@ -255,11 +256,9 @@ class _Direct:
         # Partial sums are read and written once a chunk: not worth it for short sums.
         return chunk if chunk * self.step * prod(self.shape.kernel) >= 64 else self.blocks
 
-    def tile(
-        self, tile: Tile, n: Expr, oc: Expr, outer: tuple[Expr, ...], start: Expr, ic: Expr, r: Expr
-    ) -> None:
-        """One register tile: accumulators from the bias or the partial sums, the sum, the tail or partial sums again."""
-        s, k, lanes = self.shape, self.builder, self.lanes
+    def tile(self, tile: Tile, n: Expr, oc: Expr, outer: tuple[Expr, ...], start: Expr, ic: Expr, r: Expr) -> None:
+        """One register tile: accumulators from the bias or partial sums, the sum, the tail or partial sums again."""
+        k, lanes = self.builder, self.lanes
         places = [(j, i) for j in range(tile.width) for i in range(self.nr)]
         with k.when(binary("eq", ic, ix.const(0))):
             for j, i in places:
@@ -305,7 +304,6 @@ class _Direct:
         step: int,
     ) -> None:
         """Sum over the kernel for one block of `step` input channels; kernel rows outside the input are skipped."""
-        s, k = self.shape, self.builder
         self._outer_loops(0, tile, n, oc, outer, start, channel, ib, step, (), ())
 
     def _outer_loops(
@@ -327,13 +325,9 @@ class _Direct:
             self.columns(tile, n, oc, start, ix.add(channel, ix.mul(ib, self.step)), ib, step, taps, places)
             return
         with k.loop("kh", s.kernel[axis]) as kh:
-            place = ix.add(
-                ix.mul(outer[axis], s.strides[axis]), ix.mul(kh, s.dilations[axis]), -s.pads_begin[axis]
-            )
+            place = ix.add(ix.mul(outer[axis], s.strides[axis]), ix.mul(kh, s.dilations[axis]), -s.pads_begin[axis])
             with k.when(within(place, s.size[axis])):
-                self._outer_loops(
-                    axis + 1, tile, n, oc, outer, start, channel, ib, step, (*taps, kh), (*places, place)
-                )
+                self._outer_loops(axis + 1, tile, n, oc, outer, start, channel, ib, step, (*taps, kh), (*places, place))
 
     def columns(
         self,
@@ -391,7 +385,7 @@ class _Direct:
     def pixel(self, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
         """Spatial index in the tensor's own axes (a pointwise convolution folds them into rows)."""
         if not self.flat:
-            return index
+            return (*index, *(ix.const(0),) * self.trailing)
         position = ix.add(ix.mul(index[0], self.shape.out[1]), index[1])
         return ix.unflatten(position, self.original.out)
 

@@ -119,7 +119,7 @@ class _Vectorizer:
         return tuple(substitute(i, {self.var: self.base}) for i in index)
 
     def index(self, index: tuple[Expr, ...], shape: tuple[int, ...]) -> tuple[Expr, ...] | None:
-        """The vector access for `index`: scalar indices if lanes are neighbours, a gather otherwise, None if one place."""
+        """The access for `index`: scalar indices if lanes are neighbours, else a gather; None if it is one place."""
         if not any(ix.depends(i, self.var) for i in index):
             return None
         outer_fixed = not any(ix.depends(i, self.var) for i in index[:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 from nestc.errors import Error
 from nestc.tensor import index as ix
@@ -25,13 +26,12 @@ from nestc.tensor.ir import (
 from nestc.tensor.rewrite import substitute
 
 
-
 def verify(kernel: Kernel) -> None:
     """Raise nestc.Error with every violation found in `kernel`.
 
     Rules: names are unique; buffers are declared; types of stores and masks agree; unmasked accesses stay inside
     their buffers (interval arithmetic); local buffers are written before they are read; registers are indexed by
-    constants and unrolled loops only; a parallel loop stands alone at the top, and its iterations write disjoint places.
+    constants and unrolled loops only; a parallel loop stands alone at the top; its iterations write disjoint places.
     """
     problems = [*_declarations(kernel), *_accesses(kernel), *_loops(kernel), *_races(kernel)]
     if problems:
@@ -187,7 +187,7 @@ def _races(kernel: Kernel) -> Iterator[str]:
             continue  # a scatter: the lowering that makes one answers for it
         flat = ix.flatten(s.index, s.buffer.shape)
         spans = [(p, _span(flat, s, var, p)) for p in picks if not _excluded(conditions, var, p)]
-        for (p, a), (q, b) in zip(spans, spans[1:]):
+        for (p, a), (q, b) in pairwise(spans):
             # Flat positions that do not meet settle it; else some index of the two must not meet.
             if _meet([a], [b]) and _meet(_box(s, var, p), _box(s, var, q)):
                 yield f"iterations {p} and {q} of {var.name} both write {s.buffer.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 
 from nestc.graph.region import Op
@@ -118,11 +119,7 @@ def _reduce(body: Body, op: Op) -> None:
         return
     how, before, after = _REDUCE[op.op_type]
     if op.op_type == "ReduceMean":
-        count = prod(shape[a] for a in over)
-
-        def after(total: Expr) -> Expr:
-            return mean(total, count)
-
+        after = partial(mean, count=prod(shape[a] for a in over))
     combine(body, out, source, over, keep, how, before, after)
 
 

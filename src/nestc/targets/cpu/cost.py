@@ -24,7 +24,7 @@ def seconds(region: Region) -> float:
 def flops(op: Op, region: Region) -> float:
     """Multiplications and additions of an operator; one for each output element where nothing is known."""
     outputs = sum(prod(region.types[name].shape) for name in op.outputs if name in region.types)
-    shapes = [region.types[name].shape if name in region.types else () for name in op.inputs]
+    shapes: list[tuple[int, ...]] = [region.types[name].shape if name in region.types else () for name in op.inputs]
     if op.op_type in ("Conv", "ConvInteger", "QLinearConv"):
         weight = shapes[1 if op.op_type != "QLinearConv" else 3]
         return 2.0 * outputs * prod(weight[1:])
@@ -37,6 +37,7 @@ def flops(op: Op, region: Region) -> float:
         return 2.0 * shapes[0][0] * shapes[0][1] * (prod(shapes[1]) + prod(shapes[2]))
     if op.op_type == "Attention":
         return 4.0 * outputs * shapes[1][-2]
-    if op.op_type.endswith("Pool") or op.op_type.startswith("Reduce") or "Norm" in op.op_type or "Softmax" in op.op_type:
+    kind = op.op_type
+    if kind.endswith("Pool") or kind.startswith("Reduce") or "Norm" in kind or "Softmax" in kind:
         return 4.0 * max(outputs, prod(shapes[0]) if shapes else 0)
     return float(outputs)

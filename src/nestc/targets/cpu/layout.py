@@ -1,4 +1,4 @@
-"""The layout of every value of a partition: blocked values stay blocked from kernel to kernel, converted only at borders."""
+"""The layout of every value of a partition: blocked values stay blocked from kernel to kernel."""
 
 from __future__ import annotations
 

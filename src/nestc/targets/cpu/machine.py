@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def machine(arch: str) -> CpuMachine:
     if preset.triple.split("-")[0] != here.split("-")[0]:
         return preset
     # The same architecture: keep this system's object format, so that the code can run here.
-    return CpuMachine(**{**preset.__dict__, "triple": here})
+    return dataclasses.replace(preset, triple=here)
 
 
 def host_machine() -> CpuMachine:
