@@ -15,6 +15,7 @@ import numpy as np
 
 from nestc.errors import UnsupportedOp
 from nestc.graph.region import Op, Region, TensorType
+from nestc.kernels.small import storage
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, constant
 from nestc.tensor.ir import Binary, Buffer, Cast, Const, Expr, Kernel, Load, Select, Unary, Var
@@ -177,8 +178,8 @@ class Body:
         return self.types[name].shape
 
     def dtype(self, name: str) -> str:
-        """Element type of a value."""
-        return self.types[name].dtype
+        """Element type of a value, as kernels see it in memory."""
+        return storage(self.types[name].dtype)
 
     def constant(self, op: Op, position: int) -> np.ndarray:
         """A constant operand. Raises UnsupportedOp if it is not one."""
@@ -191,7 +192,7 @@ class Body:
     def read(self, name: str, index: Sequence[Expr], mask: Expr | None = None) -> Expr:
         """An element of a value; where `mask` is false it is 0 and the index does not matter."""
         type_ = self.types[name]
-        return Load(Buffer(name, type_.dtype, type_.shape), tuple(index), 1, truth(mask))
+        return Load(Buffer(name, storage(type_.dtype), type_.shape), tuple(index), 1, truth(mask))
 
     def axes(self, shape: Sequence[int]) -> tuple[Var, ...]:
         """New loop variables."""
@@ -267,7 +268,7 @@ class Body:
         type_ = self.types[name]
         for piece in pieces:
             result = piece.expr if piece.finish is None else piece.finish
-            if result.dtype != type_.dtype:
+            if result.dtype != storage(type_.dtype):
                 where = f"region {self.region.name}: {name!r}"
                 raise UnsupportedOp(f"{where} is {type_.dtype} but was computed as {result.dtype}")
         self.stages.append(Value(name, type_, pieces))

@@ -8,6 +8,8 @@ from math import sqrt
 
 from nestc.errors import UnsupportedOp
 from nestc.graph.region import Op, Region
+from nestc.kernels.small import INTEGERS as NARROW
+from nestc.kernels.small import SMALL, decode, encode, storage
 from nestc.tensor import index as ix
 from nestc.tensor.build import constant
 from nestc.tensor.ir import Binary, Bitcast, Cast, Const, Expr, Select, Unary
@@ -18,6 +20,9 @@ FLOATS = HALVES | {"float32", "float64"}
 INTEGERS = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
 DTYPES = FLOATS | INTEGERS | {"bool"}
 """Element types that generated code handles; arithmetic on `HALVES` is done in float32, once an ONNX operator."""
+
+STORED = DTYPES | SMALL
+"""With the element types of 8 bits and fewer, which can be moved, converted, quantized and dequantized."""
 
 
 def integer_range(dtype: str) -> tuple[int, int]:
@@ -306,26 +311,36 @@ def _clip(x: Expr, low: Expr | None, high: Expr | None) -> Expr:
     return x if high is None else binary("min", high, x)
 
 
-def convert(x: Expr, dtype: str) -> Expr:
-    """ONNX Cast between the dtypes of generated code."""
-    if x.dtype == "bool" and dtype in HALVES:
-        return cast(cast(x, "float32"), dtype)
-    if x.dtype in HALVES and dtype == "bool":
+def convert(x: Expr, dtype: str, saturate: bool = True, mode: str = "up") -> Expr:
+    """ONNX Cast of a decoded value; `saturate` and `mode` (``round_mode``) matter for the small floats."""
+    if dtype in SMALL:
+        return encode(cast(x, "float32") if x.dtype == "float64" or x.dtype in HALVES else x, dtype, saturate, mode)
+    if HALVES & {x.dtype, dtype} and "bool" in (x.dtype, dtype):
         return cast(cast(x, "float32"), dtype)
     return cast(x, dtype)
 
 
-def quantize(x: Expr, scale: Expr, zero: Expr | None, dtype: str) -> Expr:
+def quantize(x: Expr, scale: Expr, zero: Expr | None, dtype: str, saturate: bool = True) -> Expr:
     """saturate(round(x / scale) + zero) as `dtype`, rounding half to even; x and scale are both float32 or float64."""
-    y = Unary("rint", Binary("div", x, scale))
+    y: Expr = Binary("div", x, scale)
+    if dtype in SMALL and dtype not in NARROW:
+        return encode(cast(y, "float32"), dtype, saturate)
+    y = Unary("rint", y)
     if zero is not None:
         y = Binary("add", y, cast(zero, x.dtype))
-    low, high = integer_range(dtype)
-    return Cast(Binary("min", Binary("max", y, _like(low, y)), _like(high, y)), dtype)
+    if dtype in NARROW:
+        high = (1 << NARROW[dtype]) - 1
+        low, high = (0, high) if dtype.startswith("u") else (-(high // 2) - 1, high // 2)
+    else:
+        low, high = integer_range(dtype)
+    limited = Binary("min", Binary("max", y, _like(low, y)), _like(high, y))
+    return encode(Cast(limited, "int32"), dtype) if dtype in NARROW else Cast(limited, dtype)
 
 
 def dequantize(x: Expr, scale: Expr, zero: Expr | None) -> Expr:
-    """(x - zero) * scale in the dtype of `scale`."""
+    """(x - zero) * scale in the dtype of `scale`; a floating x has no zero point."""
+    if "float" in x.dtype:
+        return Binary("mul", cast(x, scale.dtype), scale)
     y = cast(x, "int32")
     if zero is not None:
         y = Binary("sub", y, cast(zero, "int32"))
@@ -337,6 +352,10 @@ _SPECIAL = frozenset(
 )
 ELEMENTWISE = frozenset(_UNARY) | frozenset(_BINARY) | _SPECIAL
 """Operators of ONNX's own domain that `apply_elementwise` knows."""
+
+
+_ANY_TYPE = frozenset("BitCast Cast CastLike DequantizeLinear Dropout Identity QuantizeLinear Where".split())
+"""Operators that also take the types of `STORED`."""
 
 
 def is_elementwise(op: Op) -> bool:
@@ -354,8 +373,9 @@ def elementwise_refusal(op: Op, region: Region) -> str | None:
     """Why an elementwise operator has no generated code, in words; None if it has."""
     if not is_elementwise(op):
         return f"{op.op_type} (node {op.name!r}) is not elementwise"
+    accepted = STORED if op.op_type in _ANY_TYPE else DTYPES
     for name in (*op.inputs, *op.outputs):
-        if name and region.types[name].dtype not in DTYPES:
+        if name and region.types[name].dtype not in accepted:
             return f"{op.op_type} (node {op.name!r}) works on {region.types[name].dtype}"
     return None
 
@@ -389,17 +409,22 @@ def apply_elementwise(op: Op, arguments: list[Expr | None], region: Region) -> E
     given = [x for x in arguments if x is not None]
     if op.op_type in ("Identity", "Dropout"):
         return given[0]
+    sources = [None if not name else region.types[name].dtype for name in op.inputs]
     if op.op_type in ("Cast", "CastLike"):
-        return convert(given[0], dtype)
+        if dtype == sources[0]:
+            return given[0]
+        saturate, mode = bool(_number(op, "saturate", 1)), op.attributes.get("round_mode", "up")
+        return convert(decode(given[0], sources[0] or ""), dtype, saturate, str(mode))
     if op.op_type == "BitCast":
         # A bool is one byte in memory, 0 or 1.
         bits = cast(given[0], "uint8") if given[0].dtype == "bool" else given[0]
         return bits if bits.dtype == dtype else cast(bits, dtype) if dtype == "bool" else Bitcast(bits, dtype)
     if op.op_type == "Where":
         return select(*given)
-    wide = [None if x is None else cast(x, "float32") if x.dtype in HALVES else x for x in arguments]
+    values = [None if x is None else decode(x, source or "") for x, source in zip(arguments, sources)]
+    wide = [None if x is None else cast(x, "float32") if x.dtype in HALVES else x for x in values]
     result = _compute(op, wide, "float32" if dtype in HALVES else dtype)
-    return cast(result, dtype)
+    return cast(result, storage(dtype))
 
 
 def _compute(op: Op, arguments: list[Expr | None], dtype: str) -> Expr:
@@ -419,5 +444,6 @@ def _compute(op: Op, arguments: list[Expr | None], dtype: str) -> Expr:
     zero = arguments[2] if len(arguments) > 2 else None
     if op.op_type == "QuantizeLinear":
         work = "float64" if "float64" in (first.dtype, given[1].dtype) else "float32"
-        return quantize(cast(first, work), cast(given[1], work), zero, dtype)
+        saturate = bool(_number(op, "saturate", 1))
+        return quantize(cast(first, work), cast(given[1], work), zero, dtype, saturate)
     return dequantize(first, given[1], zero)

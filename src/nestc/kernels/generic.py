@@ -21,17 +21,22 @@ from nestc.kernels.compute import (
     loads,
     truth,
 )
-from nestc.kernels.elementwise import DTYPES, apply_elementwise, is_elementwise, operand_index
+from nestc.kernels.elementwise import DTYPES, STORED, apply_elementwise, is_elementwise, operand_index
 from nestc.kernels.fuse import LARGEST, fuse
 from nestc.kernels.loops import Job, emit
-from nestc.kernels.ops import RULES
+from nestc.kernels.ops import RULES, move, select
+from nestc.kernels.small import SMALL, storage
 from nestc.tensor import index as ix
+from nestc.tensor import rewrite
 from nestc.tensor.build import Builder, binary, constant, within
 from nestc.tensor.ir import Buffer, Expr, Load, Store, Var
-from nestc.tensor.rewrite import select, substitute, transform
+from nestc.tensor.rewrite import substitute, transform
 
 SUPPORTED_OPS: frozenset[str] = frozenset(RULES)
 """Operators of ONNX's own domain that the generic family has a rule for."""
+
+_MOVES = frozenset(move.RULES) | frozenset(select.RULES) | {"QuantizeLinear", "DequantizeLinear"}
+"""Operators that take elements of 8 bits and fewer as well."""
 
 _PARTS = 16  # parts (of a Concat) that one kernel may hold
 
@@ -51,7 +56,8 @@ def define(region: Region) -> Body:
             if not name:
                 continue
             type_ = region.types[name]
-            if type_.dtype not in DTYPES and name not in region.constants:
+            accepted = STORED if op.op_type in _MOVES or is_elementwise(op) else DTYPES
+            if type_.dtype not in accepted and name not in region.constants:
                 raise UnsupportedOp(f"{op.op_type} (node {op.name!r}) works on {type_.dtype}")
             if any(n < 0 for n in type_.shape):
                 raise UnsupportedOp(f"{op.op_type} (node {op.name!r}): the shape of {name!r} is only known at run time")
@@ -93,7 +99,7 @@ class _Params:
         if known is None:
             type_ = self.body.type(name)
             size = prod(physical_shape(type_, self.layout(name)))
-            known = self.buffers[name] = self.builder.param(f"a{len(self.args)}", type_.dtype, (size,))
+            known = self.buffers[name] = self.builder.param(f"a{len(self.args)}", storage(type_.dtype), (size,))
             self.names[known.name] = name
             self.args.append(name)
         return known
@@ -122,7 +128,7 @@ class _Params:
             if literal is not None:
                 if n.mask is None:
                     return literal
-                return select(n.mask, literal, constant(0, literal.dtype))
+                return rewrite.select(n.mask, literal, constant(0, literal.dtype))
             place, inside = self.position(name, n.index)
             mask = n.mask
             if not inside and valid is not None:
@@ -134,7 +140,7 @@ class _Params:
     def literal(self, name: str) -> Expr | None:
         """Constants of one element are written into the code."""
         body = self.body
-        if any(n != 1 for n in body.shape(name)) or body.dtype(name) in ("float16", "bfloat16"):
+        if any(n != 1 for n in body.shape(name)) or body.type(name).dtype in SMALL | {"float16", "bfloat16"}:
             return None
         array = body.constants.get(name)
         if array is None:
@@ -258,12 +264,12 @@ class _Lowering:
                 reduction = compute
                 combined = params.resolve(substitute(compute.expr, names), valid)
                 if valid is not None:
-                    combined = select(valid, combined, identity_of(compute.op, combined.dtype))
+                    combined = rewrite.select(valid, combined, identity_of(compute.op, combined.dtype))
                 holder = accumulator(combined.dtype)
                 result = holder if compute.finish is None else compute.finish
             result = params.resolve(substitute(result, names), valid)
             if valid is not None:
-                result = select(valid, result, constant(0, result.dtype))
+                result = rewrite.select(valid, result, constant(0, result.dtype))
             place, _ = params.position(value.name, [ix.add(i, o) for i, o in zip(logical, offset)])
             stores.append(Store(params.buffer(value.name), (place,), result))
         if reduction is None:

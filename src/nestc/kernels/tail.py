@@ -6,6 +6,7 @@ from nestc.errors import UnsupportedOp
 from nestc.graph.region import Op, Region
 from nestc.kernels.elementwise import apply_elementwise, elementwise_refusal, operand_index
 from nestc.kernels.operands import Index, Operands
+from nestc.kernels.small import SMALL
 from nestc.tensor.build import within
 from nestc.tensor.ir import Const, Expr, Stmt
 from nestc.tensor.rewrite import binary
@@ -24,6 +25,8 @@ def tail_refusal(region: Region, anchor: Op) -> str | None:
         refusal = elementwise_refusal(op, region)
         if refusal:
             return refusal
+        if any(name and region.types[name].dtype in SMALL for name in (*op.inputs, *op.outputs)):
+            return f"{op.op_type} (node {op.name!r}) works on elements of 8 bits or fewer"
         if region.types[op.outputs[0]].shape != shape:
             return f"{op.op_type} (node {op.name!r}) changes the shape of its anchor"
     return None

@@ -16,6 +16,7 @@ from nestc.codegen.llvm import print_kernel
 from nestc.codegen.objects import compile_ir, initialize
 from nestc.graph.region import AttributeValue, Op, Region, TensorType
 from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered, from_layout, physical_shape, to_layout
+from nestc.kernels.small import SMALL, storage
 from nestc.tensor import interp, math
 from nestc.tensor.ir import Kernel
 from nestc.tensor.verify import verify
@@ -75,7 +76,10 @@ def host_machine() -> CpuMachine:
 
 def dtype_name(array: Array) -> str:
     """ONNX's name of an array's element type, in lower case."""
-    return str(array.dtype)
+    name = str(array.dtype)
+    if not name.startswith(("float8_", "float4_")):
+        return name
+    return {"float8_e8m0fnu": "float8e8m0", "float4_e2m1fn": "float4e2m1"}.get(name, name.replace("_", ""))
 
 
 def type_of(array: Array) -> TensorType:
@@ -185,23 +189,28 @@ def run_lowered(
     Every kernel is verified first. Outputs and temporaries start as garbage, so that what is not written shows.
     """
     layouts = layouts or {}
-    storage: dict[str, Array] = {name: np.ascontiguousarray(a) for name, a in lowered.constants.items()}
+    memory: dict[str, Array] = {n: _stored(np.ascontiguousarray(a)) for n, a in lowered.constants.items()}
     for name in region.inputs:
-        storage[name] = to_layout(np.asarray(feeds[name]), layouts.get(name, PLAIN))
+        memory[name] = to_layout(_stored(np.asarray(feeds[name])), layouts.get(name, PLAIN))
     for name in region.outputs:
-        storage[name] = _garbage(region.types[name].dtype, physical_shape(region.types[name], layouts.get(name, PLAIN)))
+        memory[name] = _garbage(region.types[name].dtype, physical_shape(region.types[name], layouts.get(name, PLAIN)))
     for name, type_ in lowered.temporaries.items():
-        storage[name] = _garbage(type_.dtype, type_.shape)
+        memory[name] = _garbage(type_.dtype, type_.shape)
     for launch in lowered.launches:
         verify(launch.kernel)
-        arrays = [storage[name].reshape(p.shape) for name, p in zip(launch.args, launch.kernel.params, strict=True)]
+        arrays = [memory[name].reshape(p.shape) for name, p in zip(launch.args, launch.kernel.params, strict=True)]
         if jit:
             Compiled(launch.kernel, machine)(arrays)
         else:
             interp.run(launch.kernel, {p.name: a for p, a in zip(launch.kernel.params, arrays)})
-    return {n: from_layout(storage[n], region.types[n], layouts.get(n, PLAIN)) for n in region.outputs}
+    return {n: from_layout(memory[n], region.types[n], layouts.get(n, PLAIN)) for n in region.outputs}
+
+
+def _stored(array: Array) -> Array:
+    """The array as kernels see it: small element types by their bytes."""
+    return array.view(np.uint8) if dtype_name(array) in SMALL else array
 
 
 def _garbage(dtype: str, shape: tuple[int, ...]) -> Array:
-    kind = interp.numpy_dtype(dtype)
+    kind = interp.numpy_dtype(storage(dtype))
     return np.full(shape, True if kind.kind == "b" else 85 if kind.kind in "iu" else np.nan, kind)

@@ -12,6 +12,7 @@ from nestc.kernels.compute import Body
 from nestc.kernels.elementwise import quantize
 from nestc.kernels.ops.attributes import integer, number, refused, text
 from nestc.kernels.ops.reduction import combine, work_dtype
+from nestc.kernels.small import decode
 from nestc.tensor import index as ix
 from nestc.tensor.build import binary, constant
 from nestc.tensor.ir import Binary, Expr, Unary, Var
@@ -227,12 +228,15 @@ def _blocked_quantization(body: Body, op: Op) -> None:
 
     def value(axes: Axes) -> Expr:
         own = [ix.floordiv(i, size) if d == axis else i for d, i in enumerate(axes)]
-        x, s = body.read(source, axes), body.read(scale, own)
-        z = body.read(zero, own) if zero else None
+        x, s = (
+            decode(body.read(source, axes), body.type(source).dtype),
+            decode(body.read(scale, own), body.type(scale).dtype),
+        )
+        z = decode(body.read(zero, own), body.type(zero).dtype) if zero else None
         if op.op_type == "DequantizeLinear":
             return cast(dequantize(x, cast(s, work_dtype(s.dtype)), z), dtype)
         work = "float64" if "float64" in (x.dtype, s.dtype) else "float32"
-        return quantize(cast(x, work), cast(s, work), z, dtype)
+        return quantize(cast(x, work), cast(s, work), z, body.type(out).dtype)
 
     body.map(out, value)
 
