@@ -152,6 +152,17 @@ def test_output_shapes(extra):
     compare(nodes, feeds, True, ["w", "b"])
 
 
+@pytest.mark.parametrize("features", [1, 3])
+def test_few_output_channels(features):
+    nodes, feeds = case((2, 24, 5, 6), (24, features, 3, 4), True, strides=[2, 2], pads=[1, 0, 0, 1])
+    compare(nodes, feeds, True, ["w", "b"], jit=(True, False))
+
+
+def test_row_without_border():
+    nodes, feeds = case((1, 16, 4, 10), (16, 8, 2, 2), strides=[2, 2])
+    compare(nodes, feeds, True, ["w", "b"])
+
+
 def test_many_phases():
     nodes, feeds = case((1, 8, 4, 5), (8, 9, 16, 16), strides=[8, 8], pads=[4] * 4)
     compare(nodes, feeds, True, ["w", "b"])

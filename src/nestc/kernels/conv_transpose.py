@@ -21,7 +21,7 @@ from nestc.kernels.operands import Operands
 from nestc.kernels.tail import Tail, tail_refusal
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, clamp, constant, load, splat, within
-from nestc.tensor.ir import Buffer, Const, Expr, Fma, Load, Store, Var
+from nestc.tensor.ir import Block, Buffer, Const, Expr, Fma, Load, Reduce, Store, Var
 from nestc.tensor.rewrite import binary, cast
 from nestc.tensor.vectorize import vectorize
 
@@ -97,6 +97,11 @@ def _ints(op: Op, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(v) for v in value) if isinstance(value, tuple) and value else default
 
 
+def is_narrow(g: Geometry, lanes: int) -> bool:
+    """Whether there are so few output channels that vectors of them would be mostly empty."""
+    return g.group == 1 and g.features * 2 <= lanes <= g.channels
+
+
 def _anchor(region: Region) -> Op | None:
     found = (op for op in region.ops if op.op_type == "ConvTranspose" and op.domain in ("", "ai.onnx"))
     return next(found, None)
@@ -162,11 +167,19 @@ class _Lowering:
         vectors = ceil(g.features // g.group / self.lanes)
         columns = g.axes[-1].count
         widest, self.vectors = register_tile(vectors, columns, machine.vector_registers)
+        # A few output channels would leave most lanes idle, so then the lanes hold input channels.
+        self.narrow = is_narrow(g, self.lanes) and self.block == self.lanes and op.inputs[1] in region.constants
+        if self.narrow:
+            widest, self.vectors = max(1, (machine.vector_registers - g.features - 1) // g.features), 1
         while g.group > 1 and vectors % self.vectors:
             self.vectors -= 1
         self.groups = ceil(vectors / self.vectors)  # of output vectors, in each group of the convolution
-        self.turns = ceil(columns / widest)
-        self.width = ceil(columns / self.turns)
+        self.width = ceil(columns / ceil(columns / widest))
+        if not any(sum(a.border(a.count)) for a in g.axes):
+            # Tiles that fill the row need no copy of the input, if they are not much narrower.
+            exact = [width for width in range(1, widest + 1) if columns % width == 0 and width * 2 > widest]
+            self.width = exact[-1] if exact else self.width
+        self.turns = ceil(columns / self.width)
         widths = [a.count for a in g.axes[:-1]] + [self.turns * self.width]
         self.borders = [a.border(w) for a, w in zip(g.axes, widths)]
         self.padded = [before + a.size + after for a, (before, after) in zip(g.axes, self.borders)]
@@ -192,7 +205,10 @@ class _Lowering:
         self.tables()
         self.pack()
         self.copy()
-        self.multiply()
+        if self.narrow:
+            self.reduce()
+        else:
+            self.multiply()
         return Lowered(tuple(self.launches), self.temporaries, self.constants)
 
     def constant(self, name: str, array: np.ndarray) -> None:
@@ -243,6 +259,10 @@ class _Lowering:
             full = np.zeros((g.group, self.depth, wide, prod(kernel) + 1), np.float32)
             full[:, :inner, :features, :-1] = array.reshape(g.group, inner, features, -1)
             chosen = full[:, :, :, sources]  # source -1 is the column of zeros at the end
+            if self.narrow:
+                lanes = chosen[0, :, :features].reshape(-1, self.block, features, *sources.shape)
+                self.constant(self.weights, lanes.transpose(3, 4, 0, 2, 1))
+                return
             split = chosen.reshape(g.group, self.depth, self.groups, self.vectors * self.lanes, *sources.shape)
             self.constant(self.weights, split.transpose(0, 2, 4, 5, 1, 3).reshape(shape))
             return
@@ -310,6 +330,94 @@ class _Lowering:
 
     # -- product
 
+    def reduce(self) -> None:
+        """Few output channels: lanes are input channels, summed at the end of each output into a buffer of one row."""
+        g, lanes = self.geometry, self.lanes
+        operands = self.operands("conv_transpose_narrow")
+        builder = operands.builder
+        tail = Tail(operands, self.op)
+        source = operands.buffer(self.bordered or self.op.inputs[0])
+        weights, offsets = operands.buffer(self.weights), operands.buffer(self.offsets)
+        counts = operands.buffer(self.counts) if self.counts in self.types else None
+        tail.declare()
+        total = builder.regs("total", (self.width, g.features), lanes)
+        where = builder.regs("where", (len(g.axes),), 1, "int64")
+        outer, last = g.axes[:-1], g.axes[-1]
+        line = builder.scratch("line", (g.features, self.turns * self.width * last.stride))
+        extents = [n for a in outer for n in (a.count, a.stride)]
+        with builder.parallel("row", g.batch, *extents) as (n, *rows):
+            ms, fs = rows[0::2], rows[1::2]
+            row = [self.output(a, m, f) for a, m, f in zip(outer, ms, fs)]
+            valid: Expr = Const(True, "bool")
+            for a, o in zip(outer, row):
+                valid = binary("and", valid, within(o, a.out))
+            with builder.when(valid):
+                with builder.loop("phase", last.stride) as f, builder.loop("tile", self.turns) as tile:
+                    phase = ix.flatten((*fs, f), tuple(self.phases))
+                    m = ix.mul(tile, self.width)
+                    for j, feature in product(range(self.width), range(g.features)):
+                        builder.store(total, (j, feature, 0), constant(0, "float32", lanes))
+                    with builder.loop("tap", self.taps) as tap:
+                        used: Expr = Const(True, "bool")
+                        if counts is not None:
+                            used = binary("lt", tap, load(counts, phase))
+                        with builder.when(used):
+                            self.locate(builder, offsets, where, (*ms, m), phase, tap)
+                            with builder.loop("channel", self.depth // lanes) as c:
+                                self.add_block(builder, source, weights, total, where, (n, phase, tap, c))
+                    for j, feature in product(range(self.width), range(g.features)):
+                        at = ix.add(ix.mul(ix.add(m, j), last.stride), f)
+                        value = Reduce("add", load(total, j, feature, 0, lanes=lanes))
+                        builder.store(line, (feature, at), value)
+                for feature in range(g.features):
+                    self.finish_line(operands, tail, line, feature, (n, *row))
+        self.finish(operands)
+
+    def locate(
+        self, builder: Builder, offsets: Buffer, where: Buffer, m: tuple[Expr, ...], phase: Expr, tap: Expr
+    ) -> None:
+        """Put the input's place of a tap into registers; the intervals of table entries need the limits."""
+        for d, i in enumerate(m):
+            span = 0 if d < self.last else self.width - 1
+            at = ix.add(i, load(offsets, phase, tap, d))
+            builder.store(where, (d, 0), clamp(at, 0, self.padded[d] - 1 - span))
+
+    def add_block(
+        self, builder: Builder, source: Buffer, weights: Buffer, total: Buffer, where: Buffer, at: tuple[Expr, ...]
+    ) -> None:
+        """Multiply-adds of one tap and one block of input channels, for `reduce`."""
+        n, phase, tap, c = at
+        g, lanes = self.geometry, self.lanes
+        place = [load(where, d, 0) for d in range(len(g.axes))]
+        for j in range(self.width):
+            index = (n, c, *place[:-1], ix.add(place[-1], j), ix.const(0))
+            x = Load(source, index, lanes, Const(True, "bool"))
+            for feature in range(g.features):
+                weight = load(weights, phase, tap, c, feature, 0, lanes=lanes)
+                known = load(total, j, feature, 0, lanes=lanes)
+                builder.store(total, (j, feature, 0), Fma(x, weight, known))
+
+    def finish_line(self, operands: Operands, tail: Tail, line: Buffer, feature: int, place: tuple[Expr, ...]) -> None:
+        """Store a row of one output channel through the tail, as vectors."""
+        builder, last = operands.builder, self.geometry.axes[-1]
+        n, *row = place
+        start = last.pad - last.first * last.stride
+        name = self.op.input(2)
+
+        def stores(o: Expr) -> Block:
+            value: Expr = Load(line, (ix.const(feature), ix.add(o, start)))
+            if name:
+                value = binary("add", value, operands.load(name, (ix.const(feature),)))
+            return tail.stores((n, ix.const(feature), *row, o), value)
+
+        whole, rest = divmod(last.out, self.lanes)
+        lane = Var("lane", self.lanes)
+        with builder.loop("out", whole) as i:
+            o = ix.add(ix.mul(i, self.lanes), lane)
+            builder.emit(vectorize(stores(o), lane, ix.const(0), self.lanes))
+        with builder.loop("out", rest) as i:
+            builder.emit(stores(ix.add(i, whole * self.lanes)))
+
     def multiply(self) -> None:
         """A register tile of neighbouring m by a few vectors of output channels, for each phase in turn."""
         g, lanes = self.geometry, self.lanes
@@ -343,10 +451,7 @@ class _Lowering:
                         if counts is not None:
                             used = binary("lt", tap, load(counts, phase))
                         with builder.when(used):
-                            for d, i in enumerate((*ms, m)):
-                                span = 0 if d < self.last else self.width - 1
-                                at = ix.add(i, load(offsets, phase, tap, d))
-                                builder.store(where, (d, 0), clamp(at, 0, self.padded[d] - 1 - span))
+                            self.locate(builder, offsets, where, (*ms, m), phase, tap)
                             self.channels(builder, source, weights, total, where, (n, group, phase, tap))
                     for j in range(self.width):
                         o = self.output(g.axes[-1], ix.add(m, j), f)

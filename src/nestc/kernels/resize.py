@@ -210,6 +210,12 @@ class _Rows:
             self.sweep(self.out[self.last], lambda at, lanes: self.read(row, at, lanes), self.emit)
             return
         lanes = self.lanes if self.block else 1
+        factor = self.repeat(self.last)
+        if factor is not None and factor * self.size[self.last] == self.out[self.last] and factor <= _UNROLLED_TAPS:
+            with self.builder.loop("col", self.size[self.last]) as i:
+                for j in range(factor):
+                    self.emit(ix.add(ix.mul(i, factor), j), self.read(row, i, lanes), lanes)
+            return
         with self.builder.loop("col", self.out[self.last]) as o:
             self.emit(o, self.read(row, self.position(self.last, o), lanes), lanes)
 
