@@ -13,7 +13,7 @@ from nestc.kernels.api import CpuMachine
 from nestc.tensor import interp
 from nestc.tensor.build import Builder, load
 from nestc.tensor.ir import Binary, Expr, Fma, Kernel, Store, Unary, statements
-from nestc.tensor.math import ERRORS, expand
+from nestc.tensor.math import ERRORS, exp_below, expand
 from nestc.tensor.rewrite import map_statements, transform
 from nestc.tensor.verify import verify
 
@@ -106,6 +106,19 @@ def test_special_values(op: str, x: float, expected: float) -> None:
     y = evaluate(expand(kernel(op, 1), MACHINE), np.array([x], np.float32))[0]
     np.testing.assert_allclose(y, np.float32(expected), rtol=3e-7)
     assert math.copysign(1.0, y) == math.copysign(1.0, expected) or math.isnan(expected)
+
+
+def test_exponential_of_what_is_not_positive() -> None:
+    x = np.concatenate([np.linspace(-90, 0, 50001), [-np.inf, -1e30, -0.0, np.nan]]).astype(np.float32)
+    k = Builder("exp_below")
+    source, out = k.param("x", "float32", x.shape), k.param("y", "float32", x.shape)
+    k.store(out, (0,), exp_below(load(source, 0, lanes=x.size)))
+    y = evaluate(k.finish(), x)
+    exact = np.exp(x.astype(np.float64))
+    kept = x >= -87.33
+    assert np.max(np.abs(y[kept] / exact[kept] - 1)) <= ERRORS["exp"]
+    assert np.all(y[x < -87.33] == 0)
+    assert np.isnan(y[-1])
 
 
 def test_shared_operands_are_expanded_once() -> None:

@@ -19,6 +19,7 @@ from nestc.kernels.tail import Tail, tail_refusal
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, constant, less, load, select, splat
 from nestc.tensor.ir import Binary, Expr, Fma, Load, Ramp, Reduce, Store, Unary, Var
+from nestc.tensor.math import exp_below
 from nestc.tensor.rewrite import binary, cast
 from nestc.tensor.vectorize import vectorize
 
@@ -191,7 +192,8 @@ class _Attention:
             for r in range(rows):
                 for c in range(_VECTORS):
                     place = ix.add(ix.mul(p, self.width), c * lanes)
-                    k.store(self.scores, (r, place), load(self.acc, r, c, 0, lanes=lanes))
+                    scaled = Binary("mul", load(self.acc, r, c, 0, lanes=lanes), constant(s.scale, s.dtype, lanes))
+                    k.store(self.scores, (r, place), scaled)
 
     def dot_scores(self, b: Expr, head: Expr, row: Expr, rows: int, first: Expr, count: int) -> None:
         """q k^T as dot products along contiguous heads, for few queries."""
@@ -220,17 +222,17 @@ class _Attention:
                 total: Expr = load(acc, r, 0, 0, lanes=lanes)
                 for u in range(1, dots.unroll):
                     total = Binary("add", total, load(acc, r, u, 0, lanes=lanes))
-                k.store(self.scores, (r, j), Reduce("add", total))
+                k.store(self.scores, (r, j), Binary("mul", Reduce("add", total), constant(s.scale, s.dtype)))
 
     def mask_scores(self, b: Expr, head: Expr, row: Expr, rows: int, first: Expr, count: int) -> None:
-        """Scale, cap and mask the scores in place; what lies past the last key becomes minus infinity."""
+        """Cap and mask the scores in place; what lies past the last key becomes minus infinity."""
         s, k, lanes = self.s, self.k, self.lanes
         lane = Var("lane", lanes)
 
         def masked(r: Expr, start: Expr, cut: bool) -> None:
             place = ix.add(start, lane)
             key, low = ix.add(first, place), constant(-_INFINITY, s.dtype)
-            value: Expr = Binary("mul", Load(self.scores, (r, place)), constant(s.scale, s.dtype))
+            value: Expr = Load(self.scores, (r, place))
             if s.softcap:
                 capped = Unary("tanh", Binary("div", value, constant(s.softcap, s.dtype)))
                 value = Binary("mul", capped, constant(s.softcap, s.dtype))
@@ -246,8 +248,9 @@ class _Attention:
             k.emit(vectorize((Store(self.scores, (r, place), value),), lane, ix.const(0), lanes))
 
         whole = count // lanes
+        changed = bool(s.softcap or s.mask or s.causal)
         with k.loop("mask_row", rows) as r:
-            with k.loop("mask_vector", whole) as c:
+            with k.loop("mask_vector", whole if changed else 0) as c:
                 masked(r, ix.mul(c, lanes), False)
             for c in range(whole, ceil(count / self.width) * _VECTORS):
                 masked(r, ix.const(c * lanes), True)
@@ -266,11 +269,11 @@ class _Attention:
             safe = k.regs("safe", (), 1, s.dtype)
             nothing = Binary("eq", after, constant(-_INFINITY, s.dtype))
             k.store(safe, (0,), select(nothing, constant(0, s.dtype), after))
-            k.store(self.fade, (r,), Unary("exp", Binary("sub", load(before, 0), load(safe, 0))))
+            k.store(self.fade, (r,), exp_below(Binary("sub", load(before, 0), load(safe, 0))))
 
             def exponential(start: Expr, _: Expr | None) -> Expr:
                 place = (r, start)
-                e = Unary("exp", Binary("sub", Load(self.scores, place, lanes), splat(load(safe, 0), lanes)))
+                e = exp_below(Binary("sub", Load(self.scores, place, lanes), splat(load(safe, 0), lanes)))
                 k.store(self.scores, place, e)
                 return Load(self.scores, place, lanes)
 

@@ -13,6 +13,7 @@ from nestc.kernels.tail import Tail, tail_refusal
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, constant, load, splat
 from nestc.tensor.ir import Binary, Expr, Load, Ramp, Unary, Var
+from nestc.tensor.math import exp_below
 from nestc.tensor.rewrite import cast
 from nestc.tensor.vectorize import vectorize
 
@@ -113,7 +114,7 @@ class _Softmax:
         top = row.reduce("max", x, float("-inf"))
 
         def exponential(start: Expr, mask: Expr | None) -> Expr:
-            e = Unary("exp", Binary("sub", x(start, mask), splat(top, lanes)))
+            e = exp_below(Binary("sub", x(start, mask), splat(top, lanes)))
             if self.log:
                 return e
             k.store(self.line, (start,), e)
@@ -150,7 +151,7 @@ class _Softmax:
             k.store(top, (0,), Binary("max", load(top, 0, lanes=lanes), x(i)))
         k.store(total, (0,), constant(0, self.dtype, lanes))
         with k.loop("i", n) as i:
-            e: Expr = Unary("exp", Binary("sub", x(i), load(top, 0, lanes=lanes)))
+            e: Expr = exp_below(Binary("sub", x(i), load(top, 0, lanes=lanes)))
             if not self.log:
                 k.store(self.line, (i, 0), e)
                 e = load(self.line, i, 0, lanes=lanes)

@@ -25,6 +25,7 @@ _LOG2_E = 1.4426950408889634
 # Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits of the sum.
 _ROUND = 12582912.0
 _ROUND_BITS = 0x4B400000
+_LOG_SMALLEST = -87.33  # e to this power is just above the smallest normal number
 
 # (e**r - 1 - r) / r**2 on |r| <= ln(2) / 2, 3e-9 of e**r.
 _EXP = (0.4999999403953552, 0.1666651964187622, 0.041668400168418884, 0.008368851616978645, 0.0013814318226650357)
@@ -94,6 +95,22 @@ def exp(x: Expr) -> Expr:
     power = Binary("sub", Bitcast(shifted, "int32"), _int(_ROUND_BITS, x))
     half = Binary("shr", power, _int(1, x))
     return Binary("mul", Binary("mul", value, _power(half)), _power(Binary("sub", power, half)))
+
+
+def exp_below(x: Expr) -> Expr:
+    """e**x for x <= 0 or NaN, for softmax: two thirds of the work of `exp`, because what would be denormal is 0.
+
+    Other dtypes than float32 get the plain operation.
+    """
+    if x.dtype != "float32":
+        return Unary("exp", x)
+    biased = _ROUND + 127  # the exponent's bias is added on the way, so that the low bits are those of 2**n
+    shifted = Fma(x, _float(_LOG2_E, x), _float(biased, x))
+    n = Binary("sub", shifted, _float(biased, x))
+    r = Fma(n, _float(-_LN2_LOW, x), Fma(n, _float(-_LN2_HIGH, x), x))
+    value = Binary("add", Fma(_polynomial(_EXP, r), Binary("mul", r, r), r), _float(1.0, x))
+    power = Bitcast(Binary("shl", Bitcast(shifted, "int32"), _int(23, x)), "float32")
+    return Select(Binary("lt", x, _float(_LOG_SMALLEST, x)), _float(0.0, x), Binary("mul", value, power))
 
 
 def log(x: Expr) -> Expr:
