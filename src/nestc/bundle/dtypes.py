@@ -29,6 +29,16 @@ SAFETENSORS = {
 _NUMPY = frozenset(SAFETENSORS) - {"bfloat16", "float8_e4m3fn", "float8_e5m2"} | {"complex64", "complex128"}
 
 
+_ML_DTYPES = {
+    "float4e2m1": "float4_e2m1fn",
+    "float8e4m3fn": "float8_e4m3fn",
+    "float8e4m3fnuz": "float8_e4m3fnuz",
+    "float8e5m2": "float8_e5m2",
+    "float8e5m2fnuz": "float8_e5m2fnuz",
+    "float8e8m0": "float8_e8m0fnu",
+}
+
+
 @cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype of an element type; bfloat16, float8 and 4-bit types come from ml_dtypes, strings are objects.
@@ -41,7 +51,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         return np.dtype(object)
     import ml_dtypes  # only where such a type is used
 
-    found = getattr(ml_dtypes, name, None)
+    found = getattr(ml_dtypes, _ML_DTYPES.get(name, name), None)
     if found is None:
         raise ValueError(f"there is no element type {name!r}")
     return np.dtype(found)

@@ -20,7 +20,9 @@ from nestc.errors import UnsupportedOp
 from nestc.graph.region import Region, TensorType
 from nestc.kernels import generic
 from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered, physical_shape
+from nestc.kernels.elementwise import STORED
 from nestc.kernels.families import choose
+from nestc.kernels.small import storage
 from nestc.targets.api import Machine, Memory, Offer, Partition, constraint
 from nestc.targets.cpu.cost import seconds
 from nestc.targets.cpu.layout import VIEW, Convert, Lower, View, plan_layouts, stored
@@ -30,15 +32,11 @@ from nestc.tensor.math import expand
 from nestc.tensor.text import kernel_text
 from nestc.tensor.verify import verify
 
-DTYPES = (
-    "float32 float64 float16 bfloat16 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool".split()
-)  # element types that kernels are generated for
-
 
 @constraint
 def _dense(region: Region) -> bool:
-    """an element type has no CPU arithmetic here (strings, complex, 4-bit and 8-bit floats)"""
-    return all(type_.dtype in DTYPES for type_ in region.types.values())
+    """an element type has no place in a kernel (strings, complex numbers, sequences)"""
+    return all(type_.dtype in STORED for type_ in region.types.values())
 
 
 @constraint
@@ -63,7 +61,7 @@ class CpuTarget:
         self.machine = Machine(
             name=self.cpu.name,
             memories=(Memory("ram", 0, 64),),
-            dtypes=tuple(DTYPES),
+            dtypes=tuple(sorted(STORED)),
             facts={
                 "triple": self.cpu.triple,
                 "cpu": self.cpu.cpu,
@@ -191,7 +189,7 @@ class _Compiler:
     def size(self, name: str, type_: TensorType, layout: Layout) -> None:
         if name in self.partition.inputs or name in self.partition.outputs:
             return
-        self.sizes[name] = prod(physical_shape(type_, layout)) * width(type_.dtype) // 8
+        self.sizes[name] = prod(physical_shape(type_, layout)) * width(storage(type_.dtype)) // 8
 
     def add_launches(
         self, lowered: Lowered, names: Mapping[str, str], prefix: str, cost: float, pool: ThreadPoolExecutor
