@@ -108,9 +108,7 @@ class Family(Protocol):
         """None if this family lowers `region`, else why not, in words."""
         ...
 
-    def layouts(
-        self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]
-    ) -> Mapping[str, Layout]:
+    def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
         """The layout of every input and output of the region that this family wants.
 
         `incoming` holds the layout in which each input is available. Where the answer for an input differs from it,

@@ -115,4 +115,3 @@ class Operands:
     def launch(self, origin: Sequence[str] | None = None) -> Launch:
         """The finished kernel with its arguments."""
         return Launch(self.builder.finish(self.region.origin if origin is None else origin), tuple(self.args))
-
