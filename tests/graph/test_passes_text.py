@@ -76,6 +76,13 @@ CASES = [
         "y = Add(x, x)",
     ),
     Case(
+        "a softmax between views",
+        Simplify,
+        """g (float[2,3,4] x) => (float[2,3,4] y) {
+            a = Flatten<axis=2>(x)  b = Softmax(a)  s = Constant<value=int64[3] {2,3,4}>()  y = Reshape(b, s) }""",
+        "y = Softmax(x) {axis=-1}",
+    ),
+    Case(
         "transposes that undo each other go",
         Cancel,
         """g (float[2,3,4] x) => (float[2,3,4] y) {
@@ -318,6 +325,15 @@ CASES = [
             c = Constant<value_float=0.25>()  t = Transpose<perm=[0,1,3,2]>(k)  a = MatMul(q, t)  s = Mul(a, c)
             b = Add(s, m)  p = Softmax<axis=-1>(b)  y = MatMul(p, v) }""",
         "m.Reshape = Reshape(m, [1.0, 1.0, 3.0, 5.0])\ny = Attention(q, k, v, m.Reshape) {scale=0.25}",
+    ),
+    Case(
+        "attention with one row of mask for all queries",
+        FuseAttention,
+        """g (float[1,2,3,4] q, float[1,2,4,5] k, float[1,2,5,6] v, float[1,1,1,5] m) => (float[1,2,3,6] y) {
+            a = MatMul(q, k)  b = Add(m, a)  p = Softmax<axis=3>(b)  y = MatMul(p, v) }""",
+        "k.Transpose = Transpose(k) {perm=(0, 1, 3, 2)}\n"
+        "m.Expand = Expand(m, [1.0, 1.0, 3.0, 5.0])\n"
+        "y = Attention(q, k.Transpose, v, m.Expand) {scale=1.0}",
     ),
     Case(
         "attention over three axes, scaled on both sides",

@@ -35,6 +35,10 @@ class FuseAttention(Rewrite):
 
     what = "attentions recognised"
 
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        self.masks: dict[tuple[ir.Value, tuple[int, ...]], ir.Value] = {}
+        return super().call(model)
+
     def rewrite(self, node: ir.Node) -> bool:
         if node.op_type != "MatMul" or node.inputs[0] is None or node.inputs[1] is None:
             return False
@@ -83,7 +87,10 @@ class FuseAttention(Rewrite):
         return value if len(shape) == 4 else self.reshape(before, value, (1, *shape))
 
     def mask(self, before: ir.Node, mask: ir.Value, scores: tuple[int, ...]) -> ir.Value | None:
-        """The mask with the four axes of Attention's, if it broadcasts to the scores and its last axis is whole."""
+        """The mask with four axes, if it broadcasts to the scores and its last axis is whole.
+
+        ONNX Runtime wants a row for each query too, so one row is repeated: once for all layers that share a mask.
+        """
         shape = static_shape(mask)
         if shape is None or mask.dtype != before.outputs[0].dtype or len(shape) > len(scores):
             return None
@@ -91,7 +98,14 @@ class FuseAttention(Rewrite):
         if any(size not in (1, wanted) for size, wanted in zip(full, scores, strict=True)) or full[-1] != scores[-1]:
             return None
         full = (1,) * (4 - len(full)) + full
-        return mask if shape == full else self.reshape(before, mask, full)
+        rows = (*full[:2], scores[-2], full[3])
+        if (mask, rows) not in self.masks:
+            four = mask if shape == full else self.reshape(before, mask, full)
+            if rows != full:
+                sizes = self.constant(np.array(rows, np.int64), f"{mask.name}.rows")
+                four = self.insert(before, "Expand", [four, sizes], like=mask, shape=rows)
+            self.masks[mask, rows] = four
+        return self.masks[mask, rows]
 
     def reshape(self, before: ir.Node, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         sizes = self.constant(np.array(shape, np.int64), f"{value.name}.shape")

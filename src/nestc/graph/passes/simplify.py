@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from nestc.graph.kinds import is_constant
+from nestc.graph.kinds import is_constant, is_view
 from nestc.graph.model import static_shape
-from nestc.graph.passes.rewrite import Rewrite, array, ints, operand, scalar
+from nestc.graph.passes.rewrite import Rewrite, array, ints, only_use, operand, scalar
 
 
 class Simplify(Rewrite):
@@ -27,9 +27,28 @@ class Simplify(Rewrite):
             return self.transpose_to_reshape(node)
         if node.op_type == "Reshape":
             return self.constant_shape(node)
-        if node.op_type in {"Sum", "Max", "Min", "Mean"}:
-            return self.variadic(node)
+        if node.op_type == "Sum":
+            return self.sum_of_two(node)
+        if node.op_type in {"Softmax", "LogSoftmax", "Hardmax"}:
+            return self.between_views(node)
         return False
+
+    def between_views(self, node: ir.Node) -> bool:
+        """Flatten, Softmax over the last axis, Reshape back: what the conversion makes of Softmax before set 13."""
+        result = node.outputs[0]
+        before = None if node.inputs[0] is None else node.inputs[0].producer()
+        source = None if before is None or not is_view(before) else before.inputs[0]
+        after = next(iter(result.uses())).node if only_use(result) else None
+        if source is None or after is None or not is_view(after) or after.graph is not self.graph:
+            return False
+        flat, full = static_shape(result), static_shape(source)
+        if not flat or not full or full[-1] != flat[-1] or static_shape(after.outputs[0]) != full:
+            return False
+        if node.attributes.get_int("axis", -1) not in (-1, len(flat) - 1):
+            return False
+        made = self.insert(node, node.op_type, [source], {"axis": -1}, like=after.outputs[0])
+        self.replace(after.outputs[0], made)
+        return True
 
     def transpose_to_reshape(self, node: ir.Node) -> bool:
         data = node.inputs[0]
@@ -59,9 +78,9 @@ class Simplify(Rewrite):
         node.replace_input_with(1, sizes)
         return True
 
-    def variadic(self, node: ir.Node) -> bool:
+    def sum_of_two(self, node: ir.Node) -> bool:
         """Sum of two is Add, which every target knows."""
-        if node.op_type != "Sum" or len(node.inputs) != 2:
+        if len(node.inputs) != 2:
             return False
         self.replace(node.outputs[0], self.insert(node, "Add", list(node.inputs), like=node.outputs[0]))
         return True
