@@ -579,12 +579,12 @@ class _Printer:
         kind = _vector(element, e.x.lanes)
         suffix = _suffix(element, e.x.lanes)
         if element in ("float", "double"):
-            op = {"add": "fadd", "mul": "fmul", "min": "fmin", "max": "fmax"}[e.op]
-            name = f"llvm.vector.reduce.{op}.{suffix}"
-            if e.op in ("add", "mul"):
-                start = literal(Const(-0.0 if e.op == "add" else 1.0, e.dtype))
-                self.declare(name, f"{element} @{name}({element}, {kind})")
-                return self.emit(f"call reassoc {element} @{name}({element} {start}, {kind} {value})")
+            if e.op in ("min", "max"):
+                return self.halves(e.op, value, e.dtype, e.x.lanes)
+            name = f"llvm.vector.reduce.f{e.op}.{suffix}"
+            start = literal(Const(-0.0 if e.op == "add" else 1.0, e.dtype))
+            self.declare(name, f"{element} @{name}({element}, {kind})")
+            return self.emit(f"call reassoc {element} @{name}({element} {start}, {kind} {value})")
         elif element == "i1":
             name = f"llvm.vector.reduce.{'or' if e.op in ('max', 'add') else 'and'}.{suffix}"
         else:
@@ -592,6 +592,24 @@ class _Printer:
             name = f"llvm.vector.reduce.{e.op if e.op in ('add', 'mul') else sign + e.op}.{suffix}"
         self.declare(name, f"{element} @{name}({kind})")
         return self.emit(f"call {element} @{name}({kind} {value})")
+
+    def halves(self, op: str, value: str, dtype: str, lanes: int) -> str:
+        """min or max over floating lanes, half against half; LLVM's own reduction keeps to an order, lane by lane."""
+        element = scalar_type(dtype)
+        while lanes > 1:
+            kind, rest = _vector(element, lanes), (lanes + 1) // 2
+            parts: list[str] = []
+            for start in (0, lanes - rest):
+                picks = ", ".join(f"i32 {start + i}" for i in range(rest))
+                parts.append(self.emit(f"shufflevector {kind} {value}, {kind} poison, <{rest} x i32> <{picks}>"))
+            low, high = parts
+            half = f"<{rest} x {element}>"
+            chosen = self.emit(f"fcmp {'olt' if op == 'min' else 'ogt'} {half} {low}, {high}")
+            value = self.emit(f"select <{rest} x i1> {chosen}, {half} {low}, {half} {high}")
+            if rest == 1:
+                return self.emit(f"extractelement {half} {value}, i64 0")
+            lanes = rest
+        return value
 
     def binary(self, e: Binary) -> str:
         a, b = self.value(e.a), self.value(e.b)
