@@ -43,13 +43,15 @@ class ConvFamily:
         return tail_refusal(region, op)
 
     def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
-        """Blocked output; the input as it comes (its scalars are broadcast), except that groups want whole blocks."""
+        """Blocked output, and blocked input unless it has few channels."""
         op = _anchor(region)
         assert op is not None
         block = Layout(machine.lanes("float32"))
         shape = conv_shape(op, region)
         result = dict(incoming)
-        if _depthwise(shape):
+        # Few channels are read as they come (the first layer of a vision model); planes of many channels would be
+        # a cache line each, and often all in the same cache set.
+        if _depthwise(shape) or shape.in_channels >= 2 * block.block:
             result[op.inputs[0]] = block
         rank = len(region.types[op.outputs[0]].shape)
         for name in region.inputs:
@@ -132,12 +134,10 @@ class _Direct:
         self.lanes = machine.lanes("float32")
         registers = machine.vector_registers if self.dtype == "float32" else machine.vector_registers // 2
         group_vectors = ceil(shape.out_channels // shape.group / self.lanes)
-        row = shape.out[-1]
         self.flat = shape.pointwise and len(shape.out) > 1
         self.original = shape
-        self.trailing = len(shape.out)
         shape = shape.squeezed()
-        self.trailing -= len(shape.out)
+        self.trailing = len(self.original.out) - len(shape.out)
         if self.flat:
             pixels = prod(shape.out)
             mr, nr = register_tile(group_vectors, min(pixels, 96), registers)
@@ -158,7 +158,7 @@ class _Direct:
                 mr, nr = register_tile(group_vectors, rows[1], registers)
         else:
             self.shape = shape
-            mr, nr = register_tile(group_vectors, row, registers)
+            mr, nr = register_tile(group_vectors, shape.out[-1], registers)
         self.mr, self.nr = mr, nr
         self.builder = Builder("conv")
         self.operands = Operands(self.builder, region, layouts)

@@ -32,6 +32,16 @@ class ConvShape:
         taps = prod(self.kernel) * self.in_channels // self.group
         return 2 * self.batch * self.out_channels * prod(self.out) * taps
 
+    def squeezed(self) -> ConvShape:
+        """The same convolution without innermost axes of one pixel (but for the first axis), since tiles lie along
+        the innermost one."""
+        rank = len(self.out)
+        while rank > 1 and self.size[rank - 1] == self.out[rank - 1] == self.kernel[rank - 1] == 1:
+            rank -= 1
+        axes = (self.size, self.out, self.kernel, self.strides, self.dilations, self.pads_begin)
+        cut = (axis[:rank] for axis in axes)
+        return ConvShape(self.batch, self.group, self.in_channels, self.out_channels, *cut)
+
     @property
     def pointwise(self) -> bool:
         """A 1x1 convolution whose output pixels are its input pixels."""

@@ -36,7 +36,9 @@ class _Depthwise:
     def __init__(
         self, region: Region, op: Op, shape: ConvShape, machine: CpuMachine, layouts: Mapping[str, Layout]
     ) -> None:
-        self.region, self.op, self.shape = region, op, shape
+        self.region, self.op, self.shape = region, op, shape.squeezed()
+        self.trailing = (ix.const(0),) * (len(shape.out) - len(self.shape.out))
+        shape = self.shape
         self.lanes = machine.lanes("float32")
         self.dtype = region.types[op.inputs[0]].dtype
         self.columns = shape.kernel[-1]
@@ -80,7 +82,7 @@ class _Depthwise:
         weights = self.region.constant(name)
         assert weights is not None
         block = Layout(self.lanes)
-        arrays = {f"{name}.packed": to_layout(weights.swapaxes(0, 1), block)[0]}
+        arrays = {f"{name}.packed": to_layout(weights.swapaxes(0, 1).reshape(1, -1, *self.shape.kernel), block)[0]}
         bias_name = self.op.input(2)
         if bias_name:
             bias = self.region.constant(bias_name)
@@ -98,7 +100,7 @@ class _Depthwise:
         self.rows(0, tile, n, block, outer, start, (), ())
         for j in range(tile.width):
             lane = Var(f"lane{j}", lanes)
-            index = (n, ix.add(ix.mul(block, lanes), lane), *outer, ix.add(start, j))
+            index = (n, ix.add(ix.mul(block, lanes), lane), *outer, ix.add(start, j), *self.trailing)
             value = Load(self.acc, (ix.const(j), lane))
             k.emit(vectorize(self.tail.stores(index, value), lane, ix.const(0), lanes))
 
@@ -144,7 +146,7 @@ class _Depthwise:
                 for j in range(tile.width):
                     w = ix.add(first, j * stride, ix.mul(kw, dilation))
                     mask = None if tile.taps is None else within(w, s.size[-1])
-                    k.store(self.xreg, (0,), load(self.input, n, block, *places, w, 0, lanes=lanes, mask=mask))
+                    k.store(self.xreg, (0,), load(self.input, n, block, *places, w, *self.trailing, 0, lanes=lanes, mask=mask))
                     self.multiply(j, 0)
             return
         for kw in range(self.columns):
@@ -154,7 +156,7 @@ class _Depthwise:
             for j in range(tile.width) if tile.taps is None else tile.taps[kw]:
                 reach.setdefault(j * stride + kw * dilation, []).append((j, kw))
         for column in sorted(reach):
-            k.store(self.xreg, (0,), load(self.input, n, block, *places, ix.add(first, column), 0, lanes=lanes))
+            k.store(self.xreg, (0,), load(self.input, n, block, *places, ix.add(first, column), *self.trailing, 0, lanes=lanes))
             for j, kw in reach[column]:
                 self.multiply(j, kw)
 

@@ -8,14 +8,27 @@ from nestc.graph.region import Region
 from nestc.kernels.api import Family
 from nestc.kernels.attention import ATTENTION
 from nestc.kernels.conv import CONV
+from nestc.kernels.conv_transpose import CONV_TRANSPOSE
 from nestc.kernels.gemm import GEMM
 from nestc.kernels.generic import Generic
 from nestc.kernels.normalization import NORMALIZATION
 from nestc.kernels.pool import POOL
 from nestc.kernels.recurrent import RECURRENT
+from nestc.kernels.resize import RESIZE
 from nestc.kernels.softmax import SOFTMAX
 
-FAMILIES: tuple[Family, ...] = (CONV, GEMM, ATTENTION, POOL, SOFTMAX, NORMALIZATION, RECURRENT, Generic())
+FAMILIES: tuple[Family, ...] = (
+    CONV,
+    CONV_TRANSPOSE,
+    GEMM,
+    ATTENTION,
+    POOL,
+    RESIZE,
+    SOFTMAX,
+    NORMALIZATION,
+    RECURRENT,
+    Generic(),
+)
 
 
 def choose(region: Region) -> tuple[Family | None, Mapping[str, str]]:

@@ -23,6 +23,7 @@ from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered, physical_shape
 from nestc.kernels.elementwise import STORED
 from nestc.kernels.families import choose
 from nestc.kernels.small import storage
+from nestc.runtime.arrays import aligned
 from nestc.targets.api import Machine, Memory, Offer, Partition, constraint
 from nestc.targets.cpu.cost import seconds
 from nestc.targets.cpu.layout import VIEW, Convert, Lower, View, plan_layouts, stored
@@ -200,7 +201,7 @@ class _Compiler:
             self.size(names[name], type_, PLAIN)
         for name, array in lowered.constants.items():
             names[name] = f"{prefix}/{name}"
-            self.weights[names[name]] = array
+            self.weights[names[name]] = aligned(array)
         heaviest = max((_extent(launch.kernel) for launch in lowered.launches), default=1)
         for launch in lowered.launches:
             kernel = launch.kernel
