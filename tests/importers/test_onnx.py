@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from nestc.errors import Error, ModelError, ShapeError, UnsupportedOp
+from nestc.graph import pipeline, regions
 from nestc.graph.model import Model, parse_dim, parse_shape, require_static, unbound_dims
 from nestc.importers.onnx import load
 from nestc.importers.upgrade import CANONICAL_OPSET
@@ -264,6 +265,37 @@ def test_more_weights_than_a_process_may_open_files(tmp_path: Path) -> None:
     arrays = [each.const_value.numpy() for each in model.ir.graph.initializers.values() if each.const_value is not None]
     assert len(arrays) == 1100
     assert len(os.listdir("/proc/self/fd")) < 500
+
+
+def test_weights_of_more_than_two_gigabytes_are_not_read(tmp_path: Path) -> None:
+    rows, width = 700_000, 1000
+    proto = parse(f"g (int64[2] i) => (float[2,{width}] y) {{ y = Gather(w, i) }}")
+    table = proto.graph.initializer.add(name="w", data_type=TensorProto.FLOAT, dims=[rows, width])
+    table.data_location = TensorProto.EXTERNAL
+    table.external_data.add(key="location", value="table.bin")
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    with (tmp_path / "table.bin").open("wb") as file:
+        file.truncate(4 * rows * width)  # a sparse file: it takes no room on the disk
+        file.seek(4 * width * (rows - 1))
+        file.write(np.arange(width, dtype=np.float32).tobytes())
+    formed = regions.form(pipeline.optimize(load(tmp_path / "m.onnx")))
+    (region,) = regions.regions(formed)
+    values = region.constant("w")
+    assert values is not None
+    assert values.nbytes > 2**31
+    np.testing.assert_array_equal(values[-1], np.arange(width, dtype=np.float32))
+
+
+def test_large_weights_are_saved_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nestc.graph.model.EXTERNAL_ABOVE", 1000)
+    weight = np.arange(1000, dtype=np.float32)
+    model = load(parse("g (float[1000] x) => (float[1000] y) { y = Add(x, w) }", w=weight))
+    model.save(tmp_path / "m.onnx")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    again = load(tmp_path / "m.onnx")
+    assert again.hash == model.hash
+    again.save(tmp_path / "m.onnx")  # onto the file that its own weights are mapped from
+    assert load(tmp_path / "m.onnx").hash == model.hash
 
 
 def test_saving_is_all_or_nothing(tmp_path: Path) -> None:

@@ -88,12 +88,12 @@ def _normalized(node: ir.Node) -> _Normalized | None:
 
 def _inverse(value: ir.Value | None) -> ir.Value | None:
     """The r of a value that is 1 / r."""
-    node = producer(value, "Reciprocal", "Div", "Pow")
+    node = producer(value, "Reciprocal", "Div")
     if node is None:
         return None
     if node.op_type == "Div":
         return node.inputs[1] if scalar(node.inputs[0]) == 1.0 else None
-    return node.inputs[0] if node.op_type == "Reciprocal" else None
+    return node.inputs[0]
 
 
 def _mean_square(value: ir.Value | None, deviation: ir.Value) -> _Normalized | None:
