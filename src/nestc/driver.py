@@ -11,7 +11,7 @@ from typing import Literal
 import onnx
 
 from nestc.bundle.bundle import Bundle, BundlePartition, TensorSpec
-from nestc.errors import PlanError
+from nestc.errors import PlanError, UnsupportedOp
 from nestc.graph import pipeline
 from nestc.graph.bind import bind
 from nestc.graph.model import Model, require_static, skeleton, unbound_dims
@@ -144,6 +144,7 @@ def compile(
         return done.bundle
 
     as_given = model if isinstance(model, Model) else load(model)
+    _require_tensors(as_given)
     loaded = bind(as_given, shapes, dims)
     if bound:
         require_static(loaded)
@@ -180,6 +181,16 @@ def with_fallbacks(targets: Sequence[Target], threads: int | None) -> tuple[Targ
     if all(target.name != "cpu" for target in chosen):
         chosen.append(CpuTarget(threads=threads))
     return (*chosen, next((target for target in targets if target.name == "host"), HostTarget()))
+
+
+def _require_tensors(model: Model) -> None:
+    """Raise UnsupportedOp for a sequence or an optional at the border of the model: only tensors go in and out."""
+    for what, values in (("input", model.inputs), ("output", model.outputs)):
+        for name, (dtype, _) in values.items():
+            if "(" in dtype:
+                raise UnsupportedOp(
+                    f"{what} {name!r} of the model is a {dtype}; only tensors go in and out of a bundle"
+                )
 
 
 def _verify(model: Model) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nestc.bundle.dtypes import numpy_dtype
 from nestc.errors import ShapeError
 from nestc.graph import pipeline
 from nestc.graph.bind import bind
@@ -39,11 +40,13 @@ class Specialised:
 
     It has the interface of `nestc.Executable`; what describes a compilation (`plan`, `timeline` ...) is of the last
     one used. The least recently used specialisation is dropped when there are more than `capacity`. May be called
-    from several threads: one compiles while others that need the same thing wait.
+    from several threads; while one compiles, the others wait.
     """
 
     def __init__(self, model: Model, make: Callable[[Model], Executable], capacity: int = CAPACITY) -> None:
         self._model = model
+        self._wanted = {name: (numpy_dtype(dtype), shape) for name, (dtype, shape) in model.inputs.items()}
+        self._unranked = frozenset(value.name for value in model.ir.graph.inputs if value.shape is None)
         self._make = make
         self._capacity = capacity
         self._lock = threading.Lock()
@@ -138,7 +141,7 @@ class Specialised:
             return self._specialised(tuple((name, shapes[name]) for name in self._model.inputs), {}, ())
 
     def _named(self, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        names = list(self._model.inputs)
+        names = list(self._wanted)
         if len(arrays) != len(names):
             raise ShapeError(f"the model has {len(names)} inputs ({', '.join(names)}), but {len(arrays)} were given")
         return dict(zip(names, arrays, strict=True))
@@ -176,19 +179,17 @@ class Specialised:
 
     def _checked(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The inputs as arrays in graph order. Raises ShapeError for a wrong name, rank, size or dtype."""
-        wanted = self._model.inputs
-        unknown = next((name for name in inputs if name not in wanted), None)
+        unknown = next((name for name in inputs if name not in self._wanted), None)
         if unknown is not None:
-            raise ShapeError(f"there is no input {unknown!r}; the inputs are {', '.join(wanted)}")
-        unranked = {value.name for value in self._model.ir.graph.inputs if value.shape is None}
+            raise ShapeError(f"there is no input {unknown!r}; the inputs are {', '.join(self._wanted)}")
         arrays: dict[str, np.ndarray] = {}
-        for name, (dtype, shape) in wanted.items():
+        for name, (dtype, shape) in self._wanted.items():
             if name not in inputs:
-                raise ShapeError(f"input {name!r} is missing; the inputs are {', '.join(wanted)}")
+                raise ShapeError(f"input {name!r} is missing; the inputs are {', '.join(self._wanted)}")
             array = np.asarray(inputs[name])
-            if str(array.dtype) != dtype and dtype != "string":
+            if array.dtype != dtype and not dtype.hasobject:
                 raise ShapeError(f"input {name!r} is of dtype {dtype}, but {array.dtype} was given")
-            if name not in unranked:
+            if name not in self._unranked:
                 _check_shape(name, shape, array.shape)
             arrays[name] = array
         return arrays

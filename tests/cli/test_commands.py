@@ -57,6 +57,13 @@ def test_run_gives_the_outputs(nestc, bundle: Path, tmp_path: Path) -> None:
         assert again["outputs"] == report["outputs"]
 
 
+def test_inputs_say_how_large_open_dimensions_are(nestc, open_mlp: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((5, 4), np.float32))
+    result = nestc("run", open_mlp, "--input", f"x={tmp_path / 'x.npy'}", "--json")
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["outputs"]["y"]["shape"] == [5, 3]
+
+
 def test_run_draws_the_same_inputs_again(nestc, bundle: Path, mlp: Path) -> None:
     first = json.loads(nestc("run", bundle, "--json").out)["outputs"]
     assert json.loads(nestc("run", bundle, "--json").out)["outputs"] == first

@@ -104,6 +104,35 @@ def test_what_nobody_takes_is_named_with_each_reason() -> None:
         assert said in str(caught.value)
 
 
+def test_sequences_do_not_cross_the_border() -> None:
+    graph = helper.make_graph(
+        [helper.make_node("SequenceConstruct", ["x", "x"], ["s"])],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])],
+        [helper.make_tensor_sequence_value_info("s", TensorProto.FLOAT, [2])],
+    )
+    with pytest.raises(UnsupportedOp, match="'s' of the model is a sequence"):
+        compile(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def test_sequences_inside_go_to_host() -> None:
+    proto = model(
+        [
+            helper.make_node("Relu", ["x"], ["r"]),
+            helper.make_node("SequenceConstruct", ["r", "x"], ["s"]),
+            helper.make_node("SequenceAt", ["s", "i"], ["c"]),
+            helper.make_node("Identity", ["c"], ["y"]),
+        ],
+        [("x", TensorProto.FLOAT, [2, 4]), ("i", TensorProto.INT64, [])],
+        [("y", TensorProto.FLOAT, [2, 4])],
+    )
+    exe = compile(proto)
+    for index in (np.array(0), np.array(1)):
+        np.testing.assert_array_equal(exe(X, index), expected(proto, x=X, i=index)[0])
+    assert [partition.device for partition in exe.plan.partitions][:2] == ["cpu", "host"]
+    assert exe.fallback_ops["SequenceAt"] == 1
+
+
 class TestPlan:
     """A plan that is given instead of one that is made."""
 

@@ -40,8 +40,11 @@ def bench(
     if model is not None:
         common.require_file(model)
     started = time.perf_counter()
-    executable = common.open_or_compile(bundle, target or [], shape or [], dim or [], threads)
+    # Inputs that are given say how large open dimensions are.
+    executable = common.open_or_compile(bundle, target or [], shape or [], dim or [], threads, bound=not input)
     elapsed_ms = (time.perf_counter() - started) * 1e3
+    arrays = common.read_inputs(input or [], executable.inputs) or common.random_inputs(executable.inputs)
+    executable.run(arrays)
     # A model is compiled first; what its bundle would take to load is known apart from that.
     load_ms = elapsed_ms if common.is_bundle(bundle) else executable.stats()["load_seconds"] * 1e3
 
@@ -49,7 +52,7 @@ def bench(
 
     report = measure(
         executable,
-        common.read_inputs(input or [], executable.inputs) or common.random_inputs(executable.inputs),
+        arrays,
         model or (None if common.is_bundle(bundle) else bundle),
         vs=vs or [],
         threads=threads or executable.stats()["threads"],

@@ -76,9 +76,14 @@ def is_bundle(path: Path) -> bool:
 
 
 def open_or_compile(
-    path: Path, targets: Sequence[str], shapes: Sequence[str], dims: Sequence[str], threads: int | None
+    path: Path,
+    targets: Sequence[str],
+    shapes: Sequence[str],
+    dims: Sequence[str],
+    threads: int | None,
+    bound: bool = True,
 ) -> Executable | Specialised:
-    """The executable of a bundle, or of a model compiled on the spot.
+    """The executable of a bundle, or of a model compiled on the spot; with `bound` open dimensions are an error.
 
     Raises nestc.Error if the file is neither, or if an option does not apply to a bundle.
     """
@@ -100,7 +105,7 @@ def open_or_compile(
             threads=threads,
             shapes=bound_shapes,
             dims=bound_dims,
-            bound=True,
+            bound=bound,
             progress=step,
         )
 

@@ -37,7 +37,8 @@ def run(
 
     Example: `nestc run resnet50.nest --input data=cat.jpg -o out.npz`
     """
-    executable = common.open_or_compile(bundle, target or [], shape or [], dim or [], threads)
+    # Inputs that are given say how large open dimensions are.
+    executable = common.open_or_compile(bundle, target or [], shape or [], dim or [], threads, bound=not input)
     inputs = common.read_inputs(input or [], executable.inputs) or common.random_inputs(executable.inputs)
     executable.run(inputs)  # the first run also touches memory and wakes the workers: it is not the latency shown
     started = time.perf_counter()
