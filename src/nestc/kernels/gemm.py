@@ -37,8 +37,7 @@ from nestc.tensor.vectorize import vectorize
 
 _FLOATS = frozenset({"float32", "float64", "float16", "bfloat16"})
 _INTEGERS = frozenset({"int32", "int64", "uint32", "uint64"})
-_UNROLL = 4  # steps of k written out in the inner loop
-_PREFETCH_BYTES = 1024  # how far ahead of its use a stream that is read once is asked for
+_UNROLL = 8  # steps of k written out in the inner loop where k has that many factors; half as many else
 _HEAVY = frozenset("Celu Cos Elu Erf Exp Gelu Log Mish Pow Selu Sigmoid Sin Softplus Swish Tanh".split())
 
 
@@ -107,7 +106,7 @@ class _Gemm:
         self.panels = ceil(product.n / self.width)
         self.blocks: Blocks = choose_blocks(product, self.tile, self.lanes, self.size, machine)
         self.direct = self.reads_b_directly()
-        self.parts = 1 if product.m <= 2 * self.tile.rows else choose_parts(product.k, _UNROLL)
+        self.parts = 1 if product.m <= 2 * self.tile.rows else choose_parts(product.k, _UNROLL // 2)
         self.k = Builder("gemm")
         self.operands = Operands(self.k, region, {})
 
@@ -225,13 +224,11 @@ class _Gemm:
         k, t, depth, rows = self.k, self.tile, self.product.k // self.parts, at.rows
         first = ix.mul(at.part, depth)
         self.clear(at, pj)
-        step = max(_UNROLL, t.split)
+        step = _UNROLL if depth % _UNROLL == 0 and depth > 8 * _UNROLL else max(_UNROLL // 2, t.split)
         with k.loop("k", depth // step) as p:
             start = ix.add(first, ix.mul(p, step))
             for u in range(step):
                 self.step(at, panel, ix.add(start, u), u % t.split)
-            if self.product.m <= 2 * t.rows:
-                self.prefetch(at.batch, panel, start, step)
         for u in range(depth - depth % step, depth):
             self.step(at, panel, ix.const(u), u % t.split)
         for s in range(1, t.split):
@@ -283,16 +280,6 @@ class _Gemm:
             return constant(0, self.dtype, lanes)
         lanes_inside = lanes_below(start, p.n, lanes)
         return load(self.b, *p.b_index(batch, at, start), lanes=lanes, mask=lanes_inside)
-
-    def prefetch(self, batch: tuple[Expr, ...], panel: Expr, at: Expr, step: int) -> None:
-        """Ask for the lines of packed weights that few rows will read, some steps ahead."""
-        if self.direct:
-            return
-        line = 64 // self.size
-        ahead = max(step, _PREFETCH_BYTES // (self.width * self.size))
-        for u in range(step):
-            for c in range(0, self.width, line):
-                self.k.prefetch(self.b, self.product.b_matrix(batch), panel, ix.add(at, u + ahead), c)
 
     def finish(self, at: _Place, panel: Expr) -> None:
         """Scale, add, run the tail and store."""
