@@ -252,6 +252,25 @@ def test_blocked_elementwise(channels: int) -> None:
     check(nodes, {"x": x, "y": y, "b": b}, ["o"], layouts, ["b"])
 
 
+@pytest.mark.parametrize("channels", [16, 19])
+def test_blocked_inputs_of_other_operators(channels: int) -> None:
+    x = normal((2, channels, 6, 7))
+    spatial = np.array([2, 3], np.int64)
+    cases = [
+        ([node("ReduceMean", ["x", "a"], ["o"], keepdims=0)], {"a": spatial}),
+        ([node("ReduceMax", ["x", "a"], ["o"], keepdims=1)], {"a": spatial}),
+        ([node("Transpose", ["x"], ["o"], perm=[0, 2, 3, 1])], {}),
+        ([node("Slice", ["x", "s", "e", "b"], ["o"])], {"s": spatial, "e": spatial + 3, "b": spatial}),
+        ([node("Reshape", ["x", "r"], ["t"]), node("Neg", ["t"], ["o"])], {"r": np.array([2, -1, 7])}),
+    ]
+    for nodes, operands in cases:
+        feeds = {"x": x, **operands}
+        region = region_of(nodes, evaluate(nodes, feeds), ["o"])
+        layouts = dict(GENERIC.layouts(region, MACHINE, {"x": Layout(8)}))
+        check(nodes, feeds, ["o"], layouts)
+        check(nodes, feeds, ["o"], {**layouts, "x": Layout(8)})
+
+
 def test_blocked_concat() -> None:
     feeds = {"x": normal((1, 8, 5, 5)), "y": normal((1, 16, 5, 5), 1)}
     nodes = [node("Concat", ["x", "y"], ["c"], axis=1), node("Relu", ["c"], ["o"])]

@@ -23,7 +23,7 @@ from nestc.kernels.compute import (
 )
 from nestc.kernels.elementwise import DTYPES, STORED, apply_elementwise, is_elementwise, operand_index
 from nestc.kernels.fuse import LARGEST, fuse
-from nestc.kernels.loops import Job, emit
+from nestc.kernels.loops import Job, emit, estimate
 from nestc.kernels.ops import RULES, move, select
 from nestc.kernels.small import SMALL, storage
 from nestc.tensor import index as ix
@@ -156,6 +156,15 @@ class _Lowering:
         self.layouts = dict(layouts)
         self.launches: list[Launch] = []
         self.temporaries: dict[str, TensorType] = {}
+        self.cycles: float | None = None  # a number: only estimate, see `estimated`
+
+    def estimated(self) -> float:
+        """Rough cycles of the region in these layouts; kernels written by hand know plain values only."""
+        self.cycles = 0.0
+        if any(isinstance(stage, Native) for stage in self.body.stages):
+            return float("inf")
+        self.run()
+        return self.cycles
 
     def run(self) -> Lowered:
         stages = fuse(self.body)
@@ -229,6 +238,9 @@ class _Lowering:
         builder = Builder(f"{self.region.name}_{len(self.launches)}")
         params = _Params(builder, self.body, self.layouts)
         alone = len(groups) == 1
+        if self.cycles is not None:
+            self.cycles += sum(estimate(self.job(params, group), self.machine) for group in groups)
+            return
         if not alone and prod(groups[0][0][0].type.shape) >= 1 << 16:
             # Large parts get kernels of their own, since only a kernel's single loop nest can be parallel.
             for group in groups:
@@ -291,13 +303,15 @@ class Generic:
         return None
 
     def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
-        """Blocked where blocked inputs meet operators that do not care, else plain."""
+        """Blocked where blocked inputs meet operators that do not care; else what is cheapest, conversions included."""
         names = (*region.inputs, *region.outputs)
         block = max((layout.block for layout in incoming.values()), default=0)
         if not block:
             return dict.fromkeys(names, PLAIN)
         chosen = _blocked(region, block, incoming)
-        return dict.fromkeys(names, PLAIN) if chosen is None else {name: chosen.get(name, PLAIN) for name in names}
+        if chosen is None:
+            return _cheapest(region, machine, incoming, Layout(block))
+        return {name: chosen.get(name, PLAIN) for name in names}
 
     def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
         """Kernels for the region."""
@@ -331,6 +345,37 @@ def _blocked(region: Region, block: int, incoming: Mapping[str, Layout]) -> dict
     if any(name not in result for name in region.outputs):
         return None
     return result
+
+
+_CONVERSION = 1.5
+"""Cycles to bring one element from one layout to the other."""
+
+_WEIGHED_OPS = 12
+"""Operators of the largest region for which layouts are compared by estimates."""
+
+
+def _cheapest(region: Region, machine: CpuMachine, incoming: Mapping[str, Layout], block: Layout) -> dict[str, Layout]:
+    """Everything plain, or blocked inputs as they come with plain or blocked outputs, by estimated cycles."""
+    plain = dict.fromkeys((*region.inputs, *region.outputs), PLAIN)
+    if len(region.ops) > _WEIGHED_OPS or 0 in (n for name in plain for n in region.types[name].shape):
+        return plain
+    kept = {**plain, **{name: incoming.get(name, PLAIN) for name in region.inputs}}
+    channels = {region.types[n].shape[1] for n in region.inputs if kept[n].block}
+    # An output with the channels of a blocked input is likely to be wanted blocked by its readers.
+    alike = [n for n in region.outputs if len(region.types[n].shape) > 2 and region.types[n].shape[1] in channels]
+
+    def converted(names: Sequence[str]) -> float:
+        return _CONVERSION * sum(prod(region.types[n].shape) for n in names)
+
+    def total(layouts: dict[str, Layout], changed: Sequence[str]) -> float:
+        return _Lowering(region, machine, layouts).estimated() + converted(changed)
+
+    options = [(total(plain, [n for n in region.inputs if kept[n].block] + alike), plain)]
+    options.append((total(kept, alike), kept))
+    if alike:
+        both = {**kept, **dict.fromkeys(alike, block)}
+        options.append((total(both, []), both))
+    return min(options, key=lambda option: option[0])[1]
 
 
 def convert(type_: TensorType, source: Layout, target: Layout, machine: CpuMachine) -> Lowered:

@@ -164,14 +164,11 @@ def vector_lanes(job: Job, machine: CpuMachine) -> int:
     return min(lanes)
 
 
-def vector_gain(job: Job, v: Var, lanes: int) -> bool:
-    """Whether vectors along `v` are worth it: gathers and divided indices must not outweigh the arithmetic."""
-    if v.extent < lanes:
-        return False
-    vector = scalar = 0
-    for s in job.stores if v in job.axes else ():
-        if ix.coefficient(s.index[0], v) != 1:
-            return False
+def _cycles(job: Job, v: Var, lanes: int) -> tuple[float, float]:
+    """Rough cycles of `lanes` elements along `v` as one vector (infinite if impossible), and one by one."""
+    vector = scalar = 0.0
+    if v.extent < lanes or (v in job.axes and any(ix.coefficient(s.index[0], v) != 1 for s in job.stores)):
+        vector = float("inf")
     for e in job.expressions():
         for n in nodes(e):
             if isinstance(n, Load) and n.index:
@@ -181,8 +178,27 @@ def vector_gain(job: Job, v: Var, lanes: int) -> bool:
             elif isinstance(n, Binary) and n.op in ("floordiv", "mod", "rem", "div") and "float" not in n.dtype:
                 vector += 3 * lanes if ix.depends(n, v) else 0
                 scalar += 2 * lanes
-    arithmetic = job.cost
-    return vector + arithmetic < scalar + arithmetic * lanes
+    return vector + job.cost, scalar + job.cost * lanes
+
+
+def vector_gain(job: Job, v: Var, lanes: int) -> bool:
+    """Whether vectors along `v` are worth it: gathers and divided indices must not outweigh the arithmetic."""
+    vector, scalar = _cycles(job, v, lanes)
+    return vector < scalar
+
+
+def estimate(job: Job, machine: CpuMachine) -> float:
+    """Rough cycles of a job on one core, to compare layouts by."""
+    count = prod(v.extent for v in (*job.axes, *job.reduce))
+    if not count:
+        return 0.0
+    job = normalized(job)
+    lanes = vector_lanes(job, machine)
+    candidates = list(job.axes[-1:])
+    if job.value is not None and (inner := _contiguous_reduction(job)) is not None:
+        candidates.append(inner)
+    best = min((min(_cycles(job, v, lanes)) for v in candidates), default=float(job.cost * lanes))
+    return count * best / lanes
 
 
 def unrolling(job: Job, steps: int) -> int:
@@ -345,9 +361,13 @@ def _emit_transposing(builder: Builder, job: Job, other: Var, allow_parallel: bo
     full, rest = divmod(other.extent, tile_a)
     blocks = Var(f"{other.name}t", full)
     axes = tuple(blocks if a == other else a for a in job.axes[:-1])
-    spread = _spread(axes, job.cost * tile_a * last.extent, 1) if allow_parallel else _Spread((), axes)
+    # Beyond the tiled axis, what one worker writes would lie between what others write.
+    cut = axes.index(blocks) + 1
+    work = job.cost * tile_a * last.extent * prod(a.extent for a in axes[cut:])
+    spread = _spread(axes[:cut], work, 1) if allow_parallel else _Spread((), axes[:cut])
     if spread.chunks > 1:
         spread = _Spread((*spread.outer, *spread.inner), ())
+    spread = replace(spread, inner=(*spread.inner, *axes[cut:]))
     values: dict[Var, Expr] = {}
 
     def tile(rows: int, first: Expr) -> None:
@@ -579,4 +599,4 @@ def _vector(e: Expr, v: Var, base: Expr, lanes: int) -> Expr:
     return store.value
 
 
-__all__ = ["Job", "emit"]
+__all__ = ["Job", "emit", "estimate"]
