@@ -71,7 +71,7 @@ def test_in_the_interpreter(length: int) -> None:
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 def test_heads_in_one_axis_and_shared_keys(heads: tuple[int, int]) -> None:
     many, few = heads
-    attributes = {"q_num_heads": many, "kv_num_heads": few, "scale": 0.3}
+    attributes: dict[str, Any] = {"q_num_heads": many, "kv_num_heads": few, "scale": 0.3}
     check((2, 5, many * 6), (2, 11, few * 6), (2, 11, few * 10), **attributes)
     check((2, many, 5, 6), (2, few, 11, 6), (2, few, 11, 10), softcap=2.0)
 
@@ -121,7 +121,7 @@ def test_other_dtypes(dtype: str, tolerance: float) -> None:
         (["q", "k", "odd"], ["y"], {}, "axes"),
     ],
 )
-def test_refusals(inputs: list[str], outputs: list[str], attributes: dict[str, int], reason: str) -> None:
+def test_refusals(inputs: list[str], outputs: list[str], attributes: dict[str, Any], reason: str) -> None:
     values = {n: sample((1, 2, 7, 5)) for n in ("q", "k", "v", "y", "k2")}
     values |= {"short": sample((7, 3)), "odd": sample((1, 7, 5)), "column": sample((7, 1))}
     node = helper.make_node("Attention", inputs, outputs, "attention", **attributes)
