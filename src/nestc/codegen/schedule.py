@@ -217,7 +217,8 @@ def _check(
                 raise ValueError(f"{where} uses {name!r}, which reaches beyond {root!r}")
             if write and root in given:
                 raise ValueError(f"{where} writes {name!r}, which is an input or a constant")
-            if not write and root not in written:
+            # Nothing writes a value without elements, and nothing is read of it.
+            if not write and root not in written and sizes.get(root, 1) > 0:
                 raise ValueError(f"{where} reads {name!r} before any step has written it")
         written.update(roots[name][0] for name, write in zip(step.args, step.writes, strict=True) if write)
 

@@ -37,7 +37,9 @@ class FoldConstants(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         before = len(model.graph)
-        modified = ViewConstants(self.notes)(model).modified
+        # onnxscript makes a Cast of CastLike and forgets its attributes, so that has to be done before.
+        modified = CastLikes(self.notes)(model).modified
+        modified |= ViewConstants(self.notes)(model).modified
         try:
             modified |= optimizer.fold_constants_ir(
                 model, onnx_shape_inference=True, should_fold=_worth_folding, output_size_limit=1 << 62
@@ -93,4 +95,21 @@ class ViewConstants(Rewrite):
             return False
         full = np.broadcast_to(element, tuple(int(size) for size in shape))
         self.replace(node.outputs[0], self.constant(full, f"{node.outputs[0].name}.filled", dtype))
+        return True
+
+
+class CastLikes(Rewrite):
+    """Say Cast where the type that CastLike takes from its second operand is known."""
+
+    what = "types of CastLike written out"
+
+    def rewrite(self, node: ir.Node) -> bool:
+        dtype = None if node.op_type != "CastLike" or node.inputs[1] is None else node.inputs[1].dtype
+        if dtype is None:
+            return False
+        kept = {name: node.attributes.get_int(name) for name in ("saturate",) if name in node.attributes}
+        kept |= {name: node.attributes.get_string(name) for name in ("round_mode",) if name in node.attributes}
+        attributes = {"to": int(dtype), **{name: value for name, value in kept.items() if value is not None}}
+        made = self.insert(node, "Cast", [node.inputs[0]], attributes, like=node.outputs[0], dtype=dtype)
+        self.replace(node.outputs[0], made)
         return True
