@@ -29,7 +29,7 @@ from nestc.kernels.small import SMALL, storage
 from nestc.tensor import index as ix
 from nestc.tensor import rewrite
 from nestc.tensor.build import Builder, binary, constant, within
-from nestc.tensor.ir import Buffer, Expr, Load, Store, Var
+from nestc.tensor.ir import Buffer, Const, Expr, If, Kernel, Load, Store, Var
 from nestc.tensor.rewrite import substitute, transform
 
 SUPPORTED_OPS: frozenset[str] = frozenset(RULES)
@@ -179,6 +179,7 @@ class _Lowering:
                 continue
             self.place(stage.name)
             if 0 in stage.type.shape:
+                self.launches.append(self.nothing(stage.name))
                 continue
             if pending and not self.together(pending, stage):
                 self.kernels(pending)
@@ -186,6 +187,16 @@ class _Lowering:
             pending.append(stage)
         self.kernels(pending)
         return Lowered(tuple(self.launches), self.temporaries, self.used_constants())
+
+    def nothing(self, name: str) -> Launch:
+        """A kernel that is seen to write a value of no elements, and does nothing."""
+        buffer = Buffer("a0", storage(self.body.type(name).dtype), (0,))
+        never = Const(False, "bool")
+        store = Store(buffer, (ix.const(0),), constant(0, buffer.dtype), never)
+        kernel = Kernel(
+            f"{self.region.name}_{len(self.launches)}", (buffer,), (If(never, (store,)),), (), self.region.origin
+        )
+        return Launch(kernel, (name,))
 
     def used_constants(self) -> dict[str, np.ndarray]:
         """The constants that launches read."""

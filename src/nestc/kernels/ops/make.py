@@ -10,7 +10,7 @@ import numpy as np
 from nestc.graph.region import Op
 from nestc.kernels.compute import Body
 from nestc.kernels.elementwise import HALVES
-from nestc.kernels.ops.attributes import axis_of, integer
+from nestc.kernels.ops.attributes import axis_of, integer, refused
 from nestc.tensor import index as ix
 from nestc.tensor.build import binary, constant
 from nestc.tensor.ir import Binary, Expr, Unary, Var
@@ -40,6 +40,20 @@ def _constant_of_shape(body: Body, op: Op) -> None:
     dtype = body.dtype(op.outputs[0])
     work = "float32" if dtype in HALVES else dtype
     body.map(op.outputs[0], lambda axes: cast(constant(value, work), dtype))
+
+
+def _constant(body: Body, op: Op) -> None:
+    """A value that the model states; it is copied, so that the region's output has a place of its own."""
+    for name in ("value", "value_float", "value_floats", "value_int", "value_ints"):
+        value = op.attributes.get(name)
+        if value is not None:
+            array = np.asarray(value)
+            kind = body.dtype(op.outputs[0])
+            stored = array.view(kind) if array.dtype.itemsize == 1 and kind == "uint8" else array.astype(kind)
+            literal = body.literal(stored)
+            body.map(op.outputs[0], lambda axes, source=literal: body.read(source, axes))
+            return
+    raise refused(op, "a constant of this kind")
 
 
 def _eye_like(body: Body, op: Op) -> None:
@@ -113,6 +127,7 @@ def _window(body: Body, op: Op) -> None:
 
 RULES: Mapping[str, Callable[[Body, Op], None]] = {
     "BlackmanWindow": _window,
+    "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "EyeLike": _eye_like,
     "HammingWindow": _window,
