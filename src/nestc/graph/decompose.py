@@ -11,6 +11,7 @@ import onnx_ir.passes.common as common
 
 from nestc.errors import UnsupportedOp
 from nestc.graph.infer_shapes import InferShapes
+from nestc.graph.kinds import BODIES
 from nestc.graph.model import Model
 from nestc.graph.passes.fold_constants import FoldConstants
 from nestc.graph.quiet import quiet
@@ -78,10 +79,16 @@ def _body(model: ir.Model, node: ir.Node, overload: str) -> ir.Function:
         body.node.append(onnx.helper.make_node("Identity", [body.input[0]], [name]))
     node.resize_outputs(len(body.output))
     function = ir.from_proto(body)
+    for name in [name for name, attribute in node.attributes.items() if attribute.type in BODIES]:
+        # A body made for this node has the graph in it already, and functions that are called take no graphs.
+        if any(attribute.ref_attr_name == name for inner in function for attribute in inner.attributes.values()):
+            raise UnsupportedOp(f"operator {node.op_type} (node {node.name!r}) calls its graph {name!r} in its definition")
+        del node.attributes[name]
+        function.attributes.pop(name, None)
     function.overload = overload
     function.domain, function.name = node.domain, node.op_type
-    for domain in function.opset_imports:
-        function.opset_imports[domain] = model.opset_imports.get(domain, function.opset_imports[domain])
+    for domain in {"", *function.opset_imports}:
+        function.opset_imports[domain] = model.opset_imports.get(domain) or function.opset_imports[domain]
     return function
 
 

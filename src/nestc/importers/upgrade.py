@@ -7,7 +7,7 @@ import onnx.version_converter
 import onnx_ir as ir
 import onnxscript.version_converter as script_converter
 
-from nestc.errors import ModelError
+from nestc.errors import ModelError, UnsupportedOp
 from nestc.graph.infer_shapes import InferShapes
 from nestc.graph.model import skeleton
 from nestc.graph.quiet import quiet
@@ -27,6 +27,7 @@ def to_canonical_opset(model: ir.Model) -> ir.Model:
     """
     version = model.opset_imports.get("", CANONICAL_OPSET)
     newest = onnx.defs.onnx_opset_version()
+    _say_onesided(model)
     if not OLDEST_OPSET <= version <= newest:
         raise ModelError(
             f"the model uses ONNX operator set {version}; supported are {OLDEST_OPSET} to {newest}: export it again"
@@ -65,7 +66,7 @@ def _convert_with_onnx(model: ir.Model, version: int) -> ir.Model:
     for value in model.graph.inputs:
         if value.shape != values[value.name].shape:
             # onnx's adapter for Scan of set 8 takes the batch axis away, from the inputs of the model too.
-            raise ModelError("the model uses Scan as of operator set 8, which is not supported: export it again")
+            raise UnsupportedOp("the model uses Scan as of operator set 8, which is not supported: export it again")
     for name, weight in weights.items():
         # A weight that was left out came back as a graph input of that name.
         if name in values and name not in converted.graph.initializers:
@@ -76,6 +77,13 @@ def _convert_with_onnx(model: ir.Model, version: int) -> ir.Model:
     for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         setattr(converted, field, getattr(model, field))
     return converted
+
+
+def _say_onesided(model: ir.Model) -> None:
+    """Write out the default of STFT's ``onesided`` (1), which onnx 1.23 takes for 0 when it infers the shape."""
+    for node in model.graph.all_nodes():
+        if node.op_type == "STFT" and not node.domain and "onesided" not in node.attributes:
+            node.attributes["onesided"] = ir.AttrInt64("onesided", 1)
 
 
 def _resize_as_before(model: ir.Model) -> None:

@@ -18,6 +18,8 @@ class OwnOutputs(ir.passes.InPlacePass):
         names |= {value.name for value in graph.inputs}
         seen: set[ir.Value] = set()
         changed = False
+        for value in graph.outputs:
+            _complete(graph, value)
         for index, value in enumerate(graph.outputs):
             # An input given out as it is keeps its name, which is part of the interface; the runtime passes it on.
             if (value.producer() is not None or value.is_graph_input()) and value not in seen:
@@ -39,3 +41,20 @@ class OwnOutputs(ir.passes.InPlacePass):
         if changed:
             self.notes.append("outputs that are constants copied")
         return ir.passes.PassResult(model, changed)
+
+
+def _complete(graph: ir.Graph, value: ir.Value) -> None:
+    """Make a weight of an output that a Constant node computes, and give a weight the shape of its tensor."""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Constant" and not producer.domain:
+        tensor = ir.convenience.get_const_tensor(value, propagate_shape_type=True)
+        if tensor is None:
+            return
+        kept = ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=tensor)
+        value.name = f"{value.name}.lifted"
+        value.replace_all_uses_with(kept, replace_graph_outputs=True)
+        graph.remove(producer, safe=True)
+        graph.register_initializer(kept)
+        value = kept
+    if value.const_value is not None and value.is_initializer():
+        value.shape = ir.Shape(value.const_value.shape)
