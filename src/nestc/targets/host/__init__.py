@@ -8,6 +8,8 @@ from typing import Any
 
 import onnx.defs
 from onnx.reference.ops import load_op as load_standard
+from onnx.reference.ops.aionnx_preview import load_op as load_preview
+from onnx.reference.ops.aionnx_preview_training import load_op as load_training
 from onnx.reference.ops.aionnxml import load_op as load_ml
 
 from nestc.errors import ModelError
@@ -18,6 +20,13 @@ LARGEST_MODEL = 2**31 - 1
 
 FACTS = {"dynamic_shapes": True}
 """Sizes known only at run time, and sequences of tensors, are no obstacle to an interpreter."""
+
+_LOADERS = {
+    "": load_standard,
+    "ai.onnx.ml": load_ml,
+    "ai.onnx.preview": load_preview,
+    "ai.onnx.preview.training": load_training,
+}
 
 
 class HostTarget:
@@ -68,7 +77,7 @@ def _runs(schema: Any) -> bool:
     """
     if schema.has_function or schema.has_context_dependent_function:
         return True
-    load = {"": load_standard, "ai.onnx.ml": load_ml}.get(schema.domain)
+    load = _LOADERS.get(schema.domain)
     if load is None:
         return False
     try:
