@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import ceil, prod
 
 import numpy as np
@@ -18,6 +19,7 @@ from nestc.tensor.ir import Broadcast, Buffer, Const, Expr, Fma, Load, Var
 from nestc.tensor.rewrite import cast
 from nestc.tensor.vectorize import vectorize
 
+_CACHE_LINE = 64
 _ITEM_FLOPS = 1_000_000  # least work of one parallel item: some 10 us
 
 
@@ -103,6 +105,20 @@ def _merge_groups(shape: ConvShape) -> ConvShape:
         shape.dilations,
         shape.pads_begin,
     )
+
+
+@dataclass(frozen=True)
+class _At:
+    """Where a tile stands: image, group of output vectors, outer output axes, first output along the row, the row
+    within the item, the chunk of input blocks, and how many tiles of the chunk came before it."""
+
+    n: Expr
+    oc: Expr
+    outer: tuple[Expr, ...]
+    start: Expr
+    row: Expr
+    chunk: Expr
+    number: Expr
 
 
 class _Direct:
@@ -193,6 +209,8 @@ class _Direct:
         self.tiles = cut_row(
             length, s.size[-1], s.kernel[-1], s.strides[-1], s.dilations[-1], s.pads_begin[-1], self.mr
         )
+        self.row_tiles = sum(t.count for t in self.tiles)
+        self.item_tiles = self.row_tiles * chunk
         self.acc = k.regs("acc", (max(t.width for t in self.tiles), nr), lanes, self.dtype)
         self.wreg = k.regs("w", (nr,), lanes, self.dtype)
         self.xreg = k.regs("x", (), lanes, self.dtype)
@@ -204,9 +222,12 @@ class _Direct:
             with k.loop("ic", self.block_chunks) as ic:
                 with k.loop("r", chunk) as r:
                     outer = ix.unflatten(ix.add(ix.mul(part, chunk), r), s.out[:-1])
+                    before = ix.mul(r, self.row_tiles)
                     for tile in self.tiles:
                         with k.loop("t", tile.count) as t:
-                            self.tile(tile, n, oc, outer, ix.add(ix.mul(t, tile.width), tile.start), ic, r)
+                            start = ix.add(ix.mul(t, tile.width), tile.start)
+                            self.tile(tile, _At(n, oc, outer, start, r, ic, ix.add(before, t)))
+                        before = ix.add(before, tile.count)
         launch = self.operands.launch()
         return Lowered((launch,), constants={**self.operands.constants, **constants})
 
@@ -256,123 +277,70 @@ class _Direct:
         # Partial sums are read and written once a chunk: not worth it for short sums.
         return chunk if chunk * self.step * prod(self.shape.kernel) >= 64 else self.blocks
 
-    def tile(self, tile: Tile, n: Expr, oc: Expr, outer: tuple[Expr, ...], start: Expr, ic: Expr, r: Expr) -> None:
+    def tile(self, tile: Tile, at: _At) -> None:
         """One register tile: accumulators from the bias or partial sums, the sum, the tail or partial sums again."""
         k, lanes = self.builder, self.lanes
         places = [(j, i) for j in range(tile.width) for i in range(self.nr)]
-        with k.when(binary("eq", ic, ix.const(0))):
+        with k.when(binary("eq", at.chunk, ix.const(0))):
             for j, i in places:
-                bias = None if self.bias is None else load(self.bias, oc, i * lanes, lanes=lanes)
+                bias = None if self.bias is None else load(self.bias, at.oc, i * lanes, lanes=lanes)
                 k.store(self.acc, (j, i, 0), bias or constant(0.0, self.dtype, lanes))
         if self.block_chunks > 1:
-            with k.when(binary("gt", ic, ix.const(0))):
+            with k.when(binary("gt", at.chunk, ix.const(0))):
                 for j, i in places:
-                    k.store(self.acc, (j, i, 0), load(self.partial, r, ix.add(start, j), i * lanes, lanes=lanes))
-        channel = ix.mul(ix.floordiv(oc, self.group_chunks), self.in_per_group)
+                    done = load(self.partial, at.row, ix.add(at.start, j), i * lanes, lanes=lanes)
+                    k.store(self.acc, (j, i, 0), done)
         whole = self.in_per_group % self.step == 0
         with k.loop("ib", self.block_chunk if whole else self.blocks - 1) as ib:
-            block = ix.add(ix.mul(ic, self.block_chunk), ib)
-            self.kernel_rows(tile, n, oc, outer, start, channel, block, self.step)
+            self.kernel_rows(tile, at, ix.add(ix.mul(at.chunk, self.block_chunk), ib), self.step, (), ())
         if not whole:
             last = ix.const(self.blocks - 1)
-            self.kernel_rows(tile, n, oc, outer, start, channel, last, self.in_per_group % self.step)
+            self.kernel_rows(tile, at, last, self.in_per_group % self.step, (), ())
         if self.block_chunks > 1:
-            with k.when(binary("lt", ic, ix.const(self.block_chunks - 1))):
+            with k.when(binary("lt", at.chunk, ix.const(self.block_chunks - 1))):
                 for j, i in places:
                     value = load(self.acc, j, i, 0, lanes=lanes)
-                    k.store(self.partial, (r, ix.add(start, j), i * lanes), value)
-        with k.when(binary("eq", ic, ix.const(self.block_chunks - 1))):
-            self.finish_tile(tile, n, oc, outer, start)
-
-    def finish_tile(self, tile: Tile, n: Expr, oc: Expr, outer: tuple[Expr, ...], start: Expr) -> None:
-        """The tail of every output of a tile."""
-        s = self.shape
-        per_group = s.out_channels // s.group
-        for j in range(tile.width):
-            for i in range(self.nr):
-                self.finish(j, i, n, oc, outer, ix.add(start, j), per_group)
+                    k.store(self.partial, (at.row, ix.add(at.start, j), i * lanes), value)
+        with k.when(binary("eq", at.chunk, ix.const(self.block_chunks - 1))):
+            for j, i in places:
+                self.finish(j, i, at)
 
     def kernel_rows(
-        self,
-        tile: Tile,
-        n: Expr,
-        oc: Expr,
-        outer: tuple[Expr, ...],
-        start: Expr,
-        channel: Expr,
-        ib: Expr,
-        step: int,
+        self, tile: Tile, at: _At, ib: Expr, step: int, taps: tuple[Expr, ...], places: tuple[Expr, ...]
     ) -> None:
-        """Sum over the kernel for one block of `step` input channels; kernel rows outside the input are skipped."""
-        self._outer_loops(0, tile, n, oc, outer, start, channel, ib, step, (), ())
-
-    def _outer_loops(
-        self,
-        axis: int,
-        tile: Tile,
-        n: Expr,
-        oc: Expr,
-        outer: tuple[Expr, ...],
-        start: Expr,
-        channel: Expr,
-        ib: Expr,
-        step: int,
-        taps: tuple[Expr, ...],
-        places: tuple[Expr, ...],
-    ) -> None:
-        s, k = self.shape, self.builder
-        if axis == len(outer):
-            self.columns(tile, n, oc, start, ix.add(channel, ix.mul(ib, self.step)), ib, step, taps, places)
-            return
-        with k.loop("kh", s.kernel[axis]) as kh:
-            place = ix.add(ix.mul(outer[axis], s.strides[axis]), ix.mul(kh, s.dilations[axis]), -s.pads_begin[axis])
-            with k.when(within(place, s.size[axis])):
-                self._outer_loops(axis + 1, tile, n, oc, outer, start, channel, ib, step, (*taps, kh), (*places, place))
-
-    def columns(
-        self,
-        tile: Tile,
-        n: Expr,
-        oc: Expr,
-        start: Expr,
-        channel: Expr,
-        ib: Expr,
-        step: int,
-        taps: tuple[Expr, ...],
-        places: tuple[Expr, ...],
-    ) -> None:
-        """Multiply-adds of one kernel row.
+        """Sum over the kernel for one block of `step` input channels; kernel rows outside the input are skipped.
 
         The columns are a loop even where they could be written out: neighbouring columns read the same inputs, and a
         compiler that sees both keeps them all in registers until it has to spill.
         """
-        with self.builder.loop("kw", self.shape.kernel[-1]) as kw:
-            self.multiply(tile, n, oc, start, channel, ib, step, (*taps, kw), places)
+        s, k = self.shape, self.builder
+        axis = len(taps)
+        if axis == len(at.outer):
+            with k.loop("kw", s.kernel[-1]) as kw:
+                self.multiply(tile, at, ib, step, (*taps, kw), places)
+            return
+        with k.loop("kh", s.kernel[axis]) as kh:
+            place = ix.add(ix.mul(at.outer[axis], s.strides[axis]), ix.mul(kh, s.dilations[axis]), -s.pads_begin[axis])
+            with k.when(within(place, s.size[axis])):
+                self.kernel_rows(tile, at, ib, step, (*taps, kh), (*places, place))
 
     def multiply(
-        self,
-        tile: Tile,
-        n: Expr,
-        oc: Expr,
-        start: Expr,
-        channel: Expr,
-        ib: Expr,
-        step: int,
-        taps: tuple[Expr, ...],
-        places: tuple[Expr, ...],
+        self, tile: Tile, at: _At, ib: Expr, step: int, taps: tuple[Expr, ...], places: tuple[Expr, ...]
     ) -> None:
         """The inner kernel: for each input channel, load nr weights, broadcast each input, mr * nr multiply-adds."""
         s, k, lanes = self.shape, self.builder, self.lanes
         x = self.op.inputs[0]
-        column = ix.add(ix.mul(start, s.strides[-1]), ix.mul(taps[-1], s.dilations[-1]), -s.pads_begin[-1])
+        first = ix.mul(ix.floordiv(at.oc, self.group_chunks), self.in_per_group)
+        channel = ix.add(first, ix.mul(ib, self.step))
+        column = ix.add(ix.mul(at.start, s.strides[-1]), ix.mul(taps[-1], s.dilations[-1]), -s.pads_begin[-1])
+        self.prefetch(at, ib, taps)
         with k.unroll("c", step) as c:
             for i in range(self.nr):
-                k.store(self.wreg, (i, 0), load(self.weights, oc, ib, *taps, c, i * lanes, lanes=lanes))
+                k.store(self.wreg, (i, 0), load(self.weights, at.oc, ib, *taps, c, i * lanes, lanes=lanes))
             for j in range(tile.width):
                 w = ix.add(column, j * s.strides[-1])
                 mask = within(w, s.size[-1]) if j in tile.ragged else None
-                pixel = self.pixel((*places, w))
-                value = self.operands.load(x, (n, ix.add(channel, c), *pixel), mask)
+                value = self.operands.load(x, (at.n, ix.add(channel, c), *self.pixel((*places, w))), mask)
                 k.store(self.xreg, (0,), splat(value, lanes))
                 for i in range(self.nr):
                     product = Fma(
@@ -382,6 +350,19 @@ class _Direct:
                     )
                     k.store(self.acc, (j, i, 0), product)
 
+    def prefetch(self, at: _At, ib: Expr, taps: tuple[Expr, ...]) -> None:
+        """Ask for the weights of the next chunk while this one is used: each tile for its share of their cache lines.
+
+        Otherwise the first tile of a chunk waits for memory at every step. After the last chunk of an item come the
+        weights of the next group of outputs, which lie behind it.
+        """
+        line = _CACHE_LINE // self.element
+        wide = self.nr * self.lanes
+        lines = self.step * wide // line
+        for share in range(ceil(lines / self.item_tiles)):
+            number = ix.mod(ix.add(ix.mul(at.number, ceil(lines / self.item_tiles)), share), lines)
+            self.builder.prefetch(self.weights, at.oc, ix.add(ib, self.block_chunk), *taps, 0, ix.mul(number, line))
+
     def pixel(self, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
         """Spatial index in the tensor's own axes (a pointwise convolution folds them into rows)."""
         if not self.flat:
@@ -389,17 +370,18 @@ class _Direct:
         position = ix.add(ix.mul(index[0], self.shape.out[1]), index[1])
         return ix.unflatten(position, self.original.out)
 
-    def finish(self, j: int, i: int, n: Expr, oc: Expr, outer: tuple[Expr, ...], w: Expr, per_group: int) -> None:
+    def finish(self, j: int, i: int, at: _At) -> None:
         """Store one vector of output channels through the tail."""
         k, lanes = self.builder, self.lanes
+        per_group = self.shape.out_channels // self.shape.group
         vectors = ceil(per_group / lanes)
-        group, chunk = ix.floordiv(oc, self.group_chunks), ix.mod(oc, self.group_chunks)
+        group, chunk = ix.floordiv(at.oc, self.group_chunks), ix.mod(at.oc, self.group_chunks)
         vector = ix.add(ix.mul(chunk, self.nr), i)
         lane = Var(f"lane{j}_{i}", lanes)
         index = (
-            n,
+            at.n,
             ix.add(ix.mul(group, per_group), ix.mul(vector, lanes), lane),
-            *self.pixel((*outer, w)),
+            *self.pixel((*at.outer, ix.add(at.start, j))),
         )
         value = Load(self.acc, (ix.const(j), ix.const(i), lane))
         with k.when(binary("lt", vector, ix.const(vectors))):
