@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import isinf, isnan
 
+from nestc.codegen.halves import Halves
 from nestc.errors import Error
 from nestc.kernels.api import CpuMachine
 from nestc.tensor import index as ix
@@ -28,13 +29,14 @@ from nestc.tensor.ir import (
     Ramp,
     Reduce,
     Select,
+    Shuffle,
     Stmt,
     Store,
     Unary,
     Var,
 )
 
-_FLOAT = {"float32": "float", "float64": "double", "float16": "half"}
+_FLOAT = {"float32": "float", "float64": "double"}
 _BITS = {"bool": 8, "bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 _COMPARE = {"eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge"}
 _FLOAT_OPS = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv", "rem": "frem"}
@@ -56,7 +58,7 @@ def unsigned(dtype: str) -> bool:
 
 
 def scalar_type(dtype: str) -> str:
-    """LLVM type of a value; bool is i1, bfloat16 its 16 bits."""
+    """LLVM type of a value; bool is i1, float16 and bfloat16 are their 16 bits."""
     if dtype == "bool":
         return "i1"
     return _FLOAT.get(dtype) or f"i{width(dtype)}"
@@ -72,7 +74,7 @@ def _vector(element: str, lanes: int) -> str:
 
 
 def _suffix(element: str, lanes: int) -> str:
-    short = {"float": "f32", "double": "f64", "half": "f16"}.get(element, element)
+    short = {"float": "f32", "double": "f64"}.get(element, element)
     return short if lanes == 1 else f"v{lanes}{short}"
 
 
@@ -238,7 +240,7 @@ class _Printer:
             window = s.operands[0]
             place = self.address(window.buffer, window.index)
             self.declare("llvm.prefetch.p0", "void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-            self.do(f"call void @llvm.prefetch.p0(ptr {place}, i32 0, i32 3, i32 1)")
+            self.do(f"call void @llvm.prefetch.p0(ptr {place}, i32 0, i32 2, i32 1)")
 
     def loop(self, s: For) -> None:
         if s.kind == "unroll":
@@ -493,6 +495,11 @@ class _Printer:
             return self.emit(f"add <{e.lanes} x i64> {base}, <{steps}>")
         if isinstance(e, Fma):
             return self.fma(e)
+        if isinstance(e, Shuffle):
+            kind = _vector(scalar_type(e.dtype), e.a.lanes)
+            a, b = self.value(e.a), self.value(e.b)
+            picks = ", ".join(f"i32 {p}" for p in e.picks)
+            return self.emit(f"shufflevector {kind} {a}, {kind} {b}, <{len(e.picks)} x i32> <{picks}>")
         if isinstance(e, Reduce):
             return self.reduce(e)
         raise Error(f"kernel {self.kernel.name}: cannot print {type(e).__name__}")
@@ -744,19 +751,13 @@ class _Printer:
         """By value, see `tensor.ir.Cast`; half and bfloat16 go through float32."""
         if source == target:
             return x
-        if source == "bfloat16":
-            wide = self.emit(f"zext {_vector('i16', lanes)} {x} to {_vector('i32', lanes)}")
-            bits = self.emit(f"shl {_vector('i32', lanes)} {wide}, {self.splat('16', 'i32', lanes)}")
-            single = self.emit(f"bitcast {_vector('i32', lanes)} {bits} to {_vector('float', lanes)}")
+        halves = Halves(self.emit, lanes, self.machine.f16c)
+        if source in ("float16", "bfloat16"):
+            single = halves.from_float16(x) if source == "float16" else halves.from_bfloat16(x)
             return self.cast(single, "float32", target, lanes)
-        if source == "float16" and target != "float32":
-            return self.cast(self.cast(x, source, "float32", lanes), "float32", target, lanes)
-        if target in ("float16", "bfloat16") and source != "float32":
-            return self.cast(self.cast(x, source, "float32", lanes), "float32", target, lanes)
-        if target == "bfloat16":
-            return self.to_bfloat16(x, lanes)
-        if "float16" in (source, target) and not self.machine.f16c:
-            raise Error(f"kernel {self.kernel.name}: {self.machine.name} has no float16 conversion instruction")
+        if target in ("float16", "bfloat16"):
+            single = self.cast(x, source, "float32", lanes)
+            return halves.to_float16(single) if target == "float16" else halves.to_bfloat16(single)
         s, t = scalar_type(source), scalar_type(target)
         from_kind, to_kind = _vector(s, lanes), _vector(t, lanes)
         s_float, t_float = source in _FLOAT, target in _FLOAT
@@ -781,19 +782,6 @@ class _Printer:
             return self.emit(f"trunc {from_kind} {x} to {to_kind}")
         return self.emit(f"{'zext' if unsigned(source) else 'sext'} {from_kind} {x} to {to_kind}")
 
-    def to_bfloat16(self, x: str, lanes: int) -> str:
-        """float32 to bfloat16 bits, round to nearest even; NaN stays NaN."""
-        wide, flag = _vector("i32", lanes), _vector("i1", lanes)
-        bits = self.emit(f"bitcast {_vector('float', lanes)} {x} to {wide}")
-        shifted = self.emit(f"lshr {wide} {bits}, {self.splat('16', 'i32', lanes)}")
-        odd = self.emit(f"and {wide} {shifted}, {self.splat('1', 'i32', lanes)}")
-        bias = self.emit(f"add {wide} {odd}, {self.splat('32767', 'i32', lanes)}")
-        rounded = self.emit(f"lshr {wide} {self.emit(f'add {wide} {bits}, {bias}')}, {self.splat('16', 'i32', lanes)}")
-        nan = self.emit(f"fcmp uno {_vector('float', lanes)} {x}, {x}")
-        quiet = self.emit(f"or {wide} {shifted}, {self.splat('64', 'i32', lanes)}")
-        chosen = self.emit(f"select {flag} {nan}, {wide} {quiet}, {wide} {rounded}")
-        return self.emit(f"trunc {wide} {chosen} to {_vector('i16', lanes)}")
-
 
 def _flat(lines: _Lines) -> Iterator[str]:
     """The lines in order, hoisted ones included."""
@@ -802,6 +790,14 @@ def _flat(lines: _Lines) -> Iterator[str]:
             yield line
         else:
             yield from _flat(line)
+
+
+def _float16_bits(value: float) -> int:
+    """The bits of the nearest float16; infinity beyond the largest."""
+    try:
+        return int(struct.unpack("<H", struct.pack("<e", value))[0])
+    except OverflowError:
+        return 0x7C00 if value > 0 else 0xFC00
 
 
 def literal(e: Const) -> str:
@@ -817,7 +813,7 @@ def literal(e: Const) -> str:
                 value = float("inf") if value > 0 else float("-inf")
         return f"0x{struct.unpack('<Q', struct.pack('<d', value))[0]:016X}"
     if e.dtype == "float16":
-        return f"0xH{struct.unpack('<H', struct.pack('<e', float(e.value)))[0]:04X}"
+        return str(_float16_bits(float(e.value)))
     if e.dtype == "bfloat16":
         bits = struct.unpack("<I", struct.pack("<f", float(e.value)))[0]
         return str((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
