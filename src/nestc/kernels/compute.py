@@ -117,6 +117,8 @@ def cost(e: Expr) -> int:
             total += 1
         elif isinstance(n, (Unary, Binary)) and n.op in TRANSCENDENTAL:
             total += 20
+        elif isinstance(n, Binary) and n.dtype == "int64" and n.op in ("add", "sub", "mul"):
+            continue  # nearly always an address
         elif isinstance(n, Binary) and n.op in ("div", "rem", "mod", "floordiv"):
             total += 4
         elif isinstance(n, (Unary, Binary, Select, Cast)):

@@ -11,7 +11,7 @@ from nestc.kernels.api import CpuMachine
 from nestc.kernels.compute import cost, identity_of, nodes
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, splat
-from nestc.tensor.ir import Binary, Block, Buffer, Const, Expr, Fma, Load, Reduce, Select, Store, Unary, Var
+from nestc.tensor.ir import Binary, Block, Buffer, Const, Expr, Fma, Load, Reduce, Select, Shuffle, Store, Unary, Var
 from nestc.tensor.rewrite import map_statements, substitute, transform
 from nestc.tensor.vectorize import vectorize
 
@@ -322,6 +322,9 @@ def _emit_map(builder: Builder, job: Job, machine: CpuMachine, allow_parallel: b
     if not vector_gain(job, last, lanes):
         lanes = 1
         other = _transposing(job)
+        if other is not None and _copied(job, other, machine) is not None:
+            _emit_shuffled(builder, job, other, machine, allow_parallel)
+            return
         if other is not None:
             _emit_transposing(builder, job, other, allow_parallel)
             return
@@ -386,6 +389,93 @@ def _emit_transposing(builder: Builder, job: Job, other: Var, allow_parallel: bo
         if rest:
             with builder.when(binary("eq", at, ix.const(full - 1))):
                 tile(rest, ix.const(full * tile_a))
+
+    with _parallel(builder, spread, values):
+        _nest(builder, spread.inner, values, body)
+
+
+def _copied(job: Job, other: Var, machine: CpuMachine) -> Load | None:
+    """The load that the job merely copies, where vectors along `other` can be transposed in registers."""
+    value = job.stores[0].value
+    if len(job.stores) != 1 or job.stores[0].mask is not None or not isinstance(value, Load) or value.mask is not None:
+        return None
+    lanes = _square(value.dtype, machine)
+    if value.dtype == "bool" or lanes < 4 or min(other.extent, job.axes[-1].extent) < lanes:
+        return None
+    straight = ix.coefficient(value.index[0], other) == 1 and ix.coefficient(job.stores[0].index[0], job.axes[-1]) == 1
+    return value if straight else None
+
+
+def _square(dtype: str, machine: CpuMachine) -> int:
+    """Edge of the squares that are transposed in registers."""
+    return min(8, machine.lanes(dtype))
+
+
+def transposed(rows: Sequence[Expr]) -> list[Expr]:
+    """A square of vectors with rows and columns exchanged, in log2(lanes) rounds of pairwise exchanges.
+
+    J. O. Eklundh, "A Fast Computer Method for Matrix Transposing" (1972).
+    """
+    result, lanes, step = list(rows), len(rows), 1
+    while step < lanes:
+        first = tuple(i if not i & step else lanes + i - step for i in range(lanes))
+        second = tuple(i + step if not i & step else lanes + i for i in range(lanes))
+        for i in range(lanes):
+            if not i & step:
+                a, b = result[i], result[i + step]
+                result[i], result[i + step] = Shuffle(a, b, first), Shuffle(a, b, second)
+        step *= 2
+    return result
+
+
+def _emit_shuffled(builder: Builder, job: Job, other: Var, machine: CpuMachine, allow_parallel: bool) -> None:
+    """A transposing copy by squares: vectors are loaded along `other` and stored along the last axis."""
+    store, last = job.stores[0], job.axes[-1]
+    source = store.value
+    assert isinstance(source, Load)
+    lanes = _square(source.dtype, machine)
+    # Two squares side by side use the whole of a cache line that is read.
+    rows = 2 * lanes if other.extent >= 2 * lanes else lanes
+    full, rest = divmod(other.extent, rows)
+    blocks = Var(f"{other.name}t", full)
+    axes = tuple(blocks if a == other else a for a in job.axes[:-1])
+    cut = axes.index(blocks) + 1
+    work = rows * last.extent * prod(a.extent for a in axes[cut:])
+    spread = _spread(axes[:cut], work, 1) if allow_parallel else _Spread((), axes[:cut])
+    if spread.chunks > 1:
+        spread = _Spread((*spread.outer, *spread.inner), ())
+    spread = replace(spread, inner=(*spread.inner, *axes[cut:]))
+    values: dict[Var, Expr] = {}
+
+    def square(row: Expr, column: Expr) -> None:
+        index = source.index[0]
+        found: list[Expr] = []
+        for k in range(lanes):
+            place = substitute(index, {**values, other: row, last: ix.add(column, k)})
+            found.append(Load(source.buffer, (place,), lanes))
+        for k, vector in enumerate(transposed(found)):
+            place = substitute(store.index[0], {**values, other: ix.add(row, k), last: column})
+            builder.store(store.buffer, (place,), vector)
+
+    def band(row: Expr, count: int) -> None:
+        """Rows from `row` on; a ragged end is covered by squares that overlap the ones before."""
+        starts = [*range(0, count - lanes + 1, lanes)]
+        if count % lanes:
+            starts.append(count - lanes)
+        with builder.loop("t", last.extent // lanes) as t:
+            for start in starts:
+                square(ix.add(row, start), ix.mul(t, lanes))
+        if last.extent % lanes:
+            for start in starts:
+                square(ix.add(row, start), ix.const(last.extent - lanes))
+
+    def body() -> None:
+        at = values[blocks]
+        band(ix.mul(at, rows), rows)
+        if rest:
+            with builder.when(binary("eq", at, ix.const(full - 1))):
+                count = max(rest, lanes)
+                band(ix.const(other.extent - count), count)
 
     with _parallel(builder, spread, values):
         _nest(builder, spread.inner, values, body)

@@ -27,6 +27,7 @@ from nestc.tensor.ir import (
     Ramp,
     Reduce,
     Select,
+    Shuffle,
     Store,
     Unary,
     Var,
@@ -143,6 +144,8 @@ class _Frame:
             wide = np.float64 if e.dtype == "float32" else numpy_dtype(e.dtype)
             a, b, c = (self.value(x).astype(wide) for x in (e.a, e.b, e.c))
             return (a * b + c).astype(numpy_dtype(e.dtype))
+        if isinstance(e, Shuffle):
+            return np.concatenate([self.value(e.a), self.value(e.b)])[list(e.picks)]
         if isinstance(e, Reduce):
             return _REDUCE[e.op].reduce(self.value(e.x), keepdims=True)
         raise TypeError(f"cannot interpret {type(e).__name__}")

@@ -263,6 +263,24 @@ class Fma(Expr):
 
 
 @dataclass(frozen=True, eq=False)
+class Shuffle(Expr):
+    """Lanes picked from two vectors of one type: lane i is lane ``picks[i]`` of ``a`` followed by ``b``."""
+
+    a: Expr
+    b: Expr
+    picks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _same("shuffle", self.a, self.b)
+        if any(not 0 <= p < 2 * self.a.lanes for p in self.picks):
+            raise TypeError(f"shuffle: picks {self.picks} of two vectors of {self.a.lanes} lanes")
+        _set(self, self.a.dtype, len(self.picks))
+
+    def children(self) -> tuple[Expr, ...]:
+        return (self.a, self.b)
+
+
+@dataclass(frozen=True, eq=False)
 class Reduce(Expr):
     """All lanes of a vector combined with one of `REDUCE`, in any order."""
 

@@ -21,6 +21,7 @@ from nestc.tensor.ir import (
     Ramp,
     Reduce,
     Select,
+    Shuffle,
     Stmt,
     Store,
     Unary,
@@ -52,6 +53,8 @@ def rebuild(e: Expr, children: tuple[Expr, ...]) -> Expr:
         return Ramp(children[0], e.stride, e.lanes)
     if isinstance(e, Fma):
         return Fma(*children)
+    if isinstance(e, Shuffle):
+        return Shuffle(*children, e.picks)
     if isinstance(e, Reduce):
         return Reduce(e.op, children[0])
     raise TypeError(f"cannot rebuild {type(e).__name__}")

@@ -20,6 +20,7 @@ from nestc.tensor.ir import (
     Ramp,
     Reduce,
     Select,
+    Shuffle,
     Stmt,
     Store,
     Unary,
@@ -75,6 +76,8 @@ def show(e: Expr) -> str:
         return f"ramp({show(e.base)}, {e.stride}, {e.lanes})"
     if isinstance(e, Fma):
         return f"fma({show(e.a)}, {show(e.b)}, {show(e.c)})"
+    if isinstance(e, Shuffle):
+        return f"shuffle({show(e.a)}, {show(e.b)}, {list(e.picks)})"
     if isinstance(e, Reduce):
         return f"reduce_{e.op}({show(e.x)})"
     raise TypeError(f"no text form for {type(e).__name__}")
