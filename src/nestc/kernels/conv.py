@@ -21,6 +21,7 @@ from nestc.tensor.vectorize import vectorize
 
 _CACHE_LINE = 64
 _ITEM_FLOPS = 1_000_000  # least work of one parallel item: some 10 us
+_LEAST_ITEMS = 16  # items that large weights leave for the workers to share
 
 
 class ConvFamily:
@@ -232,10 +233,18 @@ class _Direct:
         return Lowered((launch,), constants={**self.operands.constants, **constants})
 
     def rows_per_item(self, rows: int, length: int) -> int:
-        """Output rows of a parallel item: enough work to be worth a claim, few enough to balance."""
+        """Output rows of a parallel item: enough work to be worth a claim, few enough to balance.
+
+        Weights that do not stay in L2 from item to item are read from memory by each: then an item takes all rows, as
+        long as there are some items for every core.
+        """
         s = self.shape
-        row_flops = 2 * length * self.nr * self.lanes * self.in_per_group * prod(s.kernel)
-        chunk = min(rows, max(1, _ITEM_FLOPS // row_flops))
+        outputs = self.nr * self.lanes
+        taps = self.in_per_group * prod(s.kernel)
+        chunk = min(rows, max(1, _ITEM_FLOPS // (2 * length * outputs * taps)))
+        if outputs * taps * self.element > self.machine.l2_bytes // 2:
+            groups = s.batch * s.group * self.group_chunks
+            chunk = max(chunk, min(rows, rows * groups // _LEAST_ITEMS))
         while rows % chunk and chunk > 1:
             chunk -= 1
         return chunk
