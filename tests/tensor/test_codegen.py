@@ -10,7 +10,7 @@ from nestc.kernels.testing import Array, Compiled, host_machine
 from nestc.tensor import index as ix
 from nestc.tensor import interp
 from nestc.tensor.build import Builder, constant
-from nestc.tensor.ir import Binary, Bitcast, Buffer, Cast, Expr, Fma, Kernel, Load, Select, Store, Unary, Var
+from nestc.tensor.ir import Binary, Bitcast, Buffer, Cast, Expr, Fma, Kernel, Load, Select, Shuffle, Store, Unary, Var
 from nestc.tensor.rewrite import substitute_block
 from nestc.tensor.vectorize import vectorize
 from nestc.tensor.verify import verify
@@ -157,6 +157,18 @@ def test_select_and_bits() -> None:
     compare(lambda a, b: Select(Binary("lt", a, b), a, constant(1.5, "float32")), {"x": x, "y": y})
     compare(lambda a: Bitcast(a, "int32"), {"x": x})
     compare(lambda a, b: Binary("and", a, Unary("not", b)), {"x": samples("bool", 0), "y": samples("bool", 1)})
+
+
+def test_shuffle() -> None:
+    b = Builder("k")
+    x, out = b.param("x", "float32", (16,)), b.param("out", "float32", (4,))
+    first, second = Load(x, (ix.const(0),), 8), Load(x, (ix.const(8),), 8)
+    b.store(out, (0,), Shuffle(first, second, (15, 0, 7, 8)))
+    data, want, got = np.arange(16, dtype=np.float32), np.zeros(4, np.float32), np.zeros(4, np.float32)
+    made = b.finish()
+    interp.run(made, {"x": data, "out": want})
+    Compiled(made, MACHINE)([data, got])
+    assert want.tolist() == got.tolist() == [15, 0, 7, 8]
 
 
 def test_masks_and_gathers() -> None:
