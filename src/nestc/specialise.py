@@ -14,6 +14,7 @@ from nestc.bundle.dtypes import numpy_dtype
 from nestc.errors import ShapeError
 from nestc.graph import pipeline
 from nestc.graph.bind import bind
+from nestc.graph.kinds import has_body
 from nestc.graph.model import Model, require_static
 from nestc.graph.shape_operands import shape_operands
 
@@ -31,8 +32,10 @@ CAPACITY = 8
 
 def operands_of(model: Model) -> tuple[str, ...]:
     """Inputs of a model with static shapes whose values it must be specialised for, in graph order."""
-    # Optimising only ever folds such dependences away, so most models need not be optimised to see that there are none.
-    return shape_operands(pipeline.optimize(model)) if shape_operands(model) else ()
+    # Optimising folds such dependences away, so most models need not be optimised to see that there are none; but it
+    # may also take away a branch or a loop that stands between a shape and the inputs it is computed from.
+    may_depend = shape_operands(model) or any(has_body(node) for node in model.ir.graph)
+    return shape_operands(pipeline.optimize(model)) if may_depend else ()
 
 
 class Specialised:

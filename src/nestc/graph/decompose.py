@@ -82,7 +82,7 @@ def _body(model: ir.Model, node: ir.Node, overload: str) -> ir.Function:
     for name in [name for name, attribute in node.attributes.items() if attribute.type in BODIES]:
         # A body made for this node has the graph in it already, and functions that are called take no graphs.
         if any(attribute.ref_attr_name == name for inner in function for attribute in inner.attributes.values()):
-            raise UnsupportedOp(f"operator {node.op_type} (node {node.name!r}) calls its graph {name!r} in its definition")
+            raise UnsupportedOp(f"operator {node.op_type} (node {node.name!r}): its definition calls graph {name!r}")
         del node.attributes[name]
         function.attributes.pop(name, None)
     function.overload = overload

@@ -18,6 +18,7 @@ from nestc.graph.passes.fuse_pad import FusePad
 from nestc.graph.passes.own_outputs import OwnOutputs
 from nestc.graph.passes.simplify import Simplify
 from nestc.graph.passes.sink import Sink
+from nestc.graph.passes.unroll import UnrollAll
 from nestc.graph.quiet import quiet
 
 _BROKEN = frozenset({"MeanVarianceNormalization"})
@@ -32,6 +33,8 @@ def passes(notes: list[str]) -> list[ir.passes.PassBase]:
         # Shapes become constants here, and inference after it sees every Reshape's operand.
         FoldConstants(notes),
         InferShapes(),
+        # Loops of known length once shapes are known; what is constant in each step is folded, and so are inner loops.
+        UnrollAll(notes),
         # No-ops first, so that later patterns need not look through them.
         Simplify(notes),
         common.CommonSubexpressionEliminationPass(),

@@ -140,7 +140,8 @@ def _region(model: ir.Model, node: ir.Node) -> Region:
     ops: list[Op] = []
     for inner in function:
         for value in inner.outputs:
-            types[outer.get(value.name or "", value.name or "")] = tensor_type(value)
+            if value.name:  # an optional output that is left out has none
+                types[outer.get(value.name, value.name)] = tensor_type(value)
         ops.append(_op(inner, outer))
     for value in node.outputs:  # the type outside is the one later passes keep up to date
         types[value.name or ""] = tensor_type(value)
@@ -166,7 +167,7 @@ def _bare_region(node: ir.Node) -> Region:
         ops=(_op(node, {}),),
         inputs=tuple(value.name or "" for value in taken if value not in constant),
         outputs=tuple(value.name or "" for value in given),
-        types={value.name or "": tensor_type(value) for value in (*taken, *node.outputs)},
+        types={value.name: tensor_type(value) for value in (*taken, *node.outputs) if value.name},
         constants={value.name or "": _reader(value.const_value) for value in constant if value.const_value is not None},
     )
 

@@ -11,7 +11,7 @@ from onnxscript import optimizer
 
 from nestc.graph.kinds import NONDETERMINISTIC, QUANTIZERS, is_constant
 from nestc.graph.model import static_shape
-from nestc.graph.passes.rewrite import Rewrite, array
+from nestc.graph.passes.rewrite import Rewrite, array, operand
 
 GROWTH = 1 << 16
 """Elements by which folding one operator may make the weights larger than its operands were."""
@@ -40,20 +40,37 @@ class FoldConstants(ir.passes.InPlacePass):
         # onnxscript makes a Cast of CastLike and forgets its attributes, so that has to be done before.
         modified = CastLikes(self.notes)(model).modified
         modified |= ViewConstants(self.notes)(model).modified
+        modified |= self.fold(model)
+        # A branch that was decided may bring more of these constants into the graph.
+        while ViewConstants(self.notes)(model).modified:
+            modified |= self.fold(model)
+        _forget_dead_users(model)
+        modified |= LiftConstants()(model).modified
+        modified |= common.RemoveUnusedNodesPass()(model).modified
+        if len(model.graph) < before:
+            self.notes.append(f"operators on constants folded: {before - len(model.graph)}")
+        return ir.passes.PassResult(model, modified)
+
+    def fold(self, model: ir.Model) -> bool:
         try:
-            modified |= optimizer.fold_constants_ir(
+            return optimizer.fold_constants_ir(
                 model, onnx_shape_inference=True, should_fold=_worth_folding, output_size_limit=1 << 62
             ).modified
         except RuntimeError as error:
             # onnxscript 0.7 fails on some uses of sequences; what it folded before is sound.
             common.NameFixPass()(model)
             self.notes.append(f"constant folding stopped: {str(error).splitlines()[0]}")
-            modified = True
-        modified |= LiftConstants()(model).modified
-        modified |= common.RemoveUnusedNodesPass()(model).modified
-        if len(model.graph) < before:
-            self.notes.append(f"operators on constants folded: {before - len(model.graph)}")
-        return ir.passes.PassResult(model, modified)
+            return True
+
+
+def _forget_dead_users(model: ir.Model) -> None:
+    """Take values from nodes that are in no graph any more: a branch not taken still counts as using what it reads."""
+    alive = set(model.graph.all_nodes())
+    made = [value for node in model.graph for value in node.outputs]
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *made):
+        for user, index in tuple(value.uses()):
+            if user not in alive:
+                user.replace_input_with(index, None)
 
 
 def _worth_folding(node: ir.Node) -> bool | None:
@@ -70,11 +87,13 @@ def _worth_folding(node: ir.Node) -> bool | None:
 
 
 class ViewConstants(Rewrite):
-    """Make constants of ConstantOfShape and of Expand of a constant: numpy views of one element, without memory."""
+    """Make constants of ConstantOfShape, and of Expand and Split of a constant: numpy views, without memory."""
 
-    what = "constants of one repeated value"
+    what = "constants that are views"
 
     def rewrite(self, node: ir.Node) -> bool:
+        if node.op_type == "Split":
+            return self.split(node)
         if node.op_type == "ConstantOfShape":
             shape = array(node.inputs[0])
             fill = node.attributes.get("value")
@@ -95,6 +114,19 @@ class ViewConstants(Rewrite):
             return False
         full = np.broadcast_to(element, tuple(int(size) for size in shape))
         self.replace(node.outputs[0], self.constant(full, f"{node.outputs[0].name}.filled", dtype))
+        return True
+
+    def split(self, node: ir.Node) -> bool:
+        """Parts of a constant, which onnxscript does not fold because they are several."""
+        source, whole = node.inputs[0], array(node.inputs[0])
+        if source is None or whole is None or any(value.is_graph_output() for value in node.outputs):
+            return False
+        axis, count = node.attributes.get_int("axis", 0), len(node.outputs)
+        sizes = array(operand(node, 1))
+        each = -(-whole.shape[axis] // count)
+        ends = each * np.arange(1, count) if sizes is None else np.cumsum(sizes)[:-1]
+        for value, part in zip(node.outputs, np.split(whole, ends, axis), strict=True):
+            self.replace(value, self.constant(part, f"{value.name}.part", source.dtype))
         return True
 
 

@@ -31,7 +31,25 @@ class Simplify(Rewrite):
             return self.sum_of_two(node)
         if node.op_type in {"Softmax", "LogSoftmax", "Hardmax"}:
             return self.between_views(node)
+        if node.op_type == "Compress":
+            return self.known_compress(node)
         return False
+
+    def known_compress(self, node: ir.Node) -> bool:
+        """Compress by a constant: what it keeps is known, so it is a Gather."""
+        data, condition = node.inputs[0], array(node.inputs[1])
+        if data is None or condition is None:
+            return False
+        axis = node.attributes.get_int("axis", None)
+        if axis is None:
+            flat = self.constant(np.array([-1], np.int64), f"{node.name}.shape")
+            data = self.insert(node, "Reshape", [data, flat], like=data)
+            data.shape = None
+        kept = self.constant(np.flatnonzero(condition).astype(np.int64), f"{node.name}.kept")
+        made = self.insert(node, "Gather", [data, kept], {"axis": axis or 0}, like=node.outputs[0])
+        made.shape = None
+        self.replace(node.outputs[0], made)
+        return True
 
     def between_views(self, node: ir.Node) -> bool:
         """Flatten, Softmax over the last axis, Reshape back: what the conversion makes of Softmax before set 13."""
