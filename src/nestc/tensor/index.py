@@ -61,10 +61,10 @@ def _merged(c: int, terms: Mapping[Expr, int], more: Mapping[Expr, int], sign: i
             result[term] = value
         else:
             result.pop(term, None)
-    return c, _rejoin(result)
+    return _rejoin(c, result)
 
 
-def _rejoin(terms: dict[Expr, int]) -> dict[Expr, int]:
+def _rejoin(constant: int, terms: dict[Expr, int]) -> Linear:
     """k * (x // k) + x % k becomes x (and so for multiples of both)."""
     for mod_term, coefficient in list(terms.items()):
         if not (isinstance(mod_term, Binary) and mod_term.op == "mod" and isinstance(mod_term.b, Const)):
@@ -77,15 +77,14 @@ def _rejoin(terms: dict[Expr, int]) -> dict[Expr, int]:
             continue
         del terms[mod_term], terms[quotient]
         c, inner = linear(mod_term.a)
-        if c:
-            return {**terms, mod_term: coefficient, quotient: coefficient * k}
+        constant += c * coefficient
         for term, value in inner.items():
             total = terms.get(term, 0) + value * coefficient
             if total:
                 terms[term] = total
             else:
                 terms.pop(term, None)
-    return terms
+    return constant, terms
 
 
 def build(c: int, terms: Mapping[Expr, int]) -> Expr:
