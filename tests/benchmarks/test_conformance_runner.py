@@ -103,3 +103,11 @@ def test_dead_and_hanging_workers_cost_one_task_each() -> None:
     assert {task for task, answer in answers.items() if isinstance(answer, Lost)} == {"die", "hang"}
     assert "status -6" in answers["die"].reason and "no answer" in answers["hang"].reason
     assert answers["last"] == "LAST"
+
+
+def test_noise_of_four_units_of_the_largest_element_is_none(relu) -> None:
+    from conformance import compare
+
+    want = [np.array([54.0, 0.0], np.float32)]
+    assert compare(relu, want, [np.array([54.0, 1.5e-5], np.float32)]) == ""
+    assert "differs in 1 of 2" in compare(relu, want, [np.array([54.0, 1.6e-5], np.float32)])
