@@ -47,7 +47,7 @@ def check(x, w, b=None, *, tail=False, blocked=True, jit=True, **attributes):
     output = nodes[-1].output[0]
     region = region_of(nodes, {**feeds, **values}, [output], constants)
     assert CONV.refusal(region) is None
-    incoming = {n: BLOCK if blocked else PLAIN for n in region.inputs}
+    incoming = dict.fromkeys(region.inputs, BLOCK if blocked else PLAIN)
     layouts = dict(CONV.layouts(region, MACHINE, incoming))
     if not blocked and attributes.get("group", 1) == 1:
         layouts["x"] = PLAIN

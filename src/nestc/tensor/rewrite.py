@@ -54,7 +54,7 @@ def rebuild(e: Expr, children: tuple[Expr, ...]) -> Expr:
     if isinstance(e, Fma):
         return Fma(*children)
     if isinstance(e, Shuffle):
-        return Shuffle(*children, e.picks)
+        return Shuffle(children[0], children[1], e.picks)
     if isinstance(e, Reduce):
         return Reduce(e.op, children[0])
     raise TypeError(f"cannot rebuild {type(e).__name__}")
