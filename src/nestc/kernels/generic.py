@@ -23,7 +23,8 @@ from nestc.kernels.compute import (
 )
 from nestc.kernels.elementwise import DTYPES, STORED, apply_elementwise, is_elementwise, operand_index
 from nestc.kernels.fuse import LARGEST, fuse
-from nestc.kernels.loops import Job, emit, estimate
+from nestc.kernels.job import Job, estimate
+from nestc.kernels.loops import emit
 from nestc.kernels.ops import RULES, move, select
 from nestc.kernels.small import SMALL, storage
 from nestc.tensor import index as ix

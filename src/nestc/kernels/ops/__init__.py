@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from nestc.errors import UnsupportedOp
 from nestc.graph.region import Op
 from nestc.kernels.compute import Body
 from nestc.kernels.elementwise import ELEMENTWISE
@@ -14,8 +15,6 @@ Rule = Callable[[Body, Op], None]
 
 def _elementwise_only(body: Body, op: Op) -> None:
     """For forms of elementwise operators that are not elementwise after all."""
-    from nestc.errors import UnsupportedOp
-
     raise UnsupportedOp(f"{op.op_type} (node {op.name!r}) has no generated code in this form")
 
 

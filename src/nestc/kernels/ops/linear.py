@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from nestc.graph.region import Op
 from nestc.kernels.compute import Body
-from nestc.kernels.elementwise import quantize
+from nestc.kernels.elementwise import dequantize, quantize
 from nestc.kernels.ops.attributes import integer, number, refused, text
 from nestc.kernels.ops.reduction import combine, work_dtype
 from nestc.kernels.small import decode
 from nestc.tensor import index as ix
 from nestc.tensor.build import binary, constant
 from nestc.tensor.ir import Binary, Expr, Unary, Var
-from nestc.tensor.rewrite import cast
+from nestc.tensor.rewrite import cast, select
 
 Axes = tuple[Var, ...]
 
@@ -103,8 +103,6 @@ def shifted(body: Body, name: str, zero: str, index: Sequence[Expr], zero_axis: 
     result = Binary("sub", x, offset)
     if mask is None:
         return result
-    from nestc.tensor.rewrite import select
-
     return select(mask, result, constant(0, "int32"))
 
 
@@ -216,8 +214,6 @@ def _dynamic_quantize(body: Body, op: Op) -> None:
 
 def _blocked_quantization(body: Body, op: Op) -> None:
     """QuantizeLinear and DequantizeLinear with one scale for each block of `block_size` elements along an axis."""
-    from nestc.kernels.elementwise import dequantize
-
     source, scale, zero, out = op.inputs[0], op.inputs[1], op.input(2), op.outputs[0]
     size = integer(op, "block_size", 0)
     rank = len(body.shape(source))

@@ -13,7 +13,7 @@ from nestc.kernels.ops.attributes import axis_of, integer, integers, refused, te
 from nestc.tensor import index as ix
 from nestc.tensor.build import binary, constant, within
 from nestc.tensor.ir import Const, Expr, Var
-from nestc.tensor.rewrite import select
+from nestc.tensor.rewrite import cast, select
 
 Axes = tuple[Var, ...]
 
@@ -233,8 +233,6 @@ def _reverse_sequence(body: Body, op: Op) -> None:
 
 
 def _index_value(body: Body, name: str, index: tuple[Expr, ...]) -> Expr:
-    from nestc.tensor.rewrite import cast
-
     return cast(body.read(name, index), "int64")
 
 
