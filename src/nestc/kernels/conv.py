@@ -149,7 +149,7 @@ class _Direct:
         self.dtype = region.types[op.inputs[0]].dtype
         self.element = 4 if self.dtype == "float32" else 8
         self.lanes = machine.lanes("float32")
-        registers = machine.vector_registers if self.dtype == "float32" else machine.vector_registers // 2
+        registers = machine.tile_registers if self.dtype == "float32" else machine.tile_registers // 2
         group_vectors = ceil(shape.out_channels // shape.group / self.lanes)
         self.flat = shape.pointwise and len(shape.out) > 1
         self.original = shape
@@ -219,7 +219,10 @@ class _Direct:
         self.block_chunks = self.blocks // self.block_chunk
         if self.block_chunks > 1:
             self.partial = k.scratch("partial", (chunk, length, nr * lanes), self.dtype)
-        with k.parallel("item", s.batch, s.group * self.group_chunks, rows // chunk) as (n, oc, part):
+        groups, parts = s.group * self.group_chunks, rows // chunk
+        rows_first = self.rows_first(packed.nbytes, parts)
+        with k.parallel("item", s.batch, *((parts, groups) if rows_first else (groups, parts))) as (n, major, minor):
+            part, oc = (major, minor) if rows_first else (minor, major)
             with k.loop("ic", self.block_chunks) as ic:
                 with k.loop("r", chunk) as r:
                     outer = ix.unflatten(ix.add(ix.mul(part, chunk), r), s.out[:-1])
@@ -231,6 +234,18 @@ class _Direct:
                         before = ix.add(before, tile.count)
         launch = self.operands.launch()
         return Lowered((launch,), constants={**self.operands.constants, **constants})
+
+    def rows_first(self, weight_bytes: int, parts: int) -> bool:
+        """Whether the items of one part of the rows follow each other, rather than those of one group of outputs.
+
+        What the outer order walks over is read from L2 if it fits, from memory once for every outer step if not; the
+        order with less traffic wins.
+        """
+        s = self.shape
+        image_bytes = s.in_channels // s.group * prod(s.size) * self.element
+        capacity = self.machine.l2_bytes * 5 // 8
+        groups_first = image_bytes * self.group_chunks if image_bytes > capacity else 0
+        return (weight_bytes * parts if weight_bytes > capacity else 0) < groups_first
 
     def rows_per_item(self, rows: int, length: int) -> int:
         """Output rows of a parallel item: enough work to be worth a claim, few enough to balance.

@@ -57,4 +57,4 @@ def _complete(graph: ir.Graph, value: ir.Value) -> None:
         graph.register_initializer(kept)
         value = kept
     if value.const_value is not None and value.is_initializer():
-        value.shape = ir.Shape(value.const_value.shape)
+        value.shape = ir.Shape(value.const_value.shape.numpy())
