@@ -33,6 +33,8 @@ class HostProgram:
         from google.protobuf.message import DecodeError
         from onnx.reference import ReferenceEvaluator
 
+        from nestc.runtime.host_loops import Loop, Scan
+
         try:
             model = onnx.load_model_from_string(artifact.files[MODEL])
         except (KeyError, DecodeError) as error:
@@ -40,7 +42,7 @@ class HostProgram:
         self._inputs = tuple(artifact.metadata.get("inputs") or (value.name for value in model.graph.input))
         self._outputs = list(artifact.metadata.get("outputs") or (value.name for value in model.graph.output))
         self._weights = dict(artifact.weights)
-        self._evaluator = ReferenceEvaluator(model)
+        self._evaluator = ReferenceEvaluator(model, new_ops=[Loop, Scan])
 
     def __call__(
         self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray | None]
