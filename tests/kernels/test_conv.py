@@ -118,6 +118,12 @@ def test_sums_in_chunks_of_input_channels():
     check(x, w, b, tail=True)
 
 
+@pytest.mark.parametrize("size", [(9, 14), (1, 13), (5, 6, 7)])
+def test_pointwise_that_leaves_pixels_out(size):
+    x, w, b = tensors(0, (2, 24, *size), (20, 24, *(1,) * len(size)))
+    check(x, w, b, tail=True, strides=[min(2, n) for n in size])
+
+
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
 def test_automatic_padding(mode):
     x, w, _ = tensors(0, (1, 5, 10, 11), (8, 5, 4, 3))

@@ -76,7 +76,41 @@ class ConvFamily:
             return lower_depthwise(region, op, shape, machine, layouts)
         if not _blocked_groups(shape, machine.lanes("float32")):
             return _Direct(region, op, _merge_groups(shape), machine, layouts, shape.group).lower()
+        if _strided_pointwise(shape) and layouts[op.inputs[0]].block:
+            return _lower_strided(region, op, shape, machine, layouts)
         return _Direct(region, op, shape, machine, layouts, 1).lower()
+
+
+def _strided_pointwise(shape: ConvShape) -> bool:
+    """A 1x1 convolution that leaves pixels out."""
+    return shape.group == 1 and prod(shape.kernel) == 1 and max(shape.strides) > 1 and not any(shape.pads_begin)
+
+
+def _lower_strided(
+    region: Region, op: Op, shape: ConvShape, machine: CpuMachine, layouts: Mapping[str, Layout]
+) -> Lowered:
+    """The pixels that are read are copied together first: a plain 1x1 convolution has long rows, and the copy is read
+    from the cache for every group of outputs."""
+    x, picked = op.inputs[0], f"{op.inputs[0]}.picked"
+    dtype = region.types[x].dtype
+    type_ = TensorType(dtype, (shape.batch, shape.in_channels, *shape.out))
+    types = {**region.types, picked: type_}
+    both = {**layouts, picked: layouts[x]}
+    copying = Operands(Builder("conv_pick"), Region(region.name, None, (), (x,), (picked,), types, {}), both)
+    source, target = copying.buffer(x), copying.buffer(picked)
+    block = layouts[x].block
+    with copying.builder.parallel("item", *target.shape[:-2]) as outer:
+        with copying.builder.loop("w", shape.out[-1]) as w:
+            place = tuple(ix.mul(i, s) for i, s in zip((*outer[2:], w), shape.strides))
+            value = load(source, *outer[:2], *place, 0, lanes=block)
+            copying.builder.store(target, (*outer, w, 0), value)
+    first = copying.launch(region.origin)
+    dense = Op(op.op_type, (picked, *op.inputs[1:]), op.outputs, {**op.attributes, "strides": None}, op.domain, op.name)
+    ops = tuple(dense if each is op else each for each in region.ops)
+    inner = Region(region.name, region.anchor, ops, region.inputs, region.outputs, types, region.constants)
+    rest = _Direct(inner, dense, conv_shape(dense, inner), machine, both, 1).lower()
+    temporaries = {picked: TensorType(dtype, target.shape)}
+    return Lowered((first, *rest.launches), temporaries, rest.constants)
 
 
 def _anchor(region: Region) -> Op | None:
