@@ -98,6 +98,11 @@ class CpuMachine:
         size = {"float64": 8, "int64": 8, "uint64": 8, "int16": 2, "uint16": 2, "int8": 1, "uint8": 1, "bool": 1}
         return max(1, self.vector_bytes // size.get(dtype, 4))
 
+    @property
+    def tile_registers(self) -> int:
+        """Vector registers that a tile of multiply-adds may fill; without FMA, products and copies need some too."""
+        return self.vector_registers if self.fma else max(4, self.vector_registers - 3)
+
 
 class Family(Protocol):
     """One family of kernels. `kernels.families.FAMILIES` lists them, most special first; the generic one is last."""

@@ -150,7 +150,7 @@ def register_tile(lanes_out: int, pixels: int, registers: int) -> tuple[int, int
     for nr in range(1, min(8, lanes_out) + 1):
         groups = ceil(lanes_out / nr)
         for mr in range(1, min(pixels, registers) + 1):
-            if mr * nr + min(nr, 4) + 1 > registers:
+            if mr * nr + kept_weights(nr, registers) + 1 > registers:
                 break
             tiles = ceil(pixels / mr)
             base, longer = divmod(pixels, tiles)
@@ -158,6 +158,13 @@ def register_tile(lanes_out: int, pixels: int, registers: int) -> tuple[int, int
             if cost < best_cost - 1e-9:
                 best, best_cost = (mr, nr), cost
     return best
+
+
+def kept_weights(vectors: int, registers: int) -> int:
+    """Registers that hold weights beside the accumulators. LLVM loads those of a second step early where it takes the
+    inputs as memory operands or has few weights a step; a tile that leaves no room for them spills or moves every
+    accumulator each step."""
+    return min(vectors, 4) if registers <= 16 else max(vectors, 4)
 
 
 def _step_cycles(width: int, nr: int) -> float:

@@ -166,7 +166,7 @@ class _Lowering:
         self.last = len(g.axes) - 1
         vectors = ceil(g.features // g.group / self.lanes)
         columns = g.axes[-1].count
-        widest, self.vectors = register_tile(vectors, columns, machine.vector_registers)
+        widest, self.vectors = register_tile(vectors, columns, machine.tile_registers)
         # A few output channels would leave most lanes idle, so then the lanes hold input channels.
         self.narrow = is_narrow(g, self.lanes) and self.block == self.lanes and op.inputs[1] in region.constants
         if self.narrow:

@@ -8,6 +8,7 @@ from math import ceil, prod
 
 from nestc.graph.region import Op, Region
 from nestc.kernels.api import CpuMachine
+from nestc.kernels.conv_shape import kept_weights
 from nestc.kernels.operands import Operands
 from nestc.kernels.tail import Tail
 from nestc.tensor import index as ix
@@ -129,10 +130,11 @@ def choose_tile(m: int, n: int, lanes: int, machine: CpuMachine) -> Tile:
     """
     vectors = ceil(n / lanes)
     best: tuple[float, int, Tile] | None = None
-    for rows in range(1, min(m, machine.vector_registers) + 1):
+    registers = machine.tile_registers
+    for rows in range(1, min(m, registers) + 1):
         for wide in range(1, min(vectors, 8) + 1):
-            # The accumulators, the operand that is kept for a step, and what streams by (a product too without FMA).
-            if rows * wide + min(rows, wide) + (1 if machine.fma else 2) > machine.vector_registers:
+            # The accumulators, the operand that is kept for a step, and what streams by.
+            if rows * wide + kept_weights(min(rows, wide), registers) + 1 > registers:
                 continue
             full, rest = divmod(m, rows)
             cycles = ceil(vectors / wide) * (
