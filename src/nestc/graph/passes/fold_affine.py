@@ -122,6 +122,8 @@ class LowerBatchNormalization(Rewrite):
     def rewrite(self, node: ir.Node) -> bool:
         if node.op_type != "BatchNormalization":
             return False
+        if node.attributes.get_int("training_mode", 0):
+            return self.training(node)
         shape, dtype = static_shape(node.outputs[0]), node.outputs[0].dtype
         affine = affine_of(node, 0, shape[1]) if shape is not None and len(shape) > 1 else None
         data = node.inputs[0]
@@ -135,6 +137,41 @@ class LowerBatchNormalization(Rewrite):
         shift = self.constant(affine.shift.astype(element).reshape(column), f"{name}.shift", dtype)
         product = self.insert(node, "Mul", [data, scale], like=node.outputs[0])
         self.replace(node.outputs[0], self.insert(node, "Add", [product, shift], like=node.outputs[0]))
+        return True
+
+    def training(self, node: ir.Node) -> bool:
+        """Normalize by the batch's own mean and variance, and move the running ones towards them, as ONNX defines."""
+        data, scale, bias, mean, variance = node.inputs[:5]
+        shape, dtype = None if data is None else static_shape(data), node.outputs[0].dtype
+        if data is None or scale is None or shape is None or len(shape) < 2 or dtype not in _EXACT_FLOATS:
+            return False
+        if any(value is None or value.dtype != dtype for value in (scale, bias, mean, variance)):
+            return False
+        result, name, channels = node.outputs[0], node.outputs[0].name, (shape[1],)
+        element = dtype.numpy()
+        axes = self.constant(np.array([axis for axis in range(len(shape)) if axis != 1], np.int64), f"{name}.axes")
+        column = self.constant(np.array([-1] + [1] * (len(shape) - 2), np.int64), f"{name}.column")
+        epsilon = self.constant(np.array(node.attributes.get_float("epsilon", 1e-5), element), f"{name}.epsilon", dtype)
+        kept = node.attributes.get_float("momentum", 0.9)
+
+        def made(op: str, *inputs: ir.Value | None, like: ir.Value = scale) -> ir.Value:
+            return self.insert(node, op, list(inputs), {"keepdims": 0} if op == "ReduceMean" else None, like=like)
+
+        def wide(value: ir.Value | None) -> ir.Value:
+            return self.insert(node, "Reshape", [value, column], like=result, shape=channels + (1,) * (len(shape) - 2))
+
+        average = made("ReduceMean", data, axes)
+        centred = made("Sub", data, wide(average), like=result)
+        spread = made("ReduceMean", made("Mul", centred, centred, like=result), axes)
+        factor = made("Div", scale, made("Sqrt", made("Add", spread, epsilon)))
+        scaled = made("Mul", centred, wide(factor), like=result)
+        self.replace(result, made("Add", scaled, wide(bias), like=result))
+        for old, running, new in zip(node.outputs[1:], (mean, variance), (average, spread), strict=False):
+            weights = (("kept", kept), ("new", 1 - kept))
+            share = [self.constant(np.array(part, element), f"{name}.{label}", dtype) for label, part in weights]
+            moved = made("Add", made("Mul", running, share[0]), made("Mul", new, share[1]))
+            if old.uses() or old.is_graph_output():
+                self.replace(old, moved)
         return True
 
 
