@@ -57,7 +57,7 @@ class Builder:
         weights = [w for w in self.weights if w.name in inputs]
         results = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names]
         graph = helper.make_graph([node], "g", known, results, weights)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)])
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
         shapes = [tuple(d.dim_value for d in info.type.tensor_type.shape.dim) for info in inferred.graph.output]
         if all(0 < np.prod(shape) <= LARGEST for shape in shapes):
@@ -78,7 +78,7 @@ class Builder:
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, self.values[name]) for name in given],
             used,
         )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
 
 
 def _image(shape: tuple[int, ...]) -> bool:
