@@ -149,11 +149,11 @@ def compile(
     if bound:
         require_static(loaded)
     if unbound_dims(loaded) or operands_of(loaded):
-        return Specialised(loaded, lambda ready: Executable(make(ready), threads=threads))
+        return Specialised(loaded, lambda ready: Executable(make(ready), threads=threads, foreign=True))
     # What the file leaves open and `dims` has bound may still come in other sizes at a call.
-    others = Specialised(as_given, lambda ready: Executable(make(ready), threads=threads))
+    others = Specialised(as_given, lambda ready: Executable(make(ready), threads=threads, foreign=True))
     again = others.for_shapes if unbound_dims(as_given) else None
-    return Executable(make(loaded), threads=threads, respecialise=again)
+    return Executable(make(loaded), threads=threads, respecialise=again, foreign=True)
 
 
 def explain(

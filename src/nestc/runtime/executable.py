@@ -29,16 +29,31 @@ class Executable:
 
     ``threads`` is the number of workers a native partition uses (default: what the bundle was compiled for).
     ``respecialise``, if given, is asked for another executable when a call comes with other shapes of the same rank.
+    Code for another machine raises TargetError; with ``foreign`` it is kept, to be saved, and a call raises that error.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, respecialise: Respecialise | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        respecialise: Respecialise | None = None,
+        foreign: bool = False,
+    ) -> None:
         if threads is not None and threads < 1:
             raise TargetError(f"a model runs on at least one thread, not {threads}")
         self.bundle = bundle
         self.threads = threads or max(1, bundle.threads)
         self._respecialise = respecialise
         begin = time.perf_counter()
-        self._session: Session | None = Session(bundle, self.threads)
+        self._session: Session | None = None
+        self._refusal: str | None = None  # why this machine cannot run the code
+        try:
+            self._session = Session(bundle, self.threads)
+        except TargetError as error:
+            if not foreign:
+                raise
+            self._refusal = str(error)
         self._load_seconds = time.perf_counter() - begin
         self._specs = [_Wanted(spec) for spec in bundle.inputs]
         self._by_name = {spec.name: spec for spec in self._specs}
@@ -133,17 +148,19 @@ class Executable:
 
     def stats(self) -> dict[str, Any]:
         """Sizes in bytes, threads, number of partitions and kernel calls, and the seconds that loading took."""
-        native = [stage.program for stage in self._open().stages if isinstance(stage.program, NativeProgram)]
+        if self._refusal is None:
+            self._open()
+        parts = [part.artifact for part in self.bundle.partitions]
+        native = [part.metadata for part in parts if part.kind == "cpu-native"]
+        objects = [blob for part in parts for name, blob in part.files.items() if name.endswith(".o")]
         return {
             "threads": self.threads,
             "partitions": len(self.bundle.partitions),
-            "kernel_calls": sum(program.step_count for program in native),
-            "barriers": sum(program.barriers for program in native),
-            "arena_bytes": sum(program.arena_bytes for program in native),
-            "code_bytes": sum(program.code_bytes for program in native),
-            "weights_bytes": sum(
-                array.nbytes for part in self.bundle.partitions for array in part.artifact.weights.values()
-            ),
+            "kernel_calls": sum(len(part["steps"]) for part in native),
+            "barriers": sum(bool(step["barrier"]) for part in native for step in part["steps"]),
+            "arena_bytes": sum(part["arena_bytes"] for part in native),
+            "code_bytes": sum(map(len, objects)),
+            "weights_bytes": sum(array.nbytes for part in parts for array in part.weights.values()),
             "load_seconds": self._load_seconds,
         }
 
@@ -155,7 +172,7 @@ class Executable:
 
     def close(self) -> None:
         """Stop the workers and free code and memory; later calls raise TargetError. Closing twice is fine."""
-        session, self._session = self._session, None
+        session, self._session, self._refusal = self._session, None, None
         if session is not None:
             session.close()
 
@@ -167,17 +184,16 @@ class Executable:
 
     def __repr__(self) -> str:
         state = "closed" if self._session is None else f"{len(self.bundle.partitions)} partitions"
+        state = "not for this machine" if self._refusal else state
         return f"<nestc.Executable {self.name!r}, {state}, {self.threads} threads>"
 
     def _open(self) -> Session:
         if self._session is None:
-            raise TargetError("this executable is closed")
+            raise TargetError(self._refusal or "this executable is closed")
         return self._session
 
     def _run(self, inputs: list[np.ndarray], outputs: Sequence[np.ndarray | None]) -> Sequence[np.ndarray]:
-        session = self._session
-        if session is None:
-            raise TargetError("this executable is closed")
+        session = self._open()
         if outputs is self._none:
             results, self._marks = session.run(inputs, outputs)
             return results

@@ -69,7 +69,7 @@ class NativeProgram:
             self._outputs = [(tuple(item["shape"]), numpy_dtype(item["dtype"])) for item in metadata["outputs"]]
             self._border_bytes = [_nbytes(item) for item in (*metadata["inputs"], *metadata["outputs"])]
             constants = [np.asarray(artifact.weights[name]) for name in metadata["constants"]]
-            self.arena_bytes: int = metadata["arena_bytes"]
+            self._arena_bytes: int = metadata["arena_bytes"]
             self._scratch_bytes: int = metadata["scratch_bytes"]
             self._steps: Sequence[Mapping[str, Any]] = metadata["steps"]
             layout = ContextLayout(**metadata["context"])
@@ -81,21 +81,9 @@ class NativeProgram:
         # Kernels may rely on aligned constants. Those of a bundle are, so nothing is copied.
         self._constants = [aligned(array) for array in constants]
         code = [blob for name, blob in artifact.files.items() if name.endswith(".o")]
-        self.code_bytes = sum(map(len, code))
-        self.weights_bytes = sum(array.nbytes for array in self._constants)
         self._functions: objects.NativeFunctions | None = objects.load(code, prefix)
         self._team = Team(self._functions, layout, self.threads) if self.threads > 1 else None
         self._frames: list[_Frame] = []
-
-    @property
-    def step_count(self) -> int:
-        """Number of kernel calls in a run."""
-        return len(self._steps)
-
-    @property
-    def barriers(self) -> int:
-        """Number of meetings of all workers in a run."""
-        return sum(bool(step["barrier"]) for step in self._steps)
 
     def __call__(
         self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray | None]
@@ -184,7 +172,7 @@ class NativeProgram:
             return self._frames.pop()
         except IndexError:
             slots = len(self.inputs) + len(self.outputs)
-            return _Frame(slots, self._constants, self.arena_bytes, self._scratch_bytes * self.threads)
+            return _Frame(slots, self._constants, self._arena_bytes, self._scratch_bytes * self.threads)
 
 
 class _Frame:

@@ -10,6 +10,7 @@ import llvmlite.binding as llvm
 
 from nestc.errors import TargetError
 from nestc.kernels.api import CpuMachine
+from nestc.targets import suggestion
 
 # Cache sizes of the presets are those that current cores of that instruction set have at least.
 _PRESETS: dict[str, CpuMachine] = {
@@ -32,7 +33,8 @@ def machine(arch: str) -> CpuMachine:
     if arch == "native":
         return host_machine()
     if arch not in _PRESETS:
-        raise TargetError(f"target cpu: there is no arch {arch!r}; choose one of {', '.join(NAMES)}")
+        near = suggestion(arch.lower(), NAMES)
+        raise TargetError(f"target cpu: there is no arch {arch!r}{near}; choose one of {', '.join(NAMES)}")
     preset = _PRESETS[arch]
     here = llvm.get_process_triple()
     if preset.triple.split("-")[0] != here.split("-")[0]:
