@@ -3,15 +3,18 @@
     python benchmarks/kernels.py
     python benchmarks/kernels.py --models conv1x1,conv3x3 --threads 1
 
-The peak is measured on the spot (see peak.py). A layer is compiled between two max-pools, which compute on the layout
-that the convolution wants, so that its figure holds no conversion of the model's inputs and outputs. The work counted
-is that of the direct algorithm; Winograd needs less, which is how a figure can exceed 100 %.
+The peak is measured on the spot (see peak.py): once for the record, and again beside every reading of a layer, since
+shared machines change their speed from second to second; the share is the median of the readings' own. A layer is
+compiled between two max-pools, which compute on the layout that the convolution wants, so that its figure holds no
+conversion of the model's inputs and outputs. The work counted is that of the direct algorithm; Winograd needs less,
+which is how a figure can exceed 100 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +25,9 @@ from typing import Any
 from nestc.errors import Error
 from nestc.measure import context, pinned, usable_cores
 from netbuilder import NetBuilder, Value, save
-from peak import peaks
+from peak import Meter, fp32_meter, peaks
+
+_RUNS_A_READING = 5
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def build(layer: Layer, path: Path) -> None:
     save(net.model(), path)
 
 
-def measure(layer: Layer, threads: int, runs: int, peak: float, target: str = "cpu") -> dict[str, Any]:
+def measure(layer: Layer, threads: int, runs: int, meter: Meter, target: str = "cpu") -> dict[str, Any]:
     """One row of the table. Raises nestc.Error where the layer does not compile to native code."""
     import nestc
 
@@ -120,17 +125,22 @@ def measure(layer: Layer, threads: int, runs: int, peak: float, target: str = "c
         executable = nestc.compile(path, targets=[target], threads=threads)
     if executable.fallback_ops:
         raise Error(f"{layer.label} {layer.text} is interpreted: {dict(executable.fallback_ops)}")
-    steps = [step for step in executable.profile(runs=runs) if is_measured(step)]
-    if not steps:
-        raise Error(f"{layer.label} {layer.text} has no kernel that names its node")
-    took = sum(step["us"] if threads == 1 else step["team_us"] for step in steps) / 1e6
-    gflops = layer.flops() / took / 1e9
+    readings: list[float] = []
+    shares: list[float] = []
+    for _ in range(max(1, runs // _RUNS_A_READING)):
+        peak = meter.once()
+        steps = [step for step in executable.profile(runs=_RUNS_A_READING) if is_measured(step)]
+        if not steps:
+            raise Error(f"{layer.label} {layer.text} has no kernel that names its node")
+        readings.append(sum(step["us"] if threads == 1 else step["team_us"] for step in steps) / 1e6)
+        shares.append(100 * layer.flops() / readings[-1] / 1e9 / ((peak + meter.once()) / 2))
+    took = statistics.median(readings)
     return {
         "name": layer.label,
         "shape": layer.text,
         "ms": took * 1e3,
-        "gflops": gflops,
-        "percent_of_peak": 100 * gflops / peak,
+        "gflops": layer.flops() / took / 1e9,
+        "percent_of_peak": statistics.median(shares),
         "kernels": [step["symbol"] for step in steps],
     }
 
@@ -163,13 +173,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     with pinned(options.threads):
         peak = peaks(options.threads)
-        assert peak["fp32"] is not None
+        meter = fp32_meter(options.threads)
         rows: list[dict[str, Any]] = []
         for layer in LAYERS:
             if layer.family not in wanted:
                 continue
             try:
-                rows.append(measure(layer, options.threads, options.runs, peak["fp32"], options.target))
+                rows.append(measure(layer, options.threads, options.runs, meter, options.target))
             except Error as error:
                 print(f"error: {error}", file=sys.stderr)
     result = {

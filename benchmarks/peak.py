@@ -125,19 +125,40 @@ def compile_probe(probe: Probe, triple: str, cpu: str, features: Mapping[str, bo
     return engine
 
 
+class Meter:
+    """A compiled probe that can be run again and again, beside what is compared with it."""
+
+    def __init__(self, probe: Probe, threads: int = 1, seconds: float = SECONDS) -> None:
+        self.probe = probe
+        self.threads = threads
+        self._engine = compile_probe(probe, *host())
+        # A plain C function: ctypes lets go of the interpreter's lock while it runs.
+        self._function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(
+            self._engine.get_function_address("probe")
+        )
+        rounds = 1000
+        while (took := _once(self._function, rounds, 1)) < seconds / 4:
+            rounds *= 4
+        self._rounds = max(1, int(rounds * seconds / took))
+
+    def once(self) -> float:
+        """Billions of operations per second that the cores do together at this moment."""
+        took = _once(self._function, self._rounds, self.threads)
+        return self.threads * self._rounds * self.probe.chains * self.probe.operations / took / 1e9
+
+
+def fp32_meter(threads: int = 1, seconds: float = 0.004) -> Meter:
+    """A meter of the fp32 peak that takes some milliseconds a reading."""
+    triple, _, features = host()
+    probe = probes(triple, features)["fp32"]
+    assert probe is not None
+    return Meter(probe, threads, seconds)
+
+
 def measure(probe: Probe, threads: int = 1) -> float:
     """Billions of operations per second that `threads` cores do together; the best of some tries."""
-    engine = compile_probe(probe, *host())
-    # A plain C function: ctypes lets go of the interpreter's lock while it runs.
-    function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(
-        engine.get_function_address("probe")
-    )
-    rounds = 1000
-    while (took := _once(function, rounds, 1)) < SECONDS / 4:
-        rounds *= 4
-    rounds = max(1, int(rounds * SECONDS / took))
-    best = min(_once(function, rounds, threads) for _ in range(TRIES))
-    return threads * rounds * probe.chains * probe.operations / best / 1e9
+    meter = Meter(probe, threads)
+    return max(meter.once() for _ in range(TRIES))
 
 
 def _once(function: Callable[[int, int, int], None], rounds: int, threads: int) -> float:

@@ -374,6 +374,8 @@ class _Direct:
         s, k = self.shape, self.builder
         axis = len(taps)
         if axis == len(at.outer):
+            if self.flat:
+                self.prefetch_inputs(tile, at, ib, places)
             with k.loop("kw", s.kernel[-1]) as kw:
                 self.multiply(tile, at, ib, step, (*taps, kw), places)
             return
@@ -388,8 +390,7 @@ class _Direct:
         """The inner kernel: for each input channel, load nr weights, broadcast each input, mr * nr multiply-adds."""
         s, k, lanes = self.shape, self.builder, self.lanes
         x = self.op.inputs[0]
-        first = ix.mul(ix.floordiv(at.oc, self.group_chunks), self.in_per_group)
-        channel = ix.add(first, ix.mul(ib, self.step))
+        channel = self.channel(at, ib)
         column = ix.add(ix.mul(at.start, s.strides[-1]), ix.mul(taps[-1], s.dilations[-1]), -s.pads_begin[-1])
         self.prefetch(at, ib, taps)
         with k.unroll("c", step) as c:
@@ -420,6 +421,22 @@ class _Direct:
         for share in range(ceil(lines / self.item_tiles)):
             number = ix.mod(ix.add(ix.mul(at.number, ceil(lines / self.item_tiles)), share), lines)
             self.builder.prefetch(self.weights, at.oc, ix.add(ib, self.block_chunk), *taps, 0, ix.mul(number, line))
+
+    def channel(self, at: _At, ib: Expr) -> Expr:
+        """First input channel of block `ib` of a tile."""
+        first = ix.mul(ix.floordiv(at.oc, self.group_chunks), self.in_per_group)
+        return ix.add(first, ix.mul(ib, self.step))
+
+    def prefetch_inputs(self, tile: Tile, at: _At, ib: Expr, places: tuple[Expr, ...]) -> None:
+        """Ask for the inputs of the next tile along the row: each block of channels is a stream of its own, and there
+        are more of them than the hardware follows. (Wider kernels read them again and again; there it costs more than
+        it brings.)"""
+        x = self.op.inputs[0]
+        pixels = max(1, _CACHE_LINE // (self.lanes * self.element))
+        for first in range(0, tile.width, pixels):
+            place = self.pixel((*places, ix.add(at.start, tile.width + first)))
+            index = self.operands.place(x, (at.n, self.channel(at, ib), *place))
+            self.builder.prefetch(self.operands.buffer(x), *index)
 
     def pixel(self, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
         """Spatial index in the tensor's own axes (a pointwise convolution folds them into rows)."""
