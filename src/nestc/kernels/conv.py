@@ -376,8 +376,15 @@ class _Direct:
         if axis == len(at.outer):
             if self.flat:
                 self.prefetch_inputs(tile, at, ib, places)
-            with k.loop("kw", s.kernel[-1]) as kw:
-                self.multiply(tile, at, ib, step, (*taps, kw), places)
+            # Of a strided convolution neighbouring columns share no inputs: few channels make such a loop longer.
+            together = min(s.strides[-1], s.kernel[-1]) if step <= self.lanes // 2 and s.dilations[-1] == 1 else 1
+            whole = s.kernel[-1] // together
+            with k.loop("kw", whole) as kw:
+                for each in range(together):
+                    column = ix.add(ix.mul(kw, together), each)
+                    self.multiply(tile, at, ib, step, (*taps, column), places)
+            for column in range(whole * together, s.kernel[-1]):
+                self.multiply(tile, at, ib, step, (*taps, ix.const(column)), places)
             return
         with k.loop("kh", s.kernel[axis]) as kh:
             place = ix.add(ix.mul(at.outer[axis], s.strides[axis]), ix.mul(kh, s.dilations[axis]), -s.pads_begin[axis])
