@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 _GRAPH, _INITIALIZER, _NAME, _RAW_DATA = 7, 5, 8, 9  # field numbers in onnx.proto
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+_RESIDENT = 16 << 20  # bytes of a mapped file that may have been read before its pages are given back
 _SMALL = 1024  # bytes; smaller tensors are shapes, axes and scalars, which everything reads
 
 
@@ -47,7 +48,7 @@ def map_external(model: ir.Model, folder: Path) -> None:
 
     (onnx_ir maps the file once a tensor, and each mapping holds a file descriptor, of which there are 1024.)
     """
-    files: dict[Path, mmap.mmap] = {}
+    files: dict[Path, _Pages] = {}
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
@@ -56,10 +57,39 @@ def map_external(model: ir.Model, folder: Path) -> None:
             path = folder / tensor.location
             if path not in files:
                 with path.open("rb") as file:
-                    files[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            flat = np.frombuffer(files[path], tensor.dtype.numpy(), tensor.size, tensor.offset or 0)
+                    files[path] = _Pages(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            flat = np.frombuffer(files[path].data, tensor.dtype.numpy(), tensor.size, tensor.offset or 0)
             view = flat.reshape(tensor.shape.numpy())
-            value.const_value = ir.Tensor(view, dtype=tensor.dtype, name=tensor.name)
+            value.const_value = _MappedTensor(view, tensor, files[path])
+
+
+class _MappedTensor(ir.Tensor[np.ndarray]):
+    """A weight in a mapped file. Reading it counts; after some megabytes the pages read so far are given back, which
+    the system can do at once since they are in the file: so a compilation never holds all weights twice."""
+
+    def __init__(self, view: np.ndarray, tensor: ir.ExternalTensor, pages: _Pages) -> None:
+        super().__init__(view, dtype=tensor.dtype, name=tensor.name)
+        self._pages = pages
+
+    def numpy(self) -> np.ndarray:
+        """A view of the file."""
+        self._pages.count(self.nbytes)
+        return super().numpy()
+
+
+class _Pages:
+    """The pages of a mapped file that have been read since they were last given back."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.read = 0
+
+    def count(self, size: int) -> None:
+        """Note that `size` bytes are about to be read."""
+        if self.read > _RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
+            self.data.madvise(mmap.MADV_DONTNEED)  # what is still in use is simply read from the file again
+            self.read = 0
+        self.read += size
 
 
 def _strip_model(data: mmap.mmap) -> tuple[bytes, dict[str, tuple[int, int]]]:
