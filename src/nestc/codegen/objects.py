@@ -15,7 +15,7 @@ from nestc.errors import Error
 from nestc.kernels.api import CpuMachine
 
 _CODE_VERSION = "2"  # raise when the passes or the printed code change, so that cached objects are not reused
-_CACHE_FILES = 20_000
+_CACHE_FILES = 100  # kept in each of the store's 256 folders; a network needs some 50 in all
 _lock = threading.Lock()
 _ready = False
 
@@ -118,6 +118,16 @@ def cached_object(text: str, machine: CpuMachine) -> bytes:
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(code).digest() + code)
         os.replace(temporary, path)
+        _prune(path.parent)
     except OSError:
         pass  # the store only saves time
     return code
+
+
+def _prune(folder: Path) -> None:
+    """Remove the oldest objects of a folder that has become full."""
+    files = list(folder.iterdir())
+    if len(files) <= _CACHE_FILES:
+        return
+    for file in sorted(files, key=lambda each: each.stat().st_mtime)[: _CACHE_FILES // 2]:
+        file.unlink(missing_ok=True)
