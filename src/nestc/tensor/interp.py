@@ -111,12 +111,19 @@ _BINARY: dict[str, Callable[[Array, Array], Array]] = {
 _REDUCE = {"add": np.add, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
 
 
+def evaluate(e: Expr, values: Mapping[str, Array]) -> Array:
+    """A scalar expression without loads, for many values of its loop variables at once; the shape is theirs."""
+    frame = _Frame({})
+    frame.vars.update(values)
+    return frame.value(e).reshape(-1)
+
+
 class _Frame:
     """Values of the loop variables and storage of the buffers while a kernel runs."""
 
     def __init__(self, storage: dict[str, Array]) -> None:
         self.storage = storage
-        self.vars: dict[str, int] = {}
+        self.vars: dict[str, int | Array] = {}
 
     def value(self, e: Expr) -> Array:
         """The value of `e` as an array of shape (lanes,)."""

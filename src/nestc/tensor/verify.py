@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from math import prod
+
+import numpy as np
 
 from nestc.errors import Error
 from nestc.tensor import index as ix
+from nestc.tensor.interp import evaluate
 from nestc.tensor.ir import (
     Binary,
     Block,
@@ -24,6 +28,9 @@ from nestc.tensor.ir import (
     statements,
 )
 from nestc.tensor.rewrite import substitute
+
+MOST_PLACES = 1 << 20
+"""Stores of one iteration of a parallel loop that are looked at one by one where the ranges of indices overlap."""
 
 
 def verify(kernel: Kernel) -> None:
@@ -188,8 +195,11 @@ def _races(kernel: Kernel) -> Iterator[str]:
         flat = ix.flatten(s.index, s.buffer.shape)
         spans = [(p, _span(flat, s, var, p)) for p in picks if not _excluded(conditions, var, p)]
         for (p, a), (q, b) in pairwise(spans):
-            # Flat positions that do not meet settle it; else some index of the two must not meet.
-            if _meet([a], [b]) and _meet(_box(s, var, p), _box(s, var, q)):
+            # Flat positions that do not meet settle it, or one index that does not; else every single place decides.
+            if not _meet([a], [b]) or not _meet(_box(s, var, p), _box(s, var, q)):
+                continue
+            touched = [_places(flat, s, conditions, var, at) for at in (p, q)]
+            if touched[0] is None or touched[1] is None or np.intersect1d(touched[0], touched[1]).size:
                 yield f"iterations {p} and {q} of {var.name} both write {s.buffer.name}"
                 break
 
@@ -215,6 +225,25 @@ def _excluded(conditions: tuple[Expr, ...], var: Var, at: int) -> bool:
     """Whether one of the conditions is known not to hold in one iteration."""
     known = (substitute(c, {var: ix.const(at)}) for c in conditions)
     return any(isinstance(c, Const) and not c.value for c in known)
+
+
+def _places(flat: Expr, s: Store, conditions: tuple[Expr, ...], var: Var, at: int) -> np.ndarray | None:
+    """Every flat position that a store writes in one iteration of the parallel loop; None if there are too many."""
+    here = substitute(flat, {var: ix.const(at)})
+    if any(_loads(here, set())):
+        return None
+    known = [substitute(c, {var: ix.const(at)}) for c in conditions if not any(_loads(c, set()))]
+    names = sorted(ix.variables(here).union(*(ix.variables(c) for c in known)), key=lambda v: v.name)
+    count = prod(v.extent for v in names)
+    if count > MOST_PLACES:
+        return None
+    grid = np.meshgrid(*(np.arange(v.extent) for v in names), indexing="ij")
+    values = {v.name: part.reshape(-1) for v, part in zip(names, grid)}
+    held = np.ones(count, bool)
+    for c in known:
+        held &= evaluate(c, values)
+    places = np.broadcast_to(evaluate(here, values), (count,))[held]
+    return np.unique(places[:, None] + np.arange(s.value.lanes))
 
 
 def _span(flat: Expr, s: Store, var: Var, at: int) -> tuple[int, int]:
