@@ -7,7 +7,7 @@ The scheme is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 import numpy as np
@@ -78,6 +78,12 @@ def _anchor(region: Region) -> Op | None:
     return next((op for op in region.ops if op.op_type in ("MatMul", "Gemm") and not op.domain), None)
 
 
+def _beside_constants(machine: CpuMachine) -> CpuMachine:
+    """The machine with fewer registers for a tile: where there are many, LLVM keeps constants of a heavy tail in some
+    through the whole kernel."""
+    return replace(machine, vector_registers=machine.vector_registers - 6) if machine.vector_registers > 16 else machine
+
+
 @dataclass(frozen=True)
 class _Place:
     """Which rows a piece of code is about: `rows` of them from `row`, for one part of k; `slot` numbers the tile."""
@@ -101,7 +107,8 @@ class _Gemm:
         self.dtype = accumulation_dtype(region.types[product.a].dtype)
         self.lanes = machine.lanes(self.dtype)
         self.size = {"float64": 8, "int64": 8, "uint64": 8}.get(self.dtype, 4)
-        self.tile = choose_tile(product.m, product.n, self.lanes, machine)
+        self.heavy = any(op.op_type in _HEAVY for op in region.ops) or len(region.ops) > 5
+        self.tile = choose_tile(product.m, product.n, self.lanes, _beside_constants(machine) if self.heavy else machine)
         self.width = self.tile.vectors * self.lanes
         self.panels = ceil(product.n / self.width)
         self.blocks: Blocks = choose_blocks(product, self.tile, self.lanes, self.size, machine)
@@ -157,7 +164,6 @@ class _Gemm:
         self.acc = k.regs("acc", (t.split, t.rows, t.vectors), self.lanes, self.dtype)
         self.row = k.regs("a", (t.rows,), self.lanes, self.dtype)
         self.column = k.regs("b", (t.vectors,), self.lanes, self.dtype)
-        self.heavy = any(op.op_type in _HEAVY for op in self.region.ops) or len(self.region.ops) > 5
         if self.heavy or p.n == 1:
             self.finished = k.stack("tile", (t.rows, self.width), self.dtype)
         full, rest = divmod(p.m, t.rows)
