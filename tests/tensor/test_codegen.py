@@ -210,3 +210,23 @@ def test_verifier_names_what_is_wrong() -> None:
     with b.parallel("p", 8) as (p,), b.when(Binary("eq", p, ix.const(7))):
         b.store(out, (ix.const(0),), constant(0, "float32"))
     verify(b.finish())
+
+
+@pytest.mark.parametrize("step, wrong", [(128, False), (127, True)])
+def test_verifier_looks_at_single_places_where_ranges_do_not_tell(step: int, wrong: bool) -> None:
+    b = Builder("k")
+    out = b.param("out", "float32", (2, 16, 28))
+    with b.parallel("p", 7) as (p,), b.loop("row", 128) as row:
+        at = Binary("add", Binary("mul", p, ix.const(step)), row)
+        inner = Binary("floordiv", at, ix.const(28))
+        place = (
+            Binary("floordiv", at, ix.const(448)),
+            Binary("mod", inner, ix.const(16)),
+            Binary("mod", at, ix.const(28)),
+        )
+        b.store(out, place, constant(0, "float32"))
+    if not wrong:
+        verify(b.finish())
+        return
+    with pytest.raises(Error, match="both write out"):
+        verify(b.finish())
