@@ -500,11 +500,6 @@ class _Printer:
             a, b = self.value(e.a), self.value(e.b)
             picks = ", ".join(f"i32 {p}" for p in e.picks)
             return self.emit(f"shufflevector {kind} {a}, {kind} {b}, <{len(e.picks)} x i32> <{picks}>")
-        if isinstance(e, Shuffle):
-            kind = _vector(scalar_type(e.dtype), e.a.lanes)
-            a, b = self.value(e.a), self.value(e.b)
-            picks = ", ".join(f"i32 {p}" for p in e.picks)
-            return self.emit(f"shufflevector {kind} {a}, {kind} {b}, <{len(e.picks)} x i32> <{picks}>")
         if isinstance(e, Reduce):
             return self.reduce(e)
         raise Error(f"kernel {self.kernel.name}: cannot print {type(e).__name__}")

@@ -121,9 +121,7 @@ class _Depthwise:
             self.row(tile, n, block, start, taps, places)
             return
         with k.loop("kh", s.kernel[axis]) as kh:
-            place = ix.add(
-                ix.mul(outer[axis], s.strides[axis]), ix.mul(kh, s.dilations[axis]), -s.pads_begin[axis]
-            )
+            place = ix.add(ix.mul(outer[axis], s.strides[axis]), ix.mul(kh, s.dilations[axis]), -s.pads_begin[axis])
             with k.when(within(place, s.size[axis])):
                 self.rows(axis + 1, tile, n, block, outer, start, (*taps, kh), (*places, place))
 
@@ -146,7 +144,11 @@ class _Depthwise:
                 for j in range(tile.width):
                     w = ix.add(first, j * stride, ix.mul(kw, dilation))
                     mask = None if tile.taps is None else within(w, s.size[-1])
-                    k.store(self.xreg, (0,), load(self.input, n, block, *places, w, *self.trailing, 0, lanes=lanes, mask=mask))
+                    k.store(
+                        self.xreg,
+                        (0,),
+                        load(self.input, n, block, *places, w, *self.trailing, 0, lanes=lanes, mask=mask),
+                    )
                     self.multiply(j, 0)
             return
         for kw in range(self.columns):
@@ -156,7 +158,11 @@ class _Depthwise:
             for j in range(tile.width) if tile.taps is None else tile.taps[kw]:
                 reach.setdefault(j * stride + kw * dilation, []).append((j, kw))
         for column in sorted(reach):
-            k.store(self.xreg, (0,), load(self.input, n, block, *places, ix.add(first, column), *self.trailing, 0, lanes=lanes))
+            k.store(
+                self.xreg,
+                (0,),
+                load(self.input, n, block, *places, ix.add(first, column), *self.trailing, 0, lanes=lanes),
+            )
             for j, kw in reach[column]:
                 self.multiply(j, kw)
 
