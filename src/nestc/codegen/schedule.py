@@ -26,8 +26,9 @@ CHUNKS_PER_WORKER = 16
 SPREAD_SECONDS = 20e-6
 """A serial step above this cost may get a lane of its own, beside independent serial steps."""
 
-BARRIER_SECONDS = 0.5e-6
-WAKE_SECONDS = 5e-6
+BARRIER_SECONDS = 2e-6
+WAKE_SECONDS = 30e-6
+"""What a meeting and the start of sleeping workers cost on a virtual machine; below that a model is left to one."""
 MAX_LANES = 8
 
 LOOSE_GROWTH, LOOSE_BYTES = 1.25, 1 << 18

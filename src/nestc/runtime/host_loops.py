@@ -17,6 +17,9 @@ class Loop(ReferenceLoop):
     """ONNX Loop: each scan output is stacked along a new first axis."""
 
     op_domain = ""
+    # Set by the base class, one for each graph attribute of its schema.
+    body: Any
+    _run_body: Any
 
     def _run(
         self,

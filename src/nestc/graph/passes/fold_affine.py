@@ -143,7 +143,9 @@ class LowerBatchNormalization(Rewrite):
         """Normalize by the batch's own mean and variance, and move the running ones towards them, as ONNX defines."""
         data, scale, bias, mean, variance = node.inputs[:5]
         shape, dtype = None if data is None else static_shape(data), node.outputs[0].dtype
-        if data is None or scale is None or shape is None or len(shape) < 2 or dtype not in _EXACT_FLOATS:
+        if data is None or scale is None or shape is None or len(shape) < 2:
+            return False
+        if dtype is None or dtype not in _EXACT_FLOATS:
             return False
         if any(value is None or value.dtype != dtype for value in (scale, bias, mean, variance)):
             return False
