@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import isinf, isnan
 
-from nestc.codegen.halves import Halves
+from nestc.codegen.arithmetic import Arithmetic
+from nestc.codegen.llvm_types import literal, memory_type, scalar_type, suffix, vector_type, width
 from nestc.errors import Error
 from nestc.kernels.api import CpuMachine
 from nestc.tensor import index as ix
@@ -36,46 +35,7 @@ from nestc.tensor.ir import (
     Var,
 )
 
-_FLOAT = {"float32": "float", "float64": "double"}
-_BITS = {"bool": 8, "bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
-_COMPARE = {"eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge"}
-_FLOAT_OPS = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv", "rem": "frem"}
-_INT_OPS = {"add": "add", "sub": "sub", "mul": "mul", "and": "and", "or": "or", "xor": "xor", "shl": "shl"}
-_INTRINSICS = {"sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "rint": "rint", "trunc": "trunc", "abs": "fabs"}
-# Called for each lane: libm, which every process that runs Python has loaded.
-_LIBM = frozenset("exp log sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf pow atan2".split())
 _CACHE_LINE = 64
-
-
-def width(dtype: str) -> int:
-    """Bits of one element in memory."""
-    return _BITS.get(dtype) or int(dtype.lstrip("uint"))
-
-
-def unsigned(dtype: str) -> bool:
-    """Whether integers of this dtype are unsigned."""
-    return dtype.startswith("uint") or dtype == "bool"
-
-
-def scalar_type(dtype: str) -> str:
-    """LLVM type of a value; bool is i1, float16 and bfloat16 are their 16 bits."""
-    if dtype == "bool":
-        return "i1"
-    return _FLOAT.get(dtype) or f"i{width(dtype)}"
-
-
-def memory_type(dtype: str) -> str:
-    """LLVM type of an element in memory; bool takes a byte."""
-    return "i8" if dtype == "bool" else scalar_type(dtype)
-
-
-def _vector(element: str, lanes: int) -> str:
-    return element if lanes == 1 else f"<{lanes} x {element}>"
-
-
-def _suffix(element: str, lanes: int) -> str:
-    short = {"float": "f32", "double": "f64"}.get(element, element)
-    return short if lanes == 1 else f"v{lanes}{short}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +64,7 @@ class _Scope:
     before: _Lines = field(default_factory=list)
 
 
-class _Printer:
+class _Printer(Arithmetic):
     def __init__(self, kernel: Kernel, symbol: str, machine: CpuMachine) -> None:
         self.kernel = kernel
         self.symbol = symbol
@@ -208,7 +168,7 @@ class _Printer:
             if b.memory == "regs":
                 lanes = b.shape[-1]
                 for i in range(b.size // lanes):
-                    kind = _vector(scalar_type(b.dtype), lanes)
+                    kind = vector_type(scalar_type(b.dtype), lanes)
                     self.entry.append(f"  %r.{b.name}.{i} = alloca {kind}, align {_CACHE_LINE}")
             elif b.memory == "stack":
                 kind = f"[{max(1, b.size)} x {memory_type(b.dtype)}]"
@@ -292,21 +252,21 @@ class _Printer:
     def store(self, s: Store) -> None:
         lanes = s.value.lanes
         value = self.value(s.value)
-        kind = _vector(scalar_type(s.buffer.dtype), lanes)
+        kind = vector_type(scalar_type(s.buffer.dtype), lanes)
         if s.buffer.memory == "regs":
             if s.mask is not None:
                 raise Error(f"kernel {self.kernel.name}: masked store to registers {s.buffer.name}")
             self.do(f"store {kind} {value}, ptr {self.register(s.buffer, s.index)}")
             return
         if s.buffer.dtype == "bool":
-            value = self.emit(f"zext {kind} {value} to {_vector('i8', lanes)}")
+            value = self.emit(f"zext {kind} {value} to {vector_type('i8', lanes)}")
         element = memory_type(s.buffer.dtype)
-        kind = _vector(element, lanes)
+        kind = vector_type(element, lanes)
         align = max(1, width(s.buffer.dtype) // 8)
         if any(i.lanes > 1 for i in s.index):
             mask = self.mask(s.mask, lanes)
             places = self.addresses(s.buffer, s.index, lanes)
-            name = f"llvm.masked.scatter.{_suffix(element, lanes)}.v{lanes}p0"
+            name = f"llvm.masked.scatter.{suffix(element, lanes)}.v{lanes}p0"
             self.declare(name, f"void @{name}({kind}, <{lanes} x ptr>, i32, <{lanes} x i1>)")
             self.do(f"call void @{name}({kind} {value}, <{lanes} x ptr> {places}, i32 {align}, <{lanes} x i1> {mask})")
             return
@@ -318,7 +278,7 @@ class _Printer:
             return
         mask = self.value(s.mask)
         place = self.address(s.buffer, s.index)
-        name = f"llvm.masked.store.{_suffix(element, lanes)}.p0"
+        name = f"llvm.masked.store.{suffix(element, lanes)}.p0"
         self.declare(name, f"void @{name}({kind}, ptr, i32, <{lanes} x i1>)")
         self.do(f"call void @{name}({kind} {value}, ptr {place}, i32 {align}, <{lanes} x i1> {mask})")
 
@@ -476,15 +436,15 @@ class _Printer:
         if isinstance(e, Unary):
             return self.unary(e)
         if isinstance(e, Select):
-            kind = _vector(scalar_type(e.dtype), e.lanes)
+            kind = vector_type(scalar_type(e.dtype), e.lanes)
             cond, a, b = self.value(e.cond), self.value(e.a), self.value(e.b)
             if cond in ("true", "false"):
                 return a if cond == "true" else b
-            return self.emit(f"select {_vector('i1', e.cond.lanes)} {cond}, {kind} {a}, {kind} {b}")
+            return self.emit(f"select {vector_type('i1', e.cond.lanes)} {cond}, {kind} {a}, {kind} {b}")
         if isinstance(e, Cast):
             return self.cast(self.value(e.x), e.x.dtype, e.dtype, e.lanes)
         if isinstance(e, Bitcast):
-            source, target = (_vector(scalar_type(d), e.lanes) for d in (e.x.dtype, e.dtype))
+            source, target = (vector_type(scalar_type(d), e.lanes) for d in (e.x.dtype, e.dtype))
             value = self.value(e.x)
             return value if source == target else self.emit(f"bitcast {source} {value} to {target}")
         if isinstance(e, Broadcast):
@@ -496,7 +456,7 @@ class _Printer:
         if isinstance(e, Fma):
             return self.fma(e)
         if isinstance(e, Shuffle):
-            kind = _vector(scalar_type(e.dtype), e.a.lanes)
+            kind = vector_type(scalar_type(e.dtype), e.a.lanes)
             a, b = self.value(e.a), self.value(e.b)
             picks = ", ".join(f"i32 {p}" for p in e.picks)
             return self.emit(f"shufflevector {kind} {a}, {kind} {b}, <{len(e.picks)} x i32> <{picks}>")
@@ -530,14 +490,16 @@ class _Printer:
 
     def load(self, e: Load) -> str:
         element = memory_type(e.buffer.dtype)
-        kind = _vector(element, e.lanes)
+        kind = vector_type(element, e.lanes)
         if e.buffer.memory == "regs":
-            return self.emit(f"load {_vector(scalar_type(e.dtype), e.lanes)}, ptr {self.register(e.buffer, e.index)}")
+            return self.emit(
+                f"load {vector_type(scalar_type(e.dtype), e.lanes)}, ptr {self.register(e.buffer, e.index)}"
+            )
         align = max(1, width(e.dtype) // 8)
         if any(i.lanes > 1 for i in e.index):
             places = self.addresses(e.buffer, e.index, e.lanes)
             mask = self.mask(e.mask, e.lanes)
-            name = f"llvm.masked.gather.{_suffix(element, e.lanes)}.v{e.lanes}p0"
+            name = f"llvm.masked.gather.{suffix(element, e.lanes)}.v{e.lanes}p0"
             self.declare(name, f"{kind} @{name}(<{e.lanes} x ptr>, i32, <{e.lanes} x i1>, {kind})")
             operands = f"<{e.lanes} x ptr> {places}, i32 {align}, <{e.lanes} x i1> {mask}, {kind} zeroinitializer"
             return self.from_memory(self.emit(f"call {kind} @{name}({operands})"), e.dtype, e.lanes)
@@ -555,7 +517,7 @@ class _Printer:
                 self.entry += [line, f"  store {kind} zeroinitializer, ptr {zero}"]
             safe = self.emit(f"select i1 {cond}, ptr {place}, ptr {zero}")
             return self.from_memory(self.emit(f"load {kind}, ptr {safe}, align {align}"), e.dtype, e.lanes)
-        name = f"llvm.masked.load.{_suffix(element, e.lanes)}.p0"
+        name = f"llvm.masked.load.{suffix(element, e.lanes)}.p0"
         self.declare(name, f"{kind} @{name}(ptr, i32, <{e.lanes} x i1>, {kind})")
         operands = f"ptr {place}, i32 {align}, <{e.lanes} x i1> {cond}, {kind} zeroinitializer"
         return self.from_memory(self.emit(f"call {kind} @{name}({operands})"), e.dtype, e.lanes)
@@ -564,223 +526,7 @@ class _Printer:
         if dtype != "bool":
             return value
         zero = "zeroinitializer" if lanes > 1 else "0"
-        return self.emit(f"icmp ne {_vector('i8', lanes)} {value}, {zero}")
-
-    def fma(self, e: Fma) -> str:
-        a, b, c = self.value(e.a), self.value(e.b), self.value(e.c)
-        element = scalar_type(e.dtype)
-        kind = _vector(element, e.lanes)
-        if element not in ("float", "double"):
-            return self.emit(f"add {kind} {self.emit(f'mul {kind} {a}, {b}')}, {c}")
-        if not self.machine.fma:
-            return self.emit(f"fadd {kind} {self.emit(f'fmul {kind} {a}, {b}')}, {c}")
-        name = f"llvm.fma.{_suffix(element, e.lanes)}"
-        self.declare(name, f"{kind} @{name}({kind}, {kind}, {kind})")
-        return self.emit(f"call {kind} @{name}({kind} {a}, {kind} {b}, {kind} {c})")
-
-    def reduce(self, e: Reduce) -> str:
-        value = self.value(e.x)
-        if e.x.lanes == 1:
-            return value
-        element = scalar_type(e.dtype)
-        kind = _vector(element, e.x.lanes)
-        suffix = _suffix(element, e.x.lanes)
-        if element in ("float", "double"):
-            if e.op in ("min", "max"):
-                return self.halves(e.op, value, e.dtype, e.x.lanes)
-            name = f"llvm.vector.reduce.f{e.op}.{suffix}"
-            start = literal(Const(-0.0 if e.op == "add" else 1.0, e.dtype))
-            self.declare(name, f"{element} @{name}({element}, {kind})")
-            return self.emit(f"call reassoc {element} @{name}({element} {start}, {kind} {value})")
-        elif element == "i1":
-            name = f"llvm.vector.reduce.{'or' if e.op in ('max', 'add') else 'and'}.{suffix}"
-        else:
-            sign = "u" if unsigned(e.dtype) else "s"
-            name = f"llvm.vector.reduce.{e.op if e.op in ('add', 'mul') else sign + e.op}.{suffix}"
-        self.declare(name, f"{element} @{name}({kind})")
-        return self.emit(f"call {element} @{name}({kind} {value})")
-
-    def halves(self, op: str, value: str, dtype: str, lanes: int) -> str:
-        """min or max over floating lanes, half against half; LLVM's own reduction keeps to an order, lane by lane."""
-        element = scalar_type(dtype)
-        while lanes > 1:
-            kind, rest = _vector(element, lanes), (lanes + 1) // 2
-            parts: list[str] = []
-            for start in (0, lanes - rest):
-                picks = ", ".join(f"i32 {start + i}" for i in range(rest))
-                parts.append(self.emit(f"shufflevector {kind} {value}, {kind} poison, <{rest} x i32> <{picks}>"))
-            low, high = parts
-            half = f"<{rest} x {element}>"
-            chosen = self.emit(f"fcmp {'olt' if op == 'min' else 'ogt'} {half} {low}, {high}")
-            value = self.emit(f"select <{rest} x i1> {chosen}, {half} {low}, {half} {high}")
-            if rest == 1:
-                return self.emit(f"extractelement {half} {value}, i64 0")
-            lanes = rest
-        return value
-
-    def binary(self, e: Binary) -> str:
-        a, b = self.value(e.a), self.value(e.b)
-        element = scalar_type(e.a.dtype)
-        kind = _vector(element, e.lanes)
-        floating = element in ("float", "double")
-        if e.a.dtype in ("float16", "bfloat16"):
-            raise Error(f"kernel {self.kernel.name}: {e.op} on {e.a.dtype}; compute in float32 and cast")
-        if e.op in _COMPARE:
-            return self.compare(_COMPARE[e.op], a, b, kind, e.a.dtype, floating)
-        if e.op in ("min", "max"):
-            chosen = self.compare("lt" if e.op == "min" else "gt", a, b, kind, e.a.dtype, floating)
-            return self.emit(f"select {_vector('i1', e.lanes)} {chosen}, {kind} {a}, {kind} {b}")
-        if e.op in _LIBM:
-            if not floating:
-                raise Error(f"kernel {self.kernel.name}: {e.op} on {e.dtype}")
-            return self.libm(e.op, (a, b), element, e.lanes)
-        if floating:
-            if e.op in ("floordiv", "mod"):
-                return self.float_floor(e.op, a, b, element, e.lanes)
-            if e.op not in _FLOAT_OPS:
-                raise Error(f"kernel {self.kernel.name}: {e.op} on {e.dtype}")
-            if e.op == "rem":
-                return self.libm("fmod", (a, b), element, e.lanes)
-            return self.emit(f"{_FLOAT_OPS[e.op]} {kind} {a}, {b}")
-        if e.op == "shr":
-            return self.emit(f"{'lshr' if unsigned(e.dtype) else 'ashr'} {kind} {a}, {b}")
-        if e.op in ("div", "rem", "floordiv", "mod"):
-            return self.int_divide(e, a, b, kind)
-        return self.emit(f"{_INT_OPS[e.op]} {kind} {a}, {b}")
-
-    def compare(self, op: str, a: str, b: str, kind: str, dtype: str, floating: bool) -> str:
-        if floating:
-            return self.emit(f"fcmp {'une' if op == 'ne' else 'o' + op} {kind} {a}, {b}")
-        sign = "" if op in ("eq", "ne") else "u" if unsigned(dtype) else "s"
-        return self.emit(f"icmp {sign}{op} {kind} {a}, {b}")
-
-    def float_floor(self, op: str, a: str, b: str, element: str, lanes: int) -> str:
-        """floor(a / b), or a - floor(a / b) * b computed through fmod so that it is exact."""
-        kind = _vector(element, lanes)
-        if op == "floordiv":
-            return self.intrinsic("floor", self.emit(f"fdiv {kind} {a}, {b}"), element, lanes)
-        remainder = self.libm("fmod", (a, b), element, lanes)
-        zero = "zeroinitializer" if lanes > 1 else "0.0"
-        flag = _vector("i1", lanes)
-        unequal = self.emit(f"fcmp une {kind} {remainder}, {zero}")
-        negative, divisor = (self.emit(f"fcmp olt {kind} {x}, {zero}") for x in (remainder, b))
-        fix = self.emit(f"and {flag} {unequal}, {self.emit(f'xor {flag} {negative}, {divisor}')}")
-        fixed = self.emit(f"fadd {kind} {remainder}, {b}")
-        return self.emit(f"select {flag} {fix}, {kind} {fixed}, {kind} {remainder}")
-
-    def int_divide(self, e: Binary, a: str, b: str, kind: str) -> str:
-        """Integer division that cannot trap: x / 0 is x, x % 0 is 0, and min / -1 wraps."""
-        lanes = e.lanes
-        flag = _vector("i1", lanes)
-        one = self.splat("1", scalar_type(e.dtype), lanes)
-        zero = "zeroinitializer" if lanes > 1 else "0"
-        if not isinstance(e.b, Const):
-            b = self.emit(f"select {flag} {self.emit(f'icmp eq {kind} {b}, {zero}')}, {kind} {one}, {kind} {b}")
-        if unsigned(e.dtype):
-            return self.emit(f"{'udiv' if e.op in ('div', 'floordiv') else 'urem'} {kind} {a}, {b}")
-        minus = self.splat("-1", scalar_type(e.dtype), lanes)
-        is_minus = self.emit(f"icmp eq {kind} {b}, {minus}")
-        safe = self.emit(f"select {flag} {is_minus}, {kind} {one}, {kind} {b}")
-        quotient = self.emit(f"sdiv {kind} {a}, {safe}")
-        quotient = self.emit(
-            f"select {flag} {is_minus}, {kind} {self.emit(f'sub {kind} {zero}, {a}')}, {kind} {quotient}"
-        )
-        if e.op == "div":
-            return quotient
-        product = self.emit(f"mul {kind} {quotient}, {b}")
-        remainder = self.emit(f"sub {kind} {a}, {product}")
-        if e.op == "rem":
-            return remainder
-        unequal = self.emit(f"icmp ne {kind} {remainder}, {zero}")
-        differs = self.emit(f"icmp slt {kind} {self.emit(f'xor {kind} {remainder}, {b}')}, {zero}")
-        fix = self.emit(f"and {flag} {unequal}, {differs}")
-        if e.op == "floordiv":
-            return self.emit(f"add {kind} {quotient}, {self.emit(f'sext {flag} {fix} to {kind}')}")
-        return self.emit(f"add {kind} {remainder}, {self.emit(f'select {flag} {fix}, {kind} {b}, {kind} {zero}')}")
-
-    def unary(self, e: Unary) -> str:
-        x = self.value(e.x)
-        element = scalar_type(e.x.dtype)
-        kind = _vector(element, e.lanes)
-        floating = element in ("float", "double")
-        if e.x.dtype in ("float16", "bfloat16"):
-            raise Error(f"kernel {self.kernel.name}: {e.op} on {e.x.dtype}; compute in float32 and cast")
-        if e.op == "neg":
-            zero = "zeroinitializer" if e.lanes > 1 else "0"
-            return self.emit(f"fneg {kind} {x}" if floating else f"sub {kind} {zero}, {x}")
-        if e.op in ("not", "bitnot"):
-            ones = self.splat("true" if element == "i1" else "-1", element, e.lanes)
-            return self.emit(f"xor {kind} {x}, {ones}")
-        if e.op == "isnan":
-            return self.emit(f"fcmp uno {kind} {x}, {x}")
-        if e.op == "abs" and not floating:
-            if unsigned(e.dtype):
-                return x
-            name = f"llvm.abs.{_suffix(element, e.lanes)}"
-            self.declare(name, f"{kind} @{name}({kind}, i1)")
-            return self.emit(f"call {kind} @{name}({kind} {x}, i1 false)")
-        if not floating:
-            raise Error(f"kernel {self.kernel.name}: {e.op} on {e.dtype}")
-        if e.op in _INTRINSICS:
-            return self.intrinsic(_INTRINSICS[e.op], x, element, e.lanes)
-        return self.libm(e.op, (x,), element, e.lanes)
-
-    def intrinsic(self, op: str, x: str, element: str, lanes: int) -> str:
-        kind = _vector(element, lanes)
-        name = f"llvm.{op}.{_suffix(element, lanes)}"
-        self.declare(name, f"{kind} @{name}({kind})")
-        return self.emit(f"call {kind} @{name}({kind} {x})")
-
-    def libm(self, op: str, operands: tuple[str, ...], element: str, lanes: int) -> str:
-        """A call of the C library for each lane."""
-        name = op + ("f" if element == "float" else "")
-        self.declare(name, f"{element} @{name}({', '.join([element] * len(operands))})")
-        if lanes == 1:
-            return self.emit(f"call {element} @{name}({', '.join(f'{element} {x}' for x in operands)})")
-        kind = _vector(element, lanes)
-        result = "poison"
-        for lane in range(lanes):
-            parts = [self.emit(f"extractelement {kind} {x}, i64 {lane}") for x in operands]
-            one = self.emit(f"call {element} @{name}({', '.join(f'{element} {x}' for x in parts)})")
-            result = self.emit(f"insertelement {kind} {result}, {element} {one}, i64 {lane}")
-        return result
-
-    # -- conversions
-
-    def cast(self, x: str, source: str, target: str, lanes: int) -> str:
-        """By value, see `tensor.ir.Cast`; half and bfloat16 go through float32."""
-        if source == target:
-            return x
-        halves = Halves(self.emit, lanes, self.machine.f16c)
-        if source in ("float16", "bfloat16"):
-            single = halves.from_float16(x) if source == "float16" else halves.from_bfloat16(x)
-            return self.cast(single, "float32", target, lanes)
-        if target in ("float16", "bfloat16"):
-            single = self.cast(x, source, "float32", lanes)
-            return halves.to_float16(single) if target == "float16" else halves.to_bfloat16(single)
-        s, t = scalar_type(source), scalar_type(target)
-        from_kind, to_kind = _vector(s, lanes), _vector(t, lanes)
-        s_float, t_float = source in _FLOAT, target in _FLOAT
-        if target == "bool":
-            zero = "zeroinitializer" if lanes > 1 else ("0.0" if s_float else "0")
-            return self.emit(f"{'fcmp une' if s_float else 'icmp ne'} {from_kind} {x}, {zero}")
-        if s_float and t_float:
-            op = "fpext" if width(source) < width(target) else "fptrunc"
-            return self.emit(f"{op} {from_kind} {x} to {to_kind}")
-        if s_float:
-            if target == "uint64":
-                return self.emit(f"fptoui {from_kind} {x} to {to_kind}")
-            wide = "i32" if width(target) < 32 or target == "int32" else "i64"
-            value = self.emit(f"fptosi {from_kind} {x} to {_vector(wide, lanes)}")
-            return value if wide == t else self.emit(f"trunc {_vector(wide, lanes)} {value} to {to_kind}")
-        if t_float:
-            return self.emit(f"{'uitofp' if unsigned(source) else 'sitofp'} {from_kind} {x} to {to_kind}")
-        if s == t:
-            return x
-        from_bits = 1 if source == "bool" else width(source)
-        if from_bits > width(target):
-            return self.emit(f"trunc {from_kind} {x} to {to_kind}")
-        return self.emit(f"{'zext' if unsigned(source) else 'sext'} {from_kind} {x} to {to_kind}")
+        return self.emit(f"icmp ne {vector_type('i8', lanes)} {value}, {zero}")
 
 
 def _flat(lines: _Lines) -> Iterator[str]:
@@ -790,31 +536,3 @@ def _flat(lines: _Lines) -> Iterator[str]:
             yield line
         else:
             yield from _flat(line)
-
-
-def _float16_bits(value: float) -> int:
-    """The bits of the nearest float16; infinity beyond the largest."""
-    try:
-        return int(struct.unpack("<H", struct.pack("<e", value))[0])
-    except OverflowError:
-        return 0x7C00 if value > 0 else 0xFC00
-
-
-def literal(e: Const) -> str:
-    """An LLVM literal; floats in hexadecimal so that every bit is kept."""
-    if e.dtype == "bool":
-        return "true" if e.value else "false"
-    if e.dtype in ("float32", "float64"):
-        value = float(e.value)
-        if e.dtype == "float32" and not (isnan(value) or isinf(value)):
-            try:
-                value = struct.unpack("f", struct.pack("f", value))[0]
-            except OverflowError:
-                value = float("inf") if value > 0 else float("-inf")
-        return f"0x{struct.unpack('<Q', struct.pack('<d', value))[0]:016X}"
-    if e.dtype == "float16":
-        return str(_float16_bits(float(e.value)))
-    if e.dtype == "bfloat16":
-        bits = struct.unpack("<I", struct.pack("<f", float(e.value)))[0]
-        return str((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-    return str(int(e.value))

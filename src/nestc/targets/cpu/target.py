@@ -12,7 +12,8 @@ from math import prod
 import numpy as np
 
 from nestc.bundle.artifact import Artifact, Device
-from nestc.codegen.llvm import Code, print_kernel, width
+from nestc.codegen.llvm import Code, print_kernel
+from nestc.codegen.llvm_types import width
 from nestc.codegen.main import build_main
 from nestc.codegen.objects import cached_object, compile_ir
 from nestc.codegen.schedule import Alias, Step
