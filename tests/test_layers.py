@@ -33,7 +33,7 @@ ALLOWED = {("importers", f"nestc.graph.{name}") for name in ("bind", "infer_shap
 TOP = {"driver", "cli", "commands", "specialise", "demo"}
 
 # Helpers that compile and run one kernel for tests and benchmarks; no stage may import them.
-TOOLS = {"nestc.kernels.testing"}
+TOOLS = {"nestc.kernels.testing", "nestc.kernels.checking"}
 
 # The run side must be light: these never appear among its imports.
 COMPILER = ("importers", "graph", "quant", "tensor", "kernels", "codegen", "targets")

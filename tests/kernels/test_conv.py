@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
 from nestc.kernels.api import PLAIN, Layout
+from nestc.kernels.checking import by_onnxruntime
 from nestc.kernels.conv import CONV
 from nestc.kernels.conv_shape import cut_row, fold_pixels, register_tile
 from nestc.kernels.testing import evaluate, host_machine, region_of, run_lowered
@@ -18,32 +18,17 @@ MACHINE = host_machine()
 BLOCK = Layout(MACHINE.lanes("float32"))
 
 
-def reference(nodes, feeds):
-    """Every value of a chain of nodes by ONNX Runtime."""
-    made = [name for node in nodes for name in node.output]
-    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in feeds.items()}
-    graph = helper.make_graph(
-        nodes,
-        "chain",
-        [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in feeds.items()],
-        [helper.make_empty_tensor_value_info(name) for name in made],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return dict(zip(made, session.run(made, feeds)))
-
-
 def check(x, w, b=None, *, tail=False, blocked=True, jit=True, **attributes):
     """Our kernel equals ONNX Runtime's on one convolution, with a residual and a Relu if `tail`."""
     feeds = {"x": x, "w": w} | ({} if b is None else {"b": b})
     nodes = [helper.make_node("Conv", list(feeds), ["y"], name="conv", **attributes)]
     constants = [name for name in ("w", "b") if name in feeds]
     if tail:
-        shape = (reference(nodes, feeds) if x.dtype == np.float32 else evaluate(nodes, feeds))["y"].shape
+        shape = (by_onnxruntime(nodes, feeds) if x.dtype == np.float32 else evaluate(nodes, feeds))["y"].shape
         feeds["residual"] = np.random.default_rng(1).standard_normal(shape).astype(x.dtype)
         nodes += [helper.make_node("Add", ["y", "residual"], ["s"]), helper.make_node("Relu", ["s"], ["z"])]
     # ONNX Runtime has no convolution of doubles; the reference evaluator is slow but has.
-    values = reference(nodes, feeds) if x.dtype == np.float32 else evaluate(nodes, feeds)
+    values = by_onnxruntime(nodes, feeds) if x.dtype == np.float32 else evaluate(nodes, feeds)
     output = nodes[-1].output[0]
     region = region_of(nodes, {**feeds, **values}, [output], constants)
     assert CONV.refusal(region) is None

@@ -2,94 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
-
 import numpy as np
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from nestc.errors import Error
-from nestc.kernels.api import PLAIN, Layout
+from nestc.kernels.checking import FamilyCheck, by_onnxruntime, node_cases
 from nestc.kernels.pool import POOL
-from nestc.kernels.testing import host_machine, region_of, run_lowered
+from nestc.kernels.testing import host_machine, region_of
 
 MACHINE = host_machine()
 RANDOM = np.random.default_rng(0)
 
 
-def compute(nodes, feeds, opset=22):
-    """Every value of a chain of nodes by ONNX Runtime."""
-    made = [name for node in nodes for name in node.output if name]
-    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in feeds.items()}
-    graph = helper.make_graph(
-        nodes,
-        "chain",
-        [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in feeds.items()],
-        [helper.make_empty_tensor_value_info(name) for name in made],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return dict(zip(made, session.run(made, feeds)))
-
-
-def lowered_values(nodes, feeds, expected, outputs, blocked, constants=(), jit=True):
-    """The outputs by our kernels; `expected` gives the types of all made values."""
-    region = region_of(nodes, {**feeds, **expected}, outputs, constants)
-    reason = POOL.refusal(region)
-    assert reason is None, reason
-    block = Layout(MACHINE.lanes("float32"))
-    incoming = {n: block if blocked and len(region.types[n].shape) > 2 else PLAIN for n in region.inputs}
-    layouts = POOL.layouts(region, MACHINE, incoming)
-    return run_lowered(region, POOL.lower(region, MACHINE, layouts), feeds, MACHINE, layouts, jit)
-
-
-def compare(nodes, feeds, blocked=False, constants=(), jit=(True,), outputs=None, expected=None, tolerance=2e-5):
-    """Our outputs equal those of ONNX Runtime (or `expected`) within the tolerance of the output's scale."""
-    expected = compute(nodes, feeds) if expected is None else expected
-    outputs = [n for n in nodes[-1].output if n] if outputs is None else outputs
-    for way in jit:
-        found = lowered_values(nodes, feeds, expected, outputs, blocked, constants, way)
-        for name in outputs:
-            wanted, got = expected[name], found[name]
-            assert got.shape == wanted.shape and got.dtype == wanted.dtype
-            if wanted.dtype.kind in "iub":
-                np.testing.assert_array_equal(got, wanted)
-            else:
-                scale = float(np.max(np.abs(wanted))) if wanted.size else 1.0
-                wide = np.float64
-                np.testing.assert_allclose(
-                    got.astype(wide), wanted.astype(wide), rtol=tolerance, atol=tolerance * scale
-                )
-
-
-@cache
-def node_cases(*operators):
-    """The single-node tests of the onnx package for some operators."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from onnx.backend.test.loader import load_model_tests
-
-        cases = load_model_tests(kind="node")
-    return [case for case in cases if [node.op_type for node in case.model.graph.node] in [[op] for op in operators]]
-
-
-def run_node_case(case, blocked, refused=(), constants=()):
-    """One test of the onnx package; those in `refused` must be refused."""
-    graph = case.model.graph
-    (inputs, outputs), (node,) = case.data_sets[0], graph.node
-    feeds = {value.name: np.asarray(array) for value, array in zip(graph.input, inputs, strict=True)}
-    expected = {value.name: np.asarray(array) for value, array in zip(graph.output, outputs, strict=True)}
-    if case.name in refused:
-        assert POOL.refusal(region_of([node], {**feeds, **expected}, list(expected)))
-        return
-    try:
-        compare([node], feeds, blocked, constants, expected=expected, outputs=list(expected), tolerance=1e-4)
-    except (AssertionError, Error) as error:
-        pytest.fail(f"{case.name}: {error}")
+CHECK = FamilyCheck(POOL)
+compute, compare = by_onnxruntime, CHECK.compare
+lowered_values, run_node_case = CHECK.lowered_values, CHECK.run_node_case
 
 
 @pytest.mark.parametrize("blocked", [False, True])
