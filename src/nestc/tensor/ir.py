@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, Literal
 
 Memory = Literal["param", "regs", "stack", "scratch"]
@@ -47,11 +48,17 @@ class Buffer:
         return count
 
 
+@cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    """Names of the fields that tell nodes of a kind apart (asked for every node that is hashed)."""
+    return tuple(f.name for f in fields(kind) if f.compare)
+
+
 class Node:
     """Frozen, compared by structure, with its hash computed once (expressions share subtrees heavily)."""
 
     def _key(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, f.name) for f in fields(self) if f.compare)  # type: ignore[arg-type]
+        return tuple([getattr(self, name) for name in _field_names(type(self))])
 
     def __hash__(self) -> int:
         cached: int | None = self.__dict__.get("_hash")

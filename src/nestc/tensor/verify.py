@@ -185,7 +185,7 @@ def _races(kernel: Kernel) -> Iterator[str]:
     if var is None or var.extent < 2:
         return
     # The first iterations, the border of a row where the loop is folded, the middle and the end.
-    starts = {0, 1, 2, var.extent // 2, var.extent - 2}
+    starts = {0, 1, var.extent // 2, var.extent - 2}
     picks = sorted({p + d for p in starts for d in (0, 1) if 0 <= p + d < var.extent})
     for s, conditions in _guarded_stores(kernel.body, ()):
         if s.buffer.memory != "param" or s.mask is not None:
