@@ -15,8 +15,7 @@ from nestc.kernels.operands import Operands
 from nestc.kernels.tail import Tail, tail_refusal
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, constant, load, splat, within
-from nestc.tensor.ir import Broadcast, Buffer, Const, Expr, Fma, Load, Var
-from nestc.tensor.rewrite import cast
+from nestc.tensor.ir import Buffer, Expr, Fma, Load, Var
 from nestc.tensor.vectorize import vectorize
 
 _CACHE_LINE = 64
@@ -481,5 +480,3 @@ def _spread_groups(weights: np.ndarray, groups: int) -> np.ndarray:
 
 
 CONV = ConvFamily()
-
-__all__ = ["CONV", "Broadcast", "Const", "ConvFamily", "cast"]

@@ -100,11 +100,12 @@ class FoldAffine(Rewrite):
         if node.outputs[0].dtype not in _FLOATS or not np.isfinite(affine.scale).all():
             return False
         groups = after.attributes.get_int("group", 1)
-        per_output = lambda vector: np.repeat(vector.reshape(groups, -1), weight.shape[0] // groups, axis=0)  # noqa: E731
+        repeats = weight.shape[0] // groups  # each group's input channels, once for each of its outputs
         wide = np.asarray(weight, np.float64)
         spatial = (1,) * (weight.ndim - 2)
-        scaled = wide * per_output(affine.scale).reshape(weight.shape[:2] + spatial)
-        added = (wide.reshape(weight.shape[0], weight.shape[1], -1).sum(2) * per_output(affine.shift)).sum(1)
+        scaled = wide * np.repeat(affine.scale.reshape(groups, -1), repeats, axis=0).reshape(weight.shape[:2] + spatial)
+        shift = np.repeat(affine.shift.reshape(groups, -1), repeats, axis=0)
+        added = (wide.reshape(weight.shape[0], weight.shape[1], -1).sum(2) * shift).sum(1)
         total = added if bias is None else added + np.asarray(bias, np.float64)
         name, dtype = after.outputs[0].name, node.outputs[0].dtype
         after.replace_input_with(0, node.inputs[index])
