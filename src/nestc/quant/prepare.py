@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import onnx_ir.passes.common as common
 
-from nestc.graph import pipeline
-from nestc.graph.model import Model, unbound_dims
+from nestc.graph.model import Model
+from nestc.graph.pipeline import passes
+from nestc.graph.quiet import quiet
 
 
 def prepare(model: Model) -> Model:
     """A copy of `model` as calibration, overrides, reports and the quantized model see it; the same for the same model.
 
-    Static shapes are simplified by the whole pipeline (batch normalizations folded, composites fused); with open
-    dimensions only by the passes that no size enters, so that the dimensions stay open. Every node has a unique name.
+    Constants and batch normalizations are folded and composites fused; open dimensions stay open, since every pass
+    leaves alone what depends on a size that is not known. Every node has a name, which no other has.
     """
-    prepared = pipeline.simplify(model) if unbound_dims(model) else pipeline.optimize(model)
-    common.NameFixPass()(prepared.ir)
+    prepared = model.clone()
+    with quiet("onnxscript", "onnx_ir"):
+        for step in passes(prepared.notes):
+            step(prepared.ir)
+        common.NameFixPass()(prepared.ir)
     _name_nodes(prepared)
     return prepared
 

@@ -42,7 +42,7 @@ class FoldAffine(Rewrite):
             before = producer(value, "Conv", "ConvTranspose", "Gemm")
             if before is None or value is None or not only_use(value):
                 continue
-            channels = _channels(before)
+            channels = channels_of(before.outputs[0])
             affine = None if channels is None else affine_of(node, index, channels)
             if affine is not None and self.absorb(before, affine, node.outputs[0]):
                 return True
@@ -85,13 +85,13 @@ class FoldAffine(Rewrite):
         if node.op_type not in {"BatchNormalization", "Mul", "Add", "Sub"} or not only_use(node.outputs[0]):
             return False
         after = next(iter(node.outputs[0].uses())).node
-        shape = static_shape(node.outputs[0])
-        if after.op_type != "Conv" or after.domain or after.inputs[0] is not node.outputs[0] or shape is None:
+        channels = channels_of(node.outputs[0])
+        if after.op_type != "Conv" or after.domain or after.inputs[0] is not node.outputs[0] or channels is None:
             return False
         weight, bias_value = array(after.inputs[1]), operand(after, 2)
         bias = array(bias_value)
         index = next((i for i, value in enumerate(node.inputs[:2]) if array(value) is None), 0)
-        affine = affine_of(node, index, shape[1]) if len(shape) > 2 else None
+        affine = affine_of(node, index, channels)
         if affine is None or weight is None or (bias_value is not None and bias is None):
             return False
         automatic = after.attributes.get_string("auto_pad", "NOTSET") not in {"NOTSET", "VALID"}
@@ -125,8 +125,9 @@ class LowerBatchNormalization(Rewrite):
             return False
         if node.attributes.get_int("training_mode", 0):
             return self.training(node)
-        shape, dtype = static_shape(node.outputs[0]), node.outputs[0].dtype
-        affine = affine_of(node, 0, shape[1]) if shape is not None and len(shape) > 1 else None
+        shape, dtype = node.outputs[0].shape, node.outputs[0].dtype
+        channels = channels_of(node.outputs[0])
+        affine = None if channels is None else affine_of(node, 0, channels)
         data = node.inputs[0]
         # Not in half precision, where the rounded scale and shift would differ from what the operator computes.
         if affine is None or shape is None or data is None or dtype is None or dtype not in _EXACT_FLOATS:
@@ -221,7 +222,7 @@ def _batch_normalization(node: ir.Node) -> Affine | None:
 def _per_channel(value: ir.Value | None, data: ir.Value | None, channels: int) -> np.ndarray | None:
     """A constant as one float64 number a channel if it broadcasts along every axis but axis 1 of `data`."""
     constant = array(value)
-    shape = None if data is None else static_shape(data)
+    shape = None if data is None else data.shape
     if constant is None or shape is None or constant.ndim > len(shape) or value is None or value.dtype not in _FLOATS:
         return None
     full = (1,) * (len(shape) - constant.ndim) + constant.shape
@@ -232,9 +233,10 @@ def _per_channel(value: ir.Value | None, data: ir.Value | None, channels: int) -
     return np.broadcast_to(np.asarray(constant, np.float64).reshape(-1), (channels,))
 
 
-def _channels(node: ir.Node) -> int | None:
-    shape = static_shape(node.outputs[0])
-    return shape[1] if shape is not None and len(shape) > 1 else None
+def channels_of(value: ir.Value) -> int | None:
+    """Size of axis 1 of a value of rank 2 or more, if it is known; the other sizes may be open."""
+    size = value.shape[1] if value.shape is not None and len(value.shape) > 1 else None
+    return size if isinstance(size, int) else None
 
 
 def _over_outputs(node: ir.Node, shape: tuple[int, ...], scale: np.ndarray) -> np.ndarray:
