@@ -27,3 +27,11 @@ class PlanError(Error):
 
 class BundleError(Error):
     """A bundle is cut, altered, of another version, or cannot be written."""
+
+
+class QuantizationError(Error):
+    """A scheme, an override, a profile or calibration data does not fit the model, or a budget cannot be met."""
+
+
+class DataError(Error):
+    """Samples or labels cannot be read, are empty, hold NaN, or are not of the kind that the model takes."""

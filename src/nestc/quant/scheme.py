@@ -1,0 +1,255 @@
+"""Number formats, and schemes: which formats activations and weights get, and which operators are computed in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from nestc.errors import QuantizationError
+from nestc.quant.profile import METHODS
+
+Dtype = Literal["int4", "int8", "uint8", "int16", "bfloat16"]
+Granularity = Literal["tensor", "channel", "block"]
+
+RANGES: Mapping[str, tuple[int, int]] = {
+    "int4": (-8, 7),
+    "int8": (-128, 127),
+    "uint8": (0, 255),
+    "int16": (-32768, 32767),
+}
+"""Smallest and largest integer of each element type."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a tensor is stored: real value = (stored - zero point) * scale, or bfloat16 without either.
+
+    ``symmetric``: the zero point is 0. ``narrow``: the most negative integer is not used, so that the range is the
+    same to both sides. ``per_channel``: a scale for each slice along the channel axis; ``block``: a scale for so many
+    elements along the axis that is summed over (0: none). ``pow2``: scales are powers of two.
+    """
+
+    dtype: Dtype
+    symmetric: bool = True
+    per_channel: bool = False
+    pow2: bool = False
+    block: int = 0
+    narrow: bool = False
+
+    @property
+    def is_float(self) -> bool:
+        """Whether values are only rounded (bfloat16), without scale and zero point."""
+        return self.dtype == "bfloat16"
+
+    @property
+    def low(self) -> int:
+        """The smallest integer used."""
+        return RANGES[self.dtype][0] + (1 if self.narrow else 0)
+
+    @property
+    def high(self) -> int:
+        """The largest integer used."""
+        return RANGES[self.dtype][1]
+
+    @property
+    def levels(self) -> int:
+        """Steps between the smallest and the largest integer used."""
+        return self.high - self.low
+
+    @property
+    def granularity(self) -> Granularity:
+        """What shares a scale."""
+        return "block" if self.block else "channel" if self.per_channel else "tensor"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Formats of activations and weights, and how thresholds are chosen.
+
+    ``activation`` None: only weights are quantized. ``method`` None: thresholds of activations by the profile's own
+    method; ``weight_method``: those of weights. ``ops``: the operators that the scheme computes in its format.
+    """
+
+    name: str
+    activation: Format | None
+    weight: Format
+    ops: frozenset[str]
+    description: str
+    method: str | None = None
+    weight_method: str = "minmax"
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether activations stay float."""
+        return self.activation is None
+
+    @property
+    def integer(self) -> bool:
+        """Whether both operands of a product are integers, so that the product can be computed on integers."""
+        return self.activation is not None and not self.activation.is_float
+
+
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+"""Products; MatMul also of two activations."""
+
+MOVING = frozenset(
+    """DepthToSpace Flatten Gather Identity MaxPool Pad Reshape Resize Slice SpaceToDepth Split Squeeze Transpose
+    Unsqueeze""".split()
+)
+"""Operators whose elements are elements of their first input, so that both sides share scale and zero point."""
+
+ACTIVE = frozenset(
+    """Add AveragePool Clip Concat Elu Gelu GlobalAveragePool HardSigmoid HardSwish LeakyRelu Mish Mul ReduceMean Relu
+    Sigmoid Sub Swish Tanh""".split()
+)
+"""Other operators that are computed on quantized activations, where they stand between products."""
+
+INTEGER_OPS = WEIGHTED | MOVING | ACTIVE
+
+_WEIGHT8 = Format("int8", per_channel=True, narrow=True)
+
+SCHEMES: Mapping[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme(
+            "int8",
+            Format("uint8", symmetric=False),
+            _WEIGHT8,
+            INTEGER_OPS,
+            "weights int8, symmetric per channel; activations uint8, asymmetric per tensor",
+        ),
+        Scheme(
+            "int8-symmetric",
+            Format("int8"),
+            _WEIGHT8,
+            INTEGER_OPS,
+            "weights int8, symmetric per channel; activations int8, symmetric per tensor",
+        ),
+        Scheme(
+            "int8-pow2",
+            Format("int8", pow2=True),
+            dataclasses.replace(_WEIGHT8, pow2=True),
+            INTEGER_OPS,
+            "int8-symmetric with scales that are powers of two, chosen by least squared error",
+            method="mse",
+            weight_method="mse",
+        ),
+        # Weights of 8 bits, as in TFLite's and Arm's 16x8 mode: products of 16 and 8 bits can be summed in 32 bits (512
+        # of the largest), products of 16 and 16 bits cannot (two of the largest overflow). ONNX Runtime runs either.
+        Scheme(
+            "int16",
+            Format("int16"),
+            _WEIGHT8,
+            INTEGER_OPS,
+            "weights int8, symmetric per channel; activations int16, symmetric per tensor",
+        ),
+        Scheme(
+            "bf16",
+            Format("bfloat16"),
+            Format("bfloat16"),
+            WEIGHTED,
+            "weights and activations of products rounded to bfloat16, sums in float32",
+        ),
+        Scheme(
+            "weight-int8",
+            None,
+            _WEIGHT8,
+            frozenset({"Gemm", "MatMul"}),
+            "weights of MatMul and Gemm int8, symmetric per channel; activations float",
+        ),
+        Scheme(
+            "weight-int4",
+            None,
+            Format("int4", block=32),
+            frozenset({"Gemm", "MatMul"}),
+            "weights of MatMul and Gemm int4, symmetric in blocks of 32; activations float",
+            weight_method="mse",
+        ),
+    )
+}
+"""The schemes by name, most exact integers first; ``auto`` (a search over them) is not one of these."""
+
+FLOAT = "float"
+"""In overrides: the node stays as it is."""
+
+
+def scheme_named(text: str) -> Scheme:
+    """The scheme of ``name`` or ``name:option=value,...``. Raises QuantizationError with the nearest known name.
+
+    Options: ``weight`` = int4 | int8 | int16 and ``granularity`` = tensor | channel | block:SIZE of the weights,
+    ``method`` = minmax | percentile | mse | entropy of activations, ``weight-method`` likewise.
+    """
+    name, _, options = text.strip().partition(":")
+    if name not in SCHEMES:
+        listed = ", ".join(SCHEMES)
+        raise QuantizationError(f"there is no scheme {name!r}{nearest(name, (*SCHEMES, 'auto'))}; choose {listed}")
+    scheme = SCHEMES[name]
+    for option in filter(None, (part.strip() for part in options.split(","))):
+        key, _, value = (part.strip() for part in option.partition("="))
+        if key not in _OPTIONS:
+            known = ", ".join(_OPTIONS)
+            raise QuantizationError(
+                f"scheme {name!r} has no option {key!r}{nearest(key, _OPTIONS)}; there are {known}, as in "
+                f"{name}:granularity=tensor"
+            )
+        scheme = _OPTIONS[key](scheme, value)
+    return scheme if not options else dataclasses.replace(scheme, name=text.strip())
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` for the nearest of the known words, or an empty text."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _weight(scheme: Scheme, value: str) -> Scheme:
+    if value not in ("int4", "int8", "int16") or scheme.weight.is_float:
+        raise QuantizationError(
+            f"scheme {scheme.name!r} cannot have weights of type {value!r}; weights of integer schemes are int4, int8 "
+            "or int16"
+        )
+    return dataclasses.replace(scheme, weight=dataclasses.replace(scheme.weight, dtype=cast(Dtype, value)))
+
+
+def _granularity(scheme: Scheme, value: str) -> Scheme:
+    kind, _, size = value.partition(":")
+    block = int(size) if size.isdigit() else 0
+    if kind not in ("tensor", "channel", "block") or (kind == "block") != (block >= 2) or scheme.weight.is_float:
+        raise QuantizationError(
+            f"scheme {scheme.name!r} cannot have weights of granularity {value!r}; choose tensor, channel or "
+            "block:SIZE (such as block:32)"
+        )
+    if block and not scheme.weight_only:
+        raise QuantizationError(
+            f"scheme {scheme.name!r} cannot have weights in blocks: sums over blocks of different scales are no "
+            "integer products; use weight-int8 or weight-int4"
+        )
+    formed = dataclasses.replace(scheme.weight, per_channel=kind == "channel", block=block)
+    return dataclasses.replace(scheme, weight=formed)
+
+
+def _method(scheme: Scheme, value: str) -> Scheme:
+    return dataclasses.replace(scheme, method=_known_method(value))
+
+
+def _weight_method(scheme: Scheme, value: str) -> Scheme:
+    return dataclasses.replace(scheme, weight_method=_known_method(value))
+
+
+def _known_method(value: str) -> str:
+    if value not in METHODS:
+        raise QuantizationError(
+            f"there is no calibration method {value!r}{nearest(value, METHODS)}; choose {', '.join(METHODS)}"
+        )
+    return value
+
+
+_OPTIONS: Mapping[str, Callable[[Scheme, str], Scheme]] = {
+    "weight": _weight,
+    "granularity": _granularity,
+    "method": _method,
+    "weight-method": _weight_method,
+}
