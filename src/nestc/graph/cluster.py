@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from nestc.graph.kinds import TAILED, has_body, is_constant, is_elementwise, is_move, is_view
+from nestc.graph.kinds import TAILED, has_body, is_constant, is_elementwise, is_move, is_view, widens
 from nestc.graph.model import static_shape
 
 MAX_NODES = 32
@@ -34,7 +34,9 @@ def clusters(graph: ir.Graph, alone: Collection[str] = ()) -> list[Cluster]:
     Nodes named in `alone` get a region each.
 
     Greedy: a region starts at the first node that is left and takes in nodes whose other operands earlier regions
-    have computed. A region thus never waits for something that waits for it, so no cycle can arise.
+    have computed. A region thus never waits for something that waits for it, so no cycle can arise. A node that only
+    widens narrow numbers for one user (DequantizeLinear, Cast from bfloat16) is left to the region of that user, so
+    that what lies in memory between regions is narrow.
     """
     return _Former(graph, alone).run()
 
@@ -51,7 +53,7 @@ class _Former:
     def run(self) -> list[Cluster]:
         found: list[Cluster] = []
         for node in self.graph:
-            if node not in self.done:
+            if node not in self.done and not self.waits(node):
                 cluster = self.start(node)
                 self.done.update(cluster.nodes)
                 found.append(cluster)
@@ -61,15 +63,36 @@ class _Former:
         """The region whose first node is `head`."""
         if is_view(head) and _known(head) and head not in self.alone:
             return Cluster(tuple(self.view_chain(head)), VIEW)
-        free = is_elementwise(head) or is_move(head)
+        prologue = [] if has_body(head) else self.prologue(head)
+        free = is_elementwise(head) or (is_move(head) and not prologue)
         anchor = None if free else head.op_type
-        single = has_body(head) or not _known(head) or head in self.alone or not (free or head.op_type in TAILED)
+        movable = free or is_move(head)
+        single = has_body(head) or not _known(head) or head in self.alone or not (movable or head.op_type in TAILED)
         if single or sum(not _unused(value) for value in head.outputs) != 1:
-            return Cluster((head,), anchor)
-        nodes = self.tail(head)
+            return Cluster((*prologue, head), anchor)
+        nodes = self.tail(prologue, head)
         if all(map(is_elementwise, nodes)):  # several outputs of one shape are stored by one loop
             self.widen(nodes)
         return Cluster(tuple(nodes), anchor)
+
+    def waits(self, node: ir.Node) -> bool:
+        """Whether a node that widens narrow numbers is left to the region of its only user."""
+        if not widens(node) or node in self.alone or not _known(node):
+            return False
+        value = node.outputs[0]
+        users = {user for user, _ in value.uses()}
+        user = next(iter(users)) if len(users) == 1 else None
+        if user is None or value.is_graph_output() or user not in self.position or user in self.alone:
+            return False
+        if has_body(user) or is_view(user) or not _known(user):
+            return False
+        # A smaller operand of an elementwise operator is computed before: it would be widened again and again.
+        return not is_elementwise(user) or static_shape(value) == static_shape(user.outputs[0])
+
+    def prologue(self, head: ir.Node) -> list[ir.Node]:
+        """The nodes that have waited for `head`."""
+        sources = [value.producer() for value in head.inputs if value is not None]
+        return [node for node in dict.fromkeys(sources) if node is not None and self.waits(node)]
 
     def view_chain(self, head: ir.Node) -> list[ir.Node]:
         """Views that follow each other, each the only user of the one before."""
@@ -87,9 +110,12 @@ class _Former:
             chain.append(follower)
         return chain
 
-    def tail(self, head: ir.Node) -> list[ir.Node]:
-        """`head` and the elementwise nodes after it, as long as only one value of theirs is used further on."""
-        nodes = [head]
+    def tail(self, prologue: list[ir.Node], head: ir.Node) -> list[ir.Node]:
+        """`head` and the elementwise nodes after it, as long as only one value of theirs is used further on.
+
+        What would be widened at the end stays narrow instead: whoever needs it widens it.
+        """
+        nodes = [*prologue, head]
         value = head.outputs[0]
         shape = static_shape(value)
         while len(nodes) < MAX_NODES and shape is not None and not value.is_graph_output():
@@ -98,6 +124,8 @@ class _Former:
                 break
             nodes += step
             value = step[-1].outputs[0]
+        while nodes[-1] is not head and widens(nodes[-1]) and not nodes[-1].outputs[0].is_graph_output():
+            nodes.pop()
         return nodes
 
     def step(self, inside: set[ir.Node], value: ir.Value, shape: tuple[int, ...]) -> list[ir.Node]:
@@ -151,7 +179,7 @@ class _Former:
             members = set(nodes)
             users = {user for value in _outputs(nodes) for user, _ in value.uses()} - members
             for user in sorted(users, key=lambda node: self.position.get(node, -1)):
-                more = self.admit(user, members, shape, _PULL_DEPTH)
+                more = [] if widens(user) else self.admit(user, members, shape, _PULL_DEPTH)
                 together = members | set(more)
                 outputs = sum(_escapes(value, together) for value in (*_outputs(nodes), *_outputs(more)))
                 if more and len(together) <= MAX_NODES and outputs <= MAX_OUTPUTS:

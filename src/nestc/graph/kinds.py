@@ -61,6 +61,15 @@ def is_elementwise(node: ir.Node) -> bool:
     return True
 
 
+def widens(node: ir.Node) -> bool:
+    """Whether the node only turns narrow numbers into wider ones: DequantizeLinear, or a Cast from bfloat16."""
+    if node.domain or not node.inputs or node.inputs[0] is None:
+        return False
+    if node.op_type == "Cast":
+        return node.inputs[0].dtype == ir.DataType.BFLOAT16 and node.outputs[0].dtype == ir.DataType.FLOAT
+    return node.op_type == "DequantizeLinear"
+
+
 def is_view(node: ir.Node) -> bool:
     """Whether the output may alias the input."""
     return node.domain == "" and node.op_type in VIEWS

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nestc.graph.cluster import Cluster, clusters
-from nestc.graph.kinds import has_body
+from nestc.graph.kinds import has_body, widens
 from nestc.graph.model import Model, dtype_name
 from nestc.graph.region import AttributeValue, Op, Region, TensorType
 
@@ -42,7 +42,9 @@ def form(model: Model, alone: Collection[str] = ()) -> Model:
 
 
 def _region_name(index: int, cluster: Cluster) -> str:
-    ops = [node.op_type for node in cluster.nodes]
+    # What widens operands comes first and says little.
+    first = next((i for i, node in enumerate(cluster.nodes) if not widens(node)), 0)
+    ops = [node.op_type for node in cluster.nodes[first:]]
     shown = ops if len(ops) <= 5 else [*ops[:4], f"and{len(ops) - 4}"]
     return f"r{index:03d}_{'_'.join(shown)}"
 

@@ -9,13 +9,20 @@ from nestc.kernels.api import Family
 from nestc.kernels.attention import ATTENTION
 from nestc.kernels.conv import CONV
 from nestc.kernels.conv_transpose import CONV_TRANSPOSE
+from nestc.kernels.dequantize import DequantizeFamily
 from nestc.kernels.gemm import GEMM
 from nestc.kernels.generic import Generic
 from nestc.kernels.normalization import NORMALIZATION
 from nestc.kernels.pool import POOL
+from nestc.kernels.quantized import prologue
 from nestc.kernels.recurrent import RECURRENT
 from nestc.kernels.resize import RESIZE
 from nestc.kernels.softmax import SOFTMAX
+
+GENERIC = Generic()
+
+NARROW: tuple[Family, ...] = ()
+"""Families for narrow operands (quantized, bfloat16); asked first. Most of them want a prologue (`quantized.py`)."""
 
 FAMILIES: tuple[Family, ...] = (
     CONV,
@@ -27,16 +34,20 @@ FAMILIES: tuple[Family, ...] = (
     SOFTMAX,
     NORMALIZATION,
     RECURRENT,
-    Generic(),
+    GENERIC,
 )
+"""Families for regions without a prologue."""
 
 
 def choose(region: Region) -> tuple[Family | None, Mapping[str, str]]:
     """The first family that lowers `region` (None: nobody), and the reasons of those before it, by name."""
     refusals: dict[str, str] = {}
-    for family in FAMILIES:
+    for family in (*NARROW, *((DEQUANTIZE, GENERIC) if prologue(region) else FAMILIES)):
         reason = family.refusal(region)
         if reason is None:
             return family, refusals
         refusals[family.name] = reason
     return None, refusals
+
+
+DEQUANTIZE = DequantizeFamily(choose)

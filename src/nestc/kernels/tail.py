@@ -12,6 +12,11 @@ from nestc.tensor.ir import Const, Expr, Stmt
 from nestc.tensor.rewrite import binary
 
 
+def after(region: Region, anchor: Op) -> tuple[Op, ...]:
+    """The operators after `anchor`. What stands before it widens its operands and is the anchor's own business."""
+    return region.ops[next(i for i, op in enumerate(region.ops) if op is anchor) + 1 :]
+
+
 def tail_refusal(region: Region, anchor: Op) -> str | None:
     """Why the operators after `anchor` cannot be computed where it stores; None if they can.
 
@@ -19,9 +24,7 @@ def tail_refusal(region: Region, anchor: Op) -> str | None:
     the region and of constants.
     """
     shape = region.types[anchor.outputs[0]].shape
-    for op in region.ops:
-        if op is anchor:
-            continue
+    for op in after(region, anchor):
         refusal = elementwise_refusal(op, region)
         if refusal:
             return refusal
@@ -62,13 +65,15 @@ class Tail:
         values: dict[str, Expr] = {self.anchor.outputs[0]: value}
         inner = None if isinstance(valid, Const) and valid.value else valid
 
-        for op in region.ops:
-            if op is self.anchor:
-                continue
+        for op in after(region, self.anchor):
             arguments: list[Expr | None] = []
             for position, name in enumerate(op.inputs):
                 place = operand_index(op, position, index, region)
                 known = None if place is None else values.get(name)
                 arguments.append(known if place is None or known is not None else operands.load(name, place, inner))
-            values[op.outputs[0]] = apply_elementwise(op, arguments, region)
+            values[op.outputs[0]] = self.apply(op, arguments)
         return tuple(s for name in region.outputs for s in operands.stores(name, index, values[name], mask))
+
+    def apply(self, op: Op, arguments: list[Expr | None]) -> Expr:
+        """One operator of the tail on one element."""
+        return apply_elementwise(op, arguments, self.region)
