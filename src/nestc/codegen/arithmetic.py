@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from nestc.codegen.dots import Dots
 from nestc.codegen.halves import Halves
 from nestc.codegen.llvm_types import FLOAT, literal, scalar_type, suffix, unsigned, vector_type, width
 from nestc.errors import Error
 from nestc.kernels.api import CpuMachine
-from nestc.tensor.ir import Binary, Const, Expr, Fma, Kernel, Reduce, Unary
+from nestc.tensor.ir import Binary, Const, Dot, Expr, Fma, Kernel, Reduce, Repeat, Unary
 
 _COMPARE = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 _FLOAT_OPS = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv", "rem": "frem"}
@@ -51,6 +52,25 @@ class Arithmetic(ABC):
         name = f"llvm.fma.{suffix(element, e.lanes)}"
         self.declare(name, f"{kind} @{name}({kind}, {kind}, {kind})")
         return self.emit(f"call {kind} @{name}({kind} {a}, {kind} {b}, {kind} {c})")
+
+    def dot(self, e: Dot) -> str:
+        dots = Dots(self.emit, self.declare, self.machine)
+        return dots.dot(self.value(e.acc), self.value(e.a), self.value(e.b), e.a.dtype, e.b.dtype, e.lanes)
+
+    def repeat(self, e: Repeat) -> str:
+        """The short vector as one integer in every lane where there is such an integer, which is one instruction."""
+        element, lanes = scalar_type(e.dtype), e.x.lanes
+        value = self.value(e.x)
+        if lanes == 1:
+            return self.splat(value, element, e.lanes)
+        bits = lanes * width(e.dtype)
+        if e.dtype == "bool" or bits not in (8, 16, 32, 64):
+            kind = vector_type(element, lanes)
+            picks = ", ".join(f"i32 {i % lanes}" for i in range(e.lanes))
+            return self.emit(f"shufflevector {kind} {value}, {kind} poison, <{e.lanes} x i32> <{picks}>")
+        whole = self.emit(f"bitcast {vector_type(element, lanes)} {value} to i{bits}")
+        filled = self.splat(whole, f"i{bits}", e.times)
+        return self.emit(f"bitcast {vector_type(f'i{bits}', e.times)} {filled} to {vector_type(element, e.lanes)}")
 
     def reduce(self, e: Reduce) -> str:
         value = self.value(e.x)

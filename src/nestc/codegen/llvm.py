@@ -19,6 +19,7 @@ from nestc.tensor.ir import (
     Call,
     Cast,
     Const,
+    Dot,
     Expr,
     Fma,
     For,
@@ -27,6 +28,7 @@ from nestc.tensor.ir import (
     Load,
     Ramp,
     Reduce,
+    Repeat,
     Select,
     Shuffle,
     Stmt,
@@ -462,6 +464,10 @@ class _Printer(Arithmetic):
             return self.emit(f"shufflevector {kind} {a}, {kind} {b}, <{len(e.picks)} x i32> <{picks}>")
         if isinstance(e, Reduce):
             return self.reduce(e)
+        if isinstance(e, Repeat):
+            return self.repeat(e)
+        if isinstance(e, Dot):
+            return self.dot(e)
         raise Error(f"kernel {self.kernel.name}: cannot print {type(e).__name__}")
 
     def is_sum(self, e: Binary) -> bool:

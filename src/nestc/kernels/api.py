@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from nestc.graph.region import Region, TensorType
-from nestc.tensor.ir import Kernel
+from nestc.tensor.ir import DOT_GROUPS, Kernel
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,10 @@ class CpuMachine:
     l2_bytes: int
     l3_bytes: int
     f16c: bool = False
+    dot_bytes: int = 0  # widest vector of the instructions behind `Dot`; x86 always has pmaddwd among them
+    vnni: bool = False  # x86: vpdpbusd and vpdpwssd
+    bf16: bool = False  # products of bfloat16 added in pairs: x86 vdpbf16ps, Arm bfdot
+    dotprod: bool = False  # Arm: sdot and udot
 
     def lanes(self, dtype: str) -> int:
         """Lanes of one vector register for `dtype` (float16 and bfloat16 are computed as float32)."""
@@ -102,6 +106,17 @@ class CpuMachine:
     def tile_registers(self) -> int:
         """Vector registers that a tile of multiply-adds may fill; without FMA, products and copies need some too."""
         return self.vector_registers if self.fma else max(4, self.vector_registers - 3)
+
+    @property
+    def dot_dtypes(self) -> tuple[str, str]:
+        """The factors (a, b) of the `Dot` that multiplies most 8-bit integers an instruction; (int16, int16) where
+        they have to be widened first."""
+        return ("uint8", "int8") if self.vnni else ("int8", "int8") if self.dotprod else ("int16", "int16")
+
+    @property
+    def dot_group(self) -> int:
+        """Products that such a `Dot` adds to one lane."""
+        return DOT_GROUPS[self.dot_dtypes]
 
 
 class Family(Protocol):

@@ -71,6 +71,10 @@ def host_machine() -> CpuMachine:
         l2_bytes=512 << 10,
         l3_bytes=32 << 20,
         f16c=bool(features.get("f16c")),
+        dot_bytes=wide,
+        vnni=bool(features.get("avxvnni") or (wide == 64 and features.get("avx512vnni"))),
+        bf16=bool(wide == 64 and features.get("avx512bf16")) or bool(features.get("bf16")),
+        dotprod=bool(features.get("dotprod")),
     )
 
 

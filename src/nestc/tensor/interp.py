@@ -18,6 +18,7 @@ from nestc.tensor.ir import (
     Call,
     Cast,
     Const,
+    Dot,
     Expr,
     Fma,
     For,
@@ -26,6 +27,7 @@ from nestc.tensor.ir import (
     Load,
     Ramp,
     Reduce,
+    Repeat,
     Select,
     Shuffle,
     Store,
@@ -155,6 +157,12 @@ class _Frame:
             return np.concatenate([self.value(e.a), self.value(e.b)])[list(e.picks)]
         if isinstance(e, Reduce):
             return _REDUCE[e.op].reduce(self.value(e.x), keepdims=True)
+        if isinstance(e, Repeat):
+            return np.tile(self.value(e.x), e.times)
+        if isinstance(e, Dot):
+            wide = np.float64 if e.dtype == "float32" else np.int64
+            acc, a, b = (self.value(x).astype(wide) for x in (e.acc, e.a, e.b))
+            return (acc + (a * b).reshape(-1, e.group).sum(1)).astype(numpy_dtype(e.dtype))
         raise TypeError(f"cannot interpret {type(e).__name__}")
 
     def places(self, buffer: Buffer, index: tuple[Expr, ...], lanes: int, live: Array) -> Array:

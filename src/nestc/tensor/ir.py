@@ -24,6 +24,15 @@ UNARY = frozenset(
 ARITHMETIC = frozenset("add sub mul div rem floordiv mod pow min max atan2 and or xor shl shr".split())
 COMPARE = frozenset("eq ne lt le gt ge".split())
 REDUCE = frozenset("add mul min max".split())
+# Neighbouring products that `Dot` adds to one lane, by the dtypes of its factors.
+DOT_GROUPS = {
+    ("uint8", "int8"): 4,
+    ("int8", "uint8"): 4,
+    ("int8", "int8"): 4,
+    ("uint8", "uint8"): 4,
+    ("int16", "int16"): 2,
+    ("bfloat16", "bfloat16"): 2,
+}
 
 
 @dataclass(frozen=True)
@@ -301,6 +310,51 @@ class Reduce(Expr):
 
     def children(self) -> tuple[Expr, ...]:
         return (self.x,)
+
+
+@dataclass(frozen=True, eq=False)
+class Repeat(Expr):
+    """All lanes of a short vector, ``times`` times over."""
+
+    x: Expr
+    times: int
+
+    def __post_init__(self) -> None:
+        _set(self, self.x.dtype, self.x.lanes * self.times)
+
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True, eq=False)
+class Dot(Expr):
+    """Lane l is ``acc[l] + sum of a[g * l + j] * b[g * l + j] for j < g``; `DOT_GROUPS` has g.
+
+    Integer factors give int32, exact but for wrapping of the sum. bfloat16 factors give float32, whose order of
+    additions, rounding between them and treatment of subnormal numbers are the machine's.
+    """
+
+    acc: Expr
+    a: Expr
+    b: Expr
+
+    def __post_init__(self) -> None:
+        group = DOT_GROUPS.get((self.a.dtype, self.b.dtype))
+        if group is None:
+            raise TypeError(f"dot: no sum of products of {self.a.dtype} and {self.b.dtype}")
+        dtype = "float32" if self.a.dtype == "bfloat16" else "int32"
+        if self.acc.dtype != dtype or not self.a.lanes == self.b.lanes == group * self.acc.lanes:
+            shown = ", ".join(f"{v.dtype}x{v.lanes}" for v in (self.acc, self.a, self.b))
+            raise TypeError(f"dot: operands do not fit: {shown}")
+        _set(self, dtype, self.acc.lanes)
+
+    @property
+    def group(self) -> int:
+        """Products added to one lane."""
+        return DOT_GROUPS[self.a.dtype, self.b.dtype]
+
+    def children(self) -> tuple[Expr, ...]:
+        return (self.acc, self.a, self.b)
 
 
 class Stmt(Node):

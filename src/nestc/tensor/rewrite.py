@@ -13,6 +13,7 @@ from nestc.tensor.ir import (
     Call,
     Cast,
     Const,
+    Dot,
     Expr,
     Fma,
     For,
@@ -20,6 +21,7 @@ from nestc.tensor.ir import (
     Load,
     Ramp,
     Reduce,
+    Repeat,
     Select,
     Shuffle,
     Stmt,
@@ -57,6 +59,10 @@ def rebuild(e: Expr, children: tuple[Expr, ...]) -> Expr:
         return Shuffle(children[0], children[1], e.picks)
     if isinstance(e, Reduce):
         return Reduce(e.op, children[0])
+    if isinstance(e, Repeat):
+        return Repeat(children[0], e.times)
+    if isinstance(e, Dot):
+        return Dot(*children)
     raise TypeError(f"cannot rebuild {type(e).__name__}")
 
 

@@ -11,6 +11,7 @@ from nestc.tensor.ir import (
     Call,
     Cast,
     Const,
+    Dot,
     Expr,
     Fma,
     For,
@@ -19,6 +20,7 @@ from nestc.tensor.ir import (
     Load,
     Ramp,
     Reduce,
+    Repeat,
     Select,
     Shuffle,
     Stmt,
@@ -80,6 +82,10 @@ def show(e: Expr) -> str:
         return f"shuffle({show(e.a)}, {show(e.b)}, {list(e.picks)})"
     if isinstance(e, Reduce):
         return f"reduce_{e.op}({show(e.x)})"
+    if isinstance(e, Repeat):
+        return f"repeat({show(e.x)}, {e.times})"
+    if isinstance(e, Dot):
+        return f"dot({show(e.acc)}, {show(e.a)}, {show(e.b)})"
     raise TypeError(f"no text form for {type(e).__name__}")
 
 

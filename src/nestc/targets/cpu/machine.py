@@ -13,18 +13,69 @@ from nestc.kernels.api import CpuMachine
 from nestc.targets import suggestion
 
 # Cache sizes of the presets are those that current cores of that instruction set have at least.
+_X86 = "x86_64-unknown-linux-gnu"
 _PRESETS: dict[str, CpuMachine] = {
     "avx512": CpuMachine(
-        "avx512", "x86_64-unknown-linux-gnu", "x86-64-v4", "", 64, 32, True, 32 << 10, 1 << 20, 16 << 20, f16c=True
+        name="avx512",
+        triple=_X86,
+        cpu="x86-64-v4",
+        features="",
+        vector_bytes=64,
+        vector_registers=32,
+        fma=True,
+        l1_bytes=32 << 10,
+        l2_bytes=1 << 20,
+        l3_bytes=16 << 20,
+        f16c=True,
+        dot_bytes=64,
     ),
     "avx2": CpuMachine(
-        "avx2", "x86_64-unknown-linux-gnu", "x86-64-v3", "", 32, 16, True, 32 << 10, 512 << 10, 8 << 20, f16c=True
+        name="avx2",
+        triple=_X86,
+        cpu="x86-64-v3",
+        features="",
+        vector_bytes=32,
+        vector_registers=16,
+        fma=True,
+        l1_bytes=32 << 10,
+        l2_bytes=512 << 10,
+        l3_bytes=8 << 20,
+        f16c=True,
+        dot_bytes=32,
     ),
-    "sse2": CpuMachine("sse2", "x86_64-unknown-linux-gnu", "x86-64", "", 16, 16, False, 32 << 10, 256 << 10, 4 << 20),
+    "sse2": CpuMachine(
+        name="sse2",
+        triple=_X86,
+        cpu="x86-64",
+        features="",
+        vector_bytes=16,
+        vector_registers=16,
+        fma=False,
+        l1_bytes=32 << 10,
+        l2_bytes=256 << 10,
+        l3_bytes=4 << 20,
+        dot_bytes=16,
+    ),
     "neon": CpuMachine(
-        "neon", "aarch64-unknown-linux-gnu", "generic", "+neon", 16, 32, True, 32 << 10, 512 << 10, 4 << 20, f16c=True
+        name="neon",
+        triple="aarch64-unknown-linux-gnu",
+        cpu="generic",
+        features="+neon",
+        vector_bytes=16,
+        vector_registers=32,
+        fma=True,
+        l1_bytes=32 << 10,
+        l2_bytes=512 << 10,
+        l3_bytes=4 << 20,
+        f16c=True,
     ),
 }
+_PRESETS["avx512_vnni"] = dataclasses.replace(
+    _PRESETS["avx512"], name="avx512_vnni", features="+avx512vnni,+avx512bf16", vnni=True, bf16=True
+)
+_PRESETS["neon_dotprod"] = dataclasses.replace(
+    _PRESETS["neon"], name="neon_dotprod", features="+neon,+dotprod", dot_bytes=16, dotprod=True
+)
 NAMES = ("native", *_PRESETS)
 
 
@@ -64,9 +115,27 @@ def host_machine() -> CpuMachine:
             l2_bytes=l2,
             l3_bytes=l3,
             f16c=bool(features.get("f16c")),
+            dot_bytes=vector,
+            vnni=bool(features.get("avxvnni") or (wide and features.get("avx512vnni"))),
+            bf16=bool(wide and features.get("avx512bf16")),
         )
     if triple.startswith(("aarch64", "arm64")):
-        return CpuMachine(cpu, triple, cpu, features.flatten(), 16, 32, True, l1, l2, l3, f16c=True)
+        return CpuMachine(
+            name=cpu,
+            triple=triple,
+            cpu=cpu,
+            features=features.flatten(),
+            vector_bytes=16,
+            vector_registers=32,
+            fma=True,
+            l1_bytes=l1,
+            l2_bytes=l2,
+            l3_bytes=l3,
+            f16c=True,
+            dot_bytes=16,
+            bf16=bool(features.get("bf16")),
+            dotprod=bool(features.get("dotprod")),
+        )
     # Any other processor: vectors of 16 bytes, which LLVM splits where the machine has none.
     return CpuMachine(cpu, triple, cpu, features.flatten(), 16, 16, False, l1, l2, l3)
 
