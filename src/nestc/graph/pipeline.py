@@ -15,7 +15,12 @@ from nestc.graph.passes.fuse_activation import FuseActivation
 from nestc.graph.passes.fuse_attention import FuseAttention
 from nestc.graph.passes.fuse_normalization import FuseNormalization
 from nestc.graph.passes.fuse_pad import FusePad
+from nestc.graph.passes.implied_clamps import ImpliedClamps
+from nestc.graph.passes.integer_moves import IntegerMoves
+from nestc.graph.passes.integer_operators import IntegerOperators
+from nestc.graph.passes.own_dequantize import OwnDequantize
 from nestc.graph.passes.own_outputs import OwnOutputs
+from nestc.graph.passes.quantized_weights import DequantizeWeights, QuantizeWeights
 from nestc.graph.passes.simplify import Simplify
 from nestc.graph.passes.sink import Sink
 from nestc.graph.passes.unroll import UnrollAll
@@ -23,6 +28,9 @@ from nestc.graph.quiet import quiet
 
 _BROKEN = frozenset({"MeanVarianceNormalization"})
 """Composites whose shape onnx 1.23 and ONNX Runtime 1.32 cannot infer inside a function, so inside a region."""
+
+_SMALL = 16
+"""Elements up to which equal constants become one: scales and zero points, not weights."""
 
 
 def passes(notes: list[str]) -> list[ir.passes.PassBase]:
@@ -35,6 +43,11 @@ def passes(notes: list[str]) -> list[ir.passes.PassBase]:
         InferShapes(),
         # Loops of known length once shapes are known; what is constant in each step is folded, and so are inner loops.
         UnrollAll(notes),
+        # One form of quantized operator for all that follows, before anything looks at Conv or MatMul.
+        IntegerOperators(notes),
+        # Integer weights from the float ones that training exports; equal scales are one value, so that CSE sees it.
+        QuantizeWeights(notes),
+        common.DeduplicateInitializersPass(size_limit=_SMALL),
         # No-ops first, so that later patterns need not look through them.
         Simplify(notes),
         common.CommonSubexpressionEliminationPass(),
@@ -46,12 +59,20 @@ def passes(notes: list[str]) -> list[ir.passes.PassBase]:
         ir.passes.PassManager([Cancel(notes), Sink(notes), Simplify(notes)], steps=8),
         # Before FoldAffine, which leaves alone a shift in front of a padded convolution.
         FusePad(notes),
+        # After FusePad, which wants the padding beside the convolution, not on the integers. What meets on integers may
+        # cancel there, and then more can move.
+        ir.passes.PassManager([IntegerMoves(notes), Cancel(notes), Simplify(notes)], steps=8),
+        ImpliedClamps(notes),
+        # Once it is seen which activations are quantized; before FoldAffine, which folds into float weights only.
+        DequantizeWeights(notes),
         FoldAffine(notes),
         # What could not be folded becomes elementwise, so that regions can take it in.
         LowerBatchNormalization(notes),
         # The folded weights may be shared constants again, and dead ones must not reach the bundle.
         FoldConstants(notes),
         common.RemoveUnusedNodesPass(),
+        # After the last pass that shares equal nodes.
+        OwnDequantize(notes),
         InferShapes(),
         # Last, since folding may turn an output into a constant.
         OwnOutputs(notes),

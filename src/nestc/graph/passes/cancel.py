@@ -80,11 +80,11 @@ class Cancel(Rewrite):
 
     def clamps(self, node: ir.Node) -> bool:
         before = producer(node.inputs[0], "Relu", "Clip")
-        bounds, earlier = _bounds(node), None if before is None else _bounds(before)
-        if before is None or bounds is None or earlier is None or before.inputs[0] is None:
+        limits, earlier = bounds(node), None if before is None else bounds(before)
+        if before is None or limits is None or earlier is None or before.inputs[0] is None:
             return False
-        low, high = max(bounds[0], earlier[0]), min(bounds[1], earlier[1])
-        if low > high or max(earlier[0], bounds[0]) > bounds[1] or earlier[1] < bounds[0]:
+        low, high = max(limits[0], earlier[0]), min(limits[1], earlier[1])
+        if low > high or max(earlier[0], limits[0]) > limits[1] or earlier[1] < limits[0]:
             return False
         data, dtype = before.inputs[0], node.outputs[0].dtype
         if dtype is None:
@@ -103,7 +103,7 @@ class Cancel(Rewrite):
         return True
 
 
-def _bounds(node: ir.Node) -> tuple[float, float] | None:
+def bounds(node: ir.Node) -> tuple[float, float] | None:
     """The constant limits of a Relu or Clip."""
     if node.op_type == "Relu":
         return 0.0, np.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
@@ -72,10 +73,16 @@ class Rewrite(ir.passes.InPlacePass):
         original ones in memory as a whole.
         """
         tensor = like.const_value
-        if tensor is None or tensor.nbytes <= _EAGER_BYTES:
+        if tensor is None:
             return self.constant(compute(), name, like.dtype)
+        return self.later(compute, tensor.dtype, [int(size) for size in tensor.shape.numpy()], name)
+
+    def later(self, compute: Callable[[], np.ndarray], dtype: ir.DataType, dims: Sequence[int], name: str) -> ir.Value:
+        """A new initializer of this dtype and shape, computed as in `lazy`."""
+        if math.prod(dims) * dtype.bitwidth <= 8 * _EAGER_BYTES:
+            return self.constant(compute(), name, dtype)
         name = self.fresh(name)
-        dtype, shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
+        shape = ir.Shape(dims)
         lazy = ir.LazyTensor(lambda: ir.Tensor(compute(), dtype=dtype, name=name), dtype, shape, name=name)
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=lazy)
         self.graph.register_initializer(value)
