@@ -1,0 +1,321 @@
+"""Choose which nodes are quantized, in which scheme, and say why of each."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import onnx_ir as ir
+
+from nestc.errors import QuantizationError
+from nestc.graph.kinds import BROADCASTING, UNARY, is_constant
+from nestc.graph.model import Model
+from nestc.graph.passes.rewrite import array, only_use, operand, scalar
+from nestc.quant.profile import Profile
+from nestc.quant.scheme import ACTIVE, MOVING, WEIGHTED, Scheme, nearest
+
+Role = Literal["product", "active", "moving", "tail", "float"]
+
+QUANTIZED_OPS = frozenset(
+    """ConvInteger DequantizeLinear DynamicQuantizeLinear MatMulInteger QGemm QLinearAdd QLinearAveragePool QLinearConcat
+    QLinearConv QLinearGlobalAveragePool QLinearMatMul QLinearMul QLinearSigmoid QuantizeLinear""".split()
+)
+"""Operators of models that are quantized already."""
+
+MANY = frozenset({"Add", "Concat", "Mul", "Sub"})
+"""Operators of which every input is data; of the others only the first is."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one node, and why in words.
+
+    ``product``: computed on quantized operands, with a weight or of two activations. ``active``, ``moving``: computed
+    on quantized activations, the latter without changing elements. ``tail``: computed on the result of the node in
+    front of it before that is quantized. ``scheme`` is that of the node (of a tail: of the node in front of it), None
+    for ``float``.
+    """
+
+    node: str
+    op: str
+    role: Role
+    scheme: Scheme | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The decision of every node of the main graph, by name, in execution order; ``scheme`` is the one asked for."""
+
+    scheme: Scheme
+    decisions: Mapping[str, Decision] = field(default_factory=dict[str, Decision])
+
+    def of(self, node: ir.Node) -> Decision:
+        """The decision of a node; a node that is not listed (of a body, or added later) stays float."""
+        found = self.decisions.get(node.name or "")
+        if found is None or found.op != node.op_type:
+            return Decision(node.name or "", node.op_type, "float", None, "not part of the model that was quantized")
+        return found
+
+    @property
+    def quantized_ops(self) -> dict[str, int]:
+        """How many nodes of each operator are computed in a scheme's format (tails not counted), most first."""
+        taken = (each.op for each in self.decisions.values() if each.role in ("product", "active", "moving"))
+        return dict(Counter(taken).most_common())
+
+    @property
+    def kept_float(self) -> list[str]:
+        """Names of the nodes that stay float."""
+        return [name for name, each in self.decisions.items() if each.role == "float"]
+
+
+def require_float(model: Model) -> None:
+    """Raise QuantizationError if the model is quantized already."""
+    for node in model.ir.graph.all_nodes():
+        if node.op_type in QUANTIZED_OPS:
+            raise QuantizationError(
+                f"the model is quantized already (node {node.name!r} is {node.op_type}); give the float model"
+            )
+
+
+def choose(
+    prepared: Model,
+    scheme: Scheme,
+    overrides: Mapping[str, Scheme | None] | None = None,
+    profile: Profile | None = None,
+) -> Assignment:
+    """Decide about each node of a prepared model.
+
+    Products are quantized wherever their operands allow it; other operators only between quantized ones and products,
+    where integers need not become floats in between; elementwise operators behind them before the result is rounded.
+    `overrides` gives nodes (by name or by a pattern with ``*`` and ``?``) another scheme, or None for float. With
+    `profile`, nodes whose inputs were not observed stay float. Raises QuantizationError for an override that names no
+    node, or asks for what cannot be.
+    """
+    asked = _asked(prepared, overrides or {})
+    nodes = list(prepared.ir.graph)
+    roles: dict[ir.Node, Role] = {}
+    reasons: dict[ir.Node, str] = {}
+    schemes: dict[ir.Node, Scheme | None] = {}
+    for node in nodes:
+        wanted, key = asked.get(node.name or "", (scheme, None))
+        schemes[node] = wanted
+        if wanted is None:
+            roles[node], reasons[node] = "float", f"float by the override {key!r}"
+            continue
+        refusal = _refusal(node, wanted, profile)
+        if refusal is None:
+            roles[node] = _role(node)
+            continue
+        if key == node.name and not _may_be_tail(node):
+            raise QuantizationError(f"override of node {node.name!r} ({node.op_type}) to {wanted.name}: {refusal}")
+        roles[node], reasons[node] = "float", refusal
+
+    forced = {
+        node for node in nodes if schemes[node] is not None and asked.get(node.name or "", (0, 0))[1] == node.name
+    }
+    leads = _leads(nodes, roles, schemes)
+    decisions: dict[str, Decision] = {}
+    settled: dict[ir.Node, Role] = {}
+    for node in nodes:
+        role, reason = _settle(node, roles[node], schemes, settled, leads, node in forced, reasons.get(node, ""))
+        settled[node] = role
+        if role == "tail":
+            front = _data_producer(node)
+            assert front is not None
+            schemes[node] = schemes[front]
+        chosen = None if role == "float" else schemes[node]
+        decisions[node.name or ""] = Decision(node.name or "", node.op_type, role, chosen, reason)
+    return Assignment(scheme, decisions)
+
+
+def data_inputs(node: ir.Node) -> tuple[int, ...]:
+    """Indices of the inputs whose elements are data that may be quantized (bias, bounds, axes and sizes are not)."""
+    if node.op_type in MANY:
+        return tuple(range(len(node.inputs)))
+    return (0, 1) if node.op_type in WEIGHTED else (0,)
+
+
+def _asked(prepared: Model, overrides: Mapping[str, Scheme | None]) -> dict[str, tuple[Scheme | None, str]]:
+    """Node name -> (scheme, the override's key): a name of its own before patterns, a later pattern before others."""
+    names = [node.name or "" for node in prepared.ir.graph]
+    asked: dict[str, tuple[Scheme | None, str]] = {}
+    for key, scheme in sorted(overrides.items(), key=lambda item: item[0] in names):
+        pattern = re.escape(key).replace(r"\*", ".*").replace(r"\?", ".")
+        matching = [key] if key in names else [name for name in names if re.fullmatch(pattern, name)]
+        if not matching:
+            what = "matches no node" if "*" in key or "?" in key else "names no node"
+            raise QuantizationError(
+                f"override {key!r} {what} of the prepared model{nearest(key, names)}; nestc explain lists them"
+            )
+        asked.update((name, (scheme, key)) for name in matching)
+    return asked
+
+
+def _role(node: ir.Node) -> Role:
+    if node.op_type in WEIGHTED:
+        return "product"
+    return "moving" if node.op_type in MOVING else "active"
+
+
+def _refusal(node: ir.Node, scheme: Scheme, profile: Profile | None) -> str | None:
+    """Why the scheme cannot compute a node, None if it can."""
+    if node.domain or node.op_type not in scheme.ops:
+        what = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        if node.outputs and node.outputs[0].dtype not in (ir.DataType.FLOAT, None):
+            return f"{what} computes no float32 numbers"
+        return f"scheme {scheme.name} computes {what} in float"
+    first = operand(node, 0)
+    if first is None or first.dtype != ir.DataType.FLOAT:
+        kind = "an unknown type" if first is None or first.dtype is None else first.dtype.name.lower()
+        return f"its input is of {kind}, not float32"
+    refusal = _operand_refusal(node, scheme)
+    if refusal is not None or scheme.weight_only:
+        return refusal
+    observed = [value for index in data_inputs(node) if (value := operand(node, index)) and not is_constant(value)]
+    if not observed:
+        return "all its operands are constants"
+    if profile is None or not scheme.integer:
+        return None
+    for value in observed:
+        stats = profile.tensors.get(value.name or "")
+        if stats is None:
+            return f"tensor {value.name!r} is not in the profile"
+        if stats.count <= stats.nan + stats.inf:
+            return f"tensor {value.name!r} held no finite number while calibrating"
+    return None
+
+
+def _operand_refusal(node: ir.Node, scheme: Scheme) -> str | None:
+    """What is wrong with the operands of a node for any integer form of it."""
+    weight = operand(node, 1)
+    if node.op_type in WEIGHTED:
+        constants = [index for index in (0, 1) if is_constant(operand(node, index))]
+        if node.op_type != "MatMul" and (not is_constant(weight) or 0 in constants):
+            return f"its weight {weight.name if weight else ''!r} is not a constant, or its input is one"
+        if scheme.weight_only and constants != [1]:
+            return "it has no constant weight on the right"
+        if scheme.weight_only and (weight is None or weight.shape is None or len(weight.shape) < 2):
+            return "its weight is a vector"
+        if len(constants) == 2:
+            return "all its operands are constants"
+        values = [array(operand(node, index)) for index in constants]
+        if any(each is not None and not _finite(each) for each in values):
+            return "its weight holds NaN or infinite values"
+        return None
+    if node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") != "nearest":
+        return "interpolation is computed in float"
+    if node.op_type == "Pad" and scalar(operand(node, 2)) not in (None, 0.0):
+        return "it pads with a number other than 0"
+    if node.op_type == "Pad" and operand(node, 2) is not None and not is_constant(operand(node, 2)):
+        return "it pads with a number known only at run time"
+    if node.op_type == "MaxPool" and len(node.outputs) > 1:
+        return "it gives indices of elements"
+    return None
+
+
+def _finite(values: object) -> bool:
+    import numpy as np
+
+    return bool(np.isfinite(np.asarray(values)).all())
+
+
+def _may_be_tail(node: ir.Node) -> bool:
+    """Whether the node is elementwise with one input that is no constant, of float32."""
+    if node.domain or node.op_type not in UNARY | BROADCASTING or len(node.outputs) != 1:
+        return False
+    varying = [value for value in node.inputs if value is not None and not is_constant(value)]
+    same = all(value.dtype == ir.DataType.FLOAT for value in (*varying, *node.outputs))
+    return len(varying) == 1 and same and varying[0].shape == node.outputs[0].shape
+
+
+def _data_producer(node: ir.Node) -> ir.Node | None:
+    """The node that computes the one input of a tail."""
+    varying = next((value for value in node.inputs if value is not None and not is_constant(value)), None)
+    return None if varying is None else varying.producer()
+
+
+def _leads(
+    nodes: list[ir.Node], roles: Mapping[ir.Node, Role], schemes: Mapping[ir.Node, Scheme | None]
+) -> dict[ir.Node, bool]:
+    """Whether a node's result reaches an integer product through operators that can be computed on integers."""
+    leads: dict[ir.Node, bool] = {}
+    for node in reversed(nodes):
+        leads[node] = False
+        for value in node.outputs:
+            for user, index in value.uses():
+                role = roles.get(user, "float")
+                if role == "product":
+                    scheme = schemes[user]
+                    leads[node] |= scheme is not None and scheme.integer and index in data_inputs(user)
+                elif role in ("active", "moving") or (schemes.get(user) is not None and _may_be_tail(user)):
+                    leads[node] |= leads.get(user, False)
+    return leads
+
+
+def _settle(
+    node: ir.Node,
+    role: Role,
+    schemes: Mapping[ir.Node, Scheme | None],
+    settled: Mapping[ir.Node, Role],
+    leads: Mapping[ir.Node, bool],
+    forced: bool,
+    reason: str,
+) -> tuple[Role, str]:
+    """The final role and the reason, given those of all nodes before this one."""
+    scheme = schemes[node]
+    if role == "product":
+        assert scheme is not None
+        return role, _of_product(node, scheme)
+    front = _data_producer(node) if _may_be_tail(node) and scheme is not None and not forced else None
+    if front is not None and _carries_tail(front, schemes, settled) and only_use(_varying(node)):
+        return "tail", f"computed on the result of {front.name!r} before that is rounded"
+    if role == "float":
+        return role, reason
+    assert scheme is not None
+    fed = [
+        value
+        for index in data_inputs(node)
+        if (value := operand(node, index)) is not None and not is_constant(value) and _is_fed(value, settled, schemes)
+    ]
+    if not fed and not forced:
+        return "float", "none of its inputs comes from a quantized operator"
+    if not leads[node] and not forced:
+        return "float", "its result reaches no quantized product"
+    if role == "moving":
+        return role, f"moves {scheme.name} numbers without changing them"
+    return role, f"stands between operators in {scheme.name}"
+
+
+def _varying(node: ir.Node) -> ir.Value:
+    return next(value for value in node.inputs if value is not None and not is_constant(value))
+
+
+def _carries_tail(front: ir.Node, schemes: Mapping[ir.Node, Scheme | None], settled: Mapping[ir.Node, Role]) -> bool:
+    scheme = schemes.get(front)
+    return settled.get(front) in ("product", "active", "tail") and scheme is not None and scheme.integer
+
+
+def _is_fed(value: ir.Value, settled: Mapping[ir.Node, Role], schemes: Mapping[ir.Node, Scheme | None]) -> bool:
+    """Whether a value comes from an integer operator, or from outside, where it can be quantized at once."""
+    front = value.producer()
+    if front is None:
+        return True
+    scheme = schemes.get(front)
+    return settled.get(front, "float") != "float" and scheme is not None and scheme.integer
+
+
+def _of_product(node: ir.Node, scheme: Scheme) -> str:
+    constants = [index for index in (0, 1) if is_constant(operand(node, index))]
+    weight = scheme.weight
+    each = {"tensor": "a scale a tensor", "channel": "a scale a channel", "block": f"a scale for {weight.block}"}
+    if scheme.activation is None:
+        return f"weights {weight.dtype}, {each[weight.granularity]}; activations float"
+    if weight.is_float:
+        return "operands rounded to bfloat16, sums in float32"
+    if not constants:
+        return f"both operands {scheme.activation.dtype}"
+    return f"activations {scheme.activation.dtype}, weights {weight.dtype} with {each[weight.granularity]}"
