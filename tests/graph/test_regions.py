@@ -255,3 +255,50 @@ def _set_reductions(graph: ir.Graph) -> None:
         if node.op_type == "ReduceMax":
             node.resize_inputs(2)
             node.replace_input_with(1, axes)
+
+
+def test_operands_are_widened_in_the_region_that_needs_them() -> None:
+    graph = """g (uint8[1,2,4,4] x, uint8[1,2,4,4] r) => (uint8[1,2,4,4] y) {
+        a = DequantizeLinear(x, s, z)  b = DequantizeLinear(r, s, z)  k = DequantizeLinear(w, s)
+        c = Conv(a, k)  q = QuantizeLinear(c, s, z)  d = DequantizeLinear(q, s, z)
+        e = Add(d, b)  f = Relu(e)  y = QuantizeLinear(f, s, z) }"""
+    weights = {
+        "s": np.array(0.1, np.float32),
+        "z": np.array(3, np.uint8),
+        "w": np.ones((2, 2, 1, 1), np.int8),
+    }
+    assert groups(graph, **weights) == [
+        "DequantizeLinear DequantizeLinear Conv QuantizeLinear DequantizeLinear DequantizeLinear Add Relu QuantizeLinear"
+    ]
+
+
+def test_a_region_ends_narrow_and_its_users_widen() -> None:
+    graph = """g (float[2,3] x) => (uint8[2,3] y, uint8[2,3] v) {
+        q = QuantizeLinear(x, s, z)  a = DequantizeLinear(q, s, z)  b = DequantizeLinear(q, s, z)
+        c = Softmax(a)  y = QuantizeLinear(c, s, z)  d = Add(b, b)  v = QuantizeLinear(d, s, z) }"""
+    weights = {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8)}
+    assert groups(graph, **weights) == [
+        "QuantizeLinear",
+        "DequantizeLinear Softmax QuantizeLinear",
+        "DequantizeLinear Add QuantizeLinear",
+    ]
+
+
+def test_a_smaller_operand_is_widened_before() -> None:
+    graph = """g (uint8[1,2,4,4] x, uint8[1,2,1,1] gate) => (uint8[1,2,4,4] y) {
+        a = DequantizeLinear(x, s)  b = DequantizeLinear(gate, s)  c = Mul(a, b)  y = QuantizeLinear(c, s, z) }"""
+    weights = {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8)}
+    assert groups(graph, **weights) == ["DequantizeLinear", "DequantizeLinear Mul QuantizeLinear"]
+
+
+def test_quantized_operands_of_a_concat() -> None:
+    graph = """g (uint8[1,2,4] x, int8[1,3,4] z) => (uint8[1,5,4] y) {
+        a = DequantizeLinear(x, s)  b = DequantizeLinear(z, s)  c = Concat<axis=1>(a, b)  y = QuantizeLinear(c, s) }"""
+    assert groups(graph, s=np.array(0.1, np.float32)) == ["DequantizeLinear DequantizeLinear Concat QuantizeLinear"]
+
+
+def test_the_result_of_the_model_may_be_wide() -> None:
+    graph = """g (uint8[2,2] x) => (float[2,2] y) {
+        a = DequantizeLinear(x, s)  b = MatMul(a, w)  q = QuantizeLinear(b, s)  y = DequantizeLinear(q, s) }"""
+    weights = {"s": np.array(0.1, np.float32), "w": np.ones((2, 2), np.float32)}
+    assert groups(graph, **weights) == ["DequantizeLinear MatMul QuantizeLinear DequantizeLinear"]
