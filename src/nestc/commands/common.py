@@ -145,13 +145,14 @@ def read_inputs(given: Sequence[str], wanted: Mapping[str, tuple[str, tuple[int 
 
     Raises ShapeError for a name that is not an input, and nestc.Error for a file that cannot be read.
     """
+    from nestc.datasets import read_npz
     from nestc.targets import suggestion
 
     arrays: dict[str, np.ndarray] = {}
     for text in given:
         name, equals, file = text.partition("=")
         if not equals and text.endswith(".npz"):
-            arrays.update(_read_npz(Path(text)))
+            arrays.update(read_npz(Path(text)))
             continue
         if not equals:
             if len(wanted) != 1:
@@ -206,59 +207,19 @@ def random_inputs(wanted: Mapping[str, tuple[str, tuple[int | str, ...]]]) -> di
 
 
 def _read_array(path: Path, name: str, dtype: str, shape: tuple[int | str, ...]) -> np.ndarray:
-    import numpy as np
+    from nestc.datasets import read_npy, read_npz
+    from nestc.images import SUFFIXES, ImageInput, read_image
 
     require_file(path)
     suffix = path.suffix.lower()
     if suffix == ".npz":
-        held = _read_npz(path)
+        held = read_npz(path)
         if name not in held and len(held) != 1:
             raise ShapeError(f"{path} holds no array {name!r}, only {', '.join(held) or 'nothing'}")
         return held.get(name, next(iter(held.values())))
-    if suffix in (".png", ".jpg", ".jpeg"):
-        return _read_image(path, name, dtype, shape)
+    if suffix in SUFFIXES:
+        image = ImageInput.of(name, dtype, shape)
+        return read_image(path, image, image.usual)
     if suffix != ".npy":
         raise ModelError(f"{path} is of no kind that --input reads; it reads .npy, .npz, .png and .jpg")
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ModelError(f"{path} is not a .npy file that can be read: {error}") from error
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    import numpy as np
-
-    require_file(path)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise ModelError(f"{path} is not an .npz file that can be read: {error}") from error
-
-
-def _read_image(path: Path, name: str, dtype: str, shape: tuple[int | str, ...]) -> np.ndarray:
-    """An image resized (bilinear) to the input's height and width; 0..1 for float inputs, 0..255 for uint8.
-
-    The input is NCHW, or NHWC where its last axis is 1 or 3. Other preprocessing belongs into the model or a .npy file.
-    """
-    import numpy as np
-
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise ModelError(f"reading {path.name} needs Pillow: pip install 'nestc[image]'") from None
-    channels_last = len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3)
-    sizes = shape[1:] if channels_last or len(shape) != 4 else (*shape[2:], shape[1])
-    if len(sizes) != 3 or not all(isinstance(size, int) for size in sizes) or sizes[2] not in (1, 3):
-        listed = ",".join(str(size) for size in shape)
-        raise ShapeError(f"input {name!r} of shape ({listed}) is no image; give a .npy file")
-    height, width, channels = (int(size) for size in sizes)
-    try:
-        with Image.open(path) as image:
-            pixels = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ModelError(f"{path} is not an image that can be read: {error}") from error
-    array = np.asarray(pixels).reshape(height, width, channels)
-    if dtype != "uint8":
-        array = (array / 255.0).astype(dtype)
-    return np.ascontiguousarray(array[None] if channels_last else np.moveaxis(array, 2, 0)[None])
+    return read_npy(path)
