@@ -15,13 +15,13 @@ from nestc.graph.kinds import BROADCASTING, UNARY, is_constant
 from nestc.graph.model import Model
 from nestc.graph.passes.rewrite import array, only_use, operand, scalar
 from nestc.quant.profile import Profile
-from nestc.quant.scheme import ACTIVE, MOVING, WEIGHTED, Scheme, nearest
+from nestc.quant.scheme import MOVING, WEIGHTED, Scheme, nearest
 
 Role = Literal["product", "active", "moving", "tail", "float"]
 
 QUANTIZED_OPS = frozenset(
-    """ConvInteger DequantizeLinear DynamicQuantizeLinear MatMulInteger QGemm QLinearAdd QLinearAveragePool QLinearConcat
-    QLinearConv QLinearGlobalAveragePool QLinearMatMul QLinearMul QLinearSigmoid QuantizeLinear""".split()
+    """ConvInteger DequantizeLinear DynamicQuantizeLinear MatMulInteger QGemm QLinearAdd QLinearAveragePool
+    QLinearConcat QLinearConv QLinearGlobalAveragePool QLinearMatMul QLinearMul QLinearSigmoid QuantizeLinear""".split()
 )
 """Operators of models that are quantized already."""
 
