@@ -26,8 +26,8 @@ CONTRACTS = {
     "nestc.bundle.artifact",
 }
 
-# The importer binds sizes and infers shapes with passes that the graph stage also uses later.
-ALLOWED = {("importers", f"nestc.graph.{name}") for name in ("bind", "infer_shapes", "quiet")}
+# The importer binds sizes, infers shapes and replaces operators with the means that the graph stage also uses later.
+ALLOWED = {("importers", f"nestc.graph.{name}") for name in ("bind", "infer_shapes", "passes.rewrite", "quiet")}
 
 # Everything above the stages: the command line and the driver see all.
 TOP = {"driver", "cli", "commands", "specialise", "demo", "datasets", "images", "evaluation"}

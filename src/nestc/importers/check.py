@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from nestc.errors import ModelError, UnsupportedOp
+from nestc.importers import contrib
 
 _SUBGRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
@@ -107,6 +108,8 @@ def check_operators(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         version = model.opset_imports.get(node.domain)
         where = f"node {node.name or node.outputs[0].name!r}"
+        if node.domain == contrib.DOMAIN and node.op_type in contrib.OPERATORS and node.graph is model.graph:
+            continue  # replaced by standard operators
         if node.domain not in known:
             raise UnsupportedOp(
                 f"{where} uses operator {node.domain}::{node.op_type}, of a domain that is not part of ONNX; "

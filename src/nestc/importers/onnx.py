@@ -20,6 +20,7 @@ from nestc.graph.infer_shapes import InferShapes
 from nestc.graph.model import Model, skeleton
 from nestc.graph.quiet import quiet
 from nestc.importers.check import check_external_data, check_operators, check_structure, subgraphs
+from nestc.importers.contrib import StandardOperators
 from nestc.importers.mapped import map_external, parse_mapped
 from nestc.importers.upgrade import to_canonical_opset
 
@@ -55,7 +56,10 @@ def load(
         map_external(model, folder)
     _name_nodes(model)
     _check_standard(model, name)
+    standard = StandardOperators()
+    standard(model)  # before the conversion, whose steps need types and shapes
     model = to_canonical_opset(model)
+    standard(model)  # what older operator sets cannot say
     _name_nodes(model)  # those that the conversion has added
     loaded = bind(Model(model), shapes, dims, values)
     with quiet("onnxscript", "onnx_ir"):

@@ -27,6 +27,9 @@ class Rewrite(ir.passes.InPlacePass):
     what: ClassVar[str]
     """What one change is called in the notes, e.g. ``batch normalizations folded``."""
 
+    domain: ClassVar[str] = ""
+    """Whose operators are visited."""
+
     def __init__(self, notes: list[str] | None = None) -> None:
         super().__init__()
         self.notes = [] if notes is None else notes
@@ -43,7 +46,7 @@ class Rewrite(ir.passes.InPlacePass):
         self.names |= {value.name or "" for value in self.graph.inputs} | set(self.graph.initializers)
         changes = 0
         for node in list(self.graph):
-            if node.graph is self.graph and node.domain == "" and used(node):
+            if node.graph is self.graph and node.domain == self.domain and used(node):
                 changes += self.rewrite(node)
         if changes:
             common.RemoveUnusedNodesPass()(model)
