@@ -17,7 +17,7 @@ from nestc.kernels.testing import Compiled, host_machine
 from nestc.targets.cpu.machine import machine
 from nestc.tensor import interp
 from nestc.tensor.build import Builder, load
-from nestc.tensor.ir import DOT_GROUPS, Dot, Kernel, Repeat
+from nestc.tensor.ir import DOT_GROUPS, Dot, Kernel, PairSum, Repeat
 from nestc.tensor.text import kernel_text
 from nestc.tensor.verify import verify
 
@@ -130,3 +130,32 @@ def test_text_form_and_types() -> None:
         Dot(load(a, 0, lanes=4), load(a, 0, lanes=8), load(b, 0, lanes=8))
     with pytest.raises(TypeError, match="dot: operands do not fit"):
         Dot(load(a, 0, lanes=4), load(b, 0, lanes=8), load(b, 0, lanes=8))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from([1, 2, 8, 16, 24, 32]), st.sampled_from(MACHINES), st.integers(0, 1 << 30))
+def test_pair_sums_saturate_like_the_instruction(lanes: int, target: CpuMachine, seed: int) -> None:
+    k = Builder("k")
+    a, b = k.param("a", "uint8", (2 * lanes,)), k.param("b", "int8", (2 * lanes,))
+    out = k.param("out", "int16", (lanes,))
+    k.store(out, (0,), PairSum(load(a, 0, lanes=2 * lanes), load(b, 0, lanes=2 * lanes)))
+    kernel = k.finish()
+    verify(kernel)
+    rng = np.random.default_rng(seed)
+    x, y = numbers(rng, "uint8", 2 * lanes), numbers(rng, "int8", 2 * lanes)
+    wanted = np.clip((x.astype(int) * y).reshape(-1, 2).sum(1), -32768, 32767).astype(np.int16)
+    found, defined = np.zeros(lanes, np.int16), np.zeros(lanes, np.int16)
+    Compiled(kernel, target)([x, y, found])
+    interp.run(kernel, {"a": x, "b": y, "out": defined})
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(defined, wanted)
+
+
+def test_the_instruction_of_pair_sums() -> None:
+    k = Builder("k")
+    a, b, out = k.param("a", "uint8", (32,)), k.param("b", "int8", (32,)), k.param("out", "int16", (16,))
+    k.store(out, (0,), PairSum(load(a, 0, lanes=32), load(b, 0, lanes=32)))
+    kernel = k.finish()
+    assert "pair_sum(" in kernel_text(kernel)
+    avx2 = machine("avx2")
+    assert "vpmaddubsw" in compile_ir(print_kernel(kernel, "k", avx2).text, avx2, assembly=True).assembly

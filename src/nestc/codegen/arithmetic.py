@@ -9,7 +9,7 @@ from nestc.codegen.halves import Halves
 from nestc.codegen.llvm_types import FLOAT, literal, scalar_type, suffix, unsigned, vector_type, width
 from nestc.errors import Error
 from nestc.kernels.api import CpuMachine
-from nestc.tensor.ir import Binary, Const, Dot, Expr, Fma, Kernel, Reduce, Repeat, Unary
+from nestc.tensor.ir import Binary, Const, Dot, Expr, Fma, Kernel, PairSum, Reduce, Repeat, Unary
 
 _COMPARE = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 _FLOAT_OPS = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv", "rem": "frem"}
@@ -52,6 +52,9 @@ class Arithmetic(ABC):
         name = f"llvm.fma.{suffix(element, e.lanes)}"
         self.declare(name, f"{kind} @{name}({kind}, {kind}, {kind})")
         return self.emit(f"call {kind} @{name}({kind} {a}, {kind} {b}, {kind} {c})")
+
+    def pair_sum(self, e: PairSum) -> str:
+        return Dots(self.emit, self.declare, self.machine).pair_sum(self.value(e.a), self.value(e.b), e.lanes)
 
     def dot(self, e: Dot) -> str:
         dots = Dots(self.emit, self.declare, self.machine)

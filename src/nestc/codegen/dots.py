@@ -17,6 +17,7 @@ Emit = Callable[[str], str]
 Declare = Callable[[str, str], str]
 """Takes the name and the signature of an external function."""
 
+_PMADDUBSW = {32: "llvm.x86.avx2.pmadd.ub.sw", 64: "llvm.x86.avx512.pmaddubs.w.512"}
 _PMADDWD = {16: "llvm.x86.sse2.pmadd.wd", 32: "llvm.x86.avx2.pmadd.wd", 64: "llvm.x86.avx512.pmaddw.d.512"}
 
 
@@ -56,6 +57,24 @@ class Dots:
             products = self.folded("add", products, "i32", group * lanes)
             group //= 2
         return self.emit(f"add {vector_type('i32', lanes)} {acc}, {products}")
+
+    def pair_sum(self, a: str, b: str, lanes: int) -> str:
+        """`lanes` saturated sums of two products, see `tensor.ir.PairSum`."""
+        bits = 16 * lanes
+        name = _PMADDUBSW.get(bits // 8, "")
+        if name and not self.arm and bits // 8 <= self.machine.dot_bytes:
+            factor, kind = f"<{2 * lanes} x i8>", f"<{lanes} x i16>"
+            self.declare(name, f"{kind} @{name}({factor}, {factor})")
+            return self.emit(f"call {kind} @{name}({factor} {a}, {factor} {b})")
+        a, b = self.widened(a, "uint8", 2 * lanes, 32), self.widened(b, "int8", 2 * lanes, 32)
+        total = self.folded("add", self.emit(f"mul <{2 * lanes} x i32> {a}, {b}"), "i32", 2 * lanes)
+        kind = vector_type("i32", lanes)
+        for op, bound in (("smin", 32767), ("smax", -32768)):
+            limit = str(bound) if lanes == 1 else f"<{', '.join([f'i32 {bound}'] * lanes)}>"
+            name = f"llvm.{op}.{suffix('i32', lanes)}"
+            self.declare(name, f"{kind} @{name}({kind}, {kind})")
+            total = self.emit(f"call {kind} @{name}({kind} {total}, {kind} {limit})")
+        return self.emit(f"trunc {kind} {total} to {vector_type('i16', lanes)}")
 
     @property
     def vector_lanes(self) -> int:

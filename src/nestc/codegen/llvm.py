@@ -26,6 +26,7 @@ from nestc.tensor.ir import (
     If,
     Kernel,
     Load,
+    PairSum,
     Ramp,
     Reduce,
     Repeat,
@@ -468,6 +469,8 @@ class _Printer(Arithmetic):
             return self.repeat(e)
         if isinstance(e, Dot):
             return self.dot(e)
+        if isinstance(e, PairSum):
+            return self.pair_sum(e)
         raise Error(f"kernel {self.kernel.name}: cannot print {type(e).__name__}")
 
     def is_sum(self, e: Binary) -> bool:

@@ -25,6 +25,7 @@ from nestc.tensor.ir import (
     If,
     Kernel,
     Load,
+    PairSum,
     Ramp,
     Reduce,
     Repeat,
@@ -163,6 +164,9 @@ class _Frame:
             wide = np.float64 if e.dtype == "float32" else np.int64
             acc, a, b = (self.value(x).astype(wide) for x in (e.acc, e.a, e.b))
             return (acc + (a * b).reshape(-1, e.group).sum(1)).astype(numpy_dtype(e.dtype))
+        if isinstance(e, PairSum):
+            products = self.value(e.a).astype(np.int64) * self.value(e.b)
+            return np.clip(products.reshape(-1, 2).sum(1), -(1 << 15), (1 << 15) - 1).astype(np.int16)
         raise TypeError(f"cannot interpret {type(e).__name__}")
 
     def places(self, buffer: Buffer, index: tuple[Expr, ...], lanes: int, live: Array) -> Array:

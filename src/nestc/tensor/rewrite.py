@@ -19,6 +19,7 @@ from nestc.tensor.ir import (
     For,
     If,
     Load,
+    PairSum,
     Ramp,
     Reduce,
     Repeat,
@@ -63,6 +64,8 @@ def rebuild(e: Expr, children: tuple[Expr, ...]) -> Expr:
         return Repeat(children[0], e.times)
     if isinstance(e, Dot):
         return Dot(*children)
+    if isinstance(e, PairSum):
+        return PairSum(*children)
     raise TypeError(f"cannot rebuild {type(e).__name__}")
 
 

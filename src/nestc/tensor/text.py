@@ -18,6 +18,7 @@ from nestc.tensor.ir import (
     If,
     Kernel,
     Load,
+    PairSum,
     Ramp,
     Reduce,
     Repeat,
@@ -84,6 +85,8 @@ def show(e: Expr) -> str:
         return f"reduce_{e.op}({show(e.x)})"
     if isinstance(e, Repeat):
         return f"repeat({show(e.x)}, {e.times})"
+    if isinstance(e, PairSum):
+        return f"pair_sum({show(e.a)}, {show(e.b)})"
     if isinstance(e, Dot):
         return f"dot({show(e.acc)}, {show(e.a)}, {show(e.b)})"
     raise TypeError(f"no text form for {type(e).__name__}")
