@@ -15,6 +15,8 @@ _COMPARE = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 _FLOAT_OPS = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv", "rem": "frem"}
 _INT_OPS = {"add": "add", "sub": "sub", "mul": "mul", "and": "and", "or": "or", "xor": "xor", "shl": "shl"}
 _INTRINSICS = {"sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "rint": "rint", "trunc": "trunc", "abs": "fabs"}
+NARROW_INTEGERS = frozenset({"int8", "uint8", "int16", "uint16", "int32"})
+"""Integers that a float32 in their range becomes by way of int32."""
 # Called for each lane: libm, which every process that runs Python has loaded.
 _LIBM = frozenset("exp log sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf pow atan2".split())
 
@@ -227,6 +229,14 @@ class Arithmetic(ABC):
         name = f"llvm.{op}.{suffix(element, lanes)}"
         self.declare(name, f"{kind} @{name}({kind})")
         return self.emit(f"call {kind} @{name}({kind} {x})")
+
+    def rounded(self, e: Unary) -> str:
+        """``rint`` of float32 as int32, in one instruction where the machine converts in the current rounding mode."""
+        lanes = e.lanes
+        kind, target = vector_type("float", lanes), vector_type("i32", lanes)
+        name = f"llvm.lrint.{suffix('i32', lanes)}.{suffix('float', lanes)}"
+        self.declare(name, f"{target} @{name}({kind})")
+        return self.emit(f"call {target} @{name}({kind} {self.value(e.x)})")
 
     def libm(self, op: str, operands: tuple[str, ...], element: str, lanes: int) -> str:
         """A call of the C library for each lane."""

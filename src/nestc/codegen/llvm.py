@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from nestc.codegen.arithmetic import Arithmetic
+from nestc.codegen.arithmetic import NARROW_INTEGERS, Arithmetic
 from nestc.codegen.llvm_types import literal, memory_type, scalar_type, suffix, vector_type, width
 from nestc.errors import Error
 from nestc.kernels.api import CpuMachine
@@ -445,6 +445,8 @@ class _Printer(Arithmetic):
                 return a if cond == "true" else b
             return self.emit(f"select {vector_type('i1', e.cond.lanes)} {cond}, {kind} {a}, {kind} {b}")
         if isinstance(e, Cast):
+            if isinstance(e.x, Unary) and e.x.op == "rint" and e.x.dtype == "float32" and e.dtype in NARROW_INTEGERS:
+                return self.cast(self.rounded(e.x), "int32", e.dtype, e.lanes)
             return self.cast(self.value(e.x), e.x.dtype, e.dtype, e.lanes)
         if isinstance(e, Bitcast):
             source, target = (vector_type(scalar_type(d), e.lanes) for d in (e.x.dtype, e.dtype))
