@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from nestc.errors import BundleError, Error, ModelError, PlanError, ShapeError, TargetError, UnsupportedOp
+from nestc.errors import BundleError, DataError, Error, ModelError, PlanError, ShapeError, TargetError, UnsupportedOp
 
 if TYPE_CHECKING:
+    from nestc.datasets import Dataset, open_data
     from nestc.driver import compile
+    from nestc.evaluation import Evaluation, evaluate
     from nestc.importers.onnx import Model, load
     from nestc.partition.plan import Plan
     from nestc.runtime import Executable, open
@@ -18,7 +20,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BundleError",
+    "DataError",
+    "Dataset",
     "Error",
+    "Evaluation",
     "Executable",
     "Model",
     "ModelError",
@@ -29,19 +34,25 @@ __all__ = [
     "UnsupportedOp",
     "__version__",
     "compile",
+    "evaluate",
     "load",
     "open",
+    "open_data",
     "targets",
 ]
 
 # Where each name lives. `open` must not import a compiler stage, so nothing here is imported until it is asked for.
 _HOMES = {
+    "Dataset": "nestc.datasets",
+    "Evaluation": "nestc.evaluation",
     "Executable": "nestc.runtime",
     "Model": "nestc.importers.onnx",
     "Plan": "nestc.partition.plan",
     "compile": "nestc.driver",
+    "evaluate": "nestc.evaluation",
     "load": "nestc.importers.onnx",
     "open": "nestc.runtime",
+    "open_data": "nestc.datasets",
 }
 
 

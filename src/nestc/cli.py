@@ -16,6 +16,7 @@ from nestc import __version__
 from nestc.commands.bench import bench
 from nestc.commands.compile import compile_
 from nestc.commands.demo import demo
+from nestc.commands.evaluate import evaluate
 from nestc.commands.explain import explain
 from nestc.commands.run import run
 from nestc.commands.targets import targets
@@ -50,6 +51,7 @@ app = typer.Typer(
 app.command("compile")(compile_)
 app.command("run")(run)
 app.command("bench")(bench)
+app.command("evaluate")(evaluate)
 app.command("demo")(demo)
 app.command("explain")(explain)
 app.command("targets")(targets)

@@ -93,11 +93,11 @@ def open_data(
     """The data set at `path` for a model with these `inputs`.
 
     `path` is an .npz (arrays named after the inputs, first axis = samples; held in memory), a folder of .npy or .npz
-    files (a sample or a batch each), or a folder of images, decoded one at a time (`images.HOW` has the preprocessing;
-    default: as `nestc run` reads an image). `labels` is a CSV file with the columns file, label and perhaps split, of
-    which only the rows of `split` are taken, if given; or a .npy file or a sequence with an integer a sample, in order.
-    The file of a CSV row is relative to the folder; of an .npz it is the sample's number from 0. `limit` keeps the
-    first samples. `batch` is for models whose batch is open; others get what they ask for.
+    files (a sample or a batch each), or a folder of images, decoded one at a time (`preprocess`: as
+    `images.parse_preprocess` reads it; default: as `nestc run` reads an image). `labels` is a CSV file with the columns
+    file, label and perhaps split, of which only the rows of `split` are taken, if given; or a .npy file or a sequence
+    with an integer a sample, in order. The file of a CSV row is relative to the folder; of an .npz it is the sample's
+    number from 0. `limit` keeps the first samples. `batch` is for models whose batch is open; others get what they ask.
 
     Raises DataError and ShapeError, each with the file, the input and what is wrong.
     """

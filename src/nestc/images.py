@@ -23,14 +23,6 @@ CROP_RATIO = 256 / 224
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-HOW = (
-    "`imagenet` (short side to 256/224 of the input's size, centre crop, 0..1, then mean 0.485,0.456,0.406 and std "
-    "0.229,0.224,0.225), `mean=..,std=..` (cropped in the same way; of pixel values 0..255, one number or one a "
-    "channel), `0to1` or `raw` (0..255), which squeeze the whole image into the input's size; add `fit=crop` or "
-    "`fit=stretch` for the other. Always bilinear, averaging over what is made smaller (Pillow's BILINEAR)."
-)
-"""What ``--preprocess`` takes, for people."""
-
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -53,7 +45,12 @@ _NAMED = {"raw": RAW, "0to1": ZERO_TO_ONE, "imagenet": IMAGENET}
 
 
 def parse_preprocess(text: str) -> Preprocess:
-    """Read what ``--preprocess`` takes (HOW). Raises DataError."""
+    """Read what ``--preprocess`` takes. Raises DataError.
+
+    ``imagenet``; ``mean=..,std=..`` of pixel values in 0..255, one number or one a channel (EfficientNet-Lite:
+    ``mean=127,std=128``), cropped in the same way; ``0to1`` and ``raw`` (0..255), which squeeze the whole picture into
+    the input's size. ``fit=crop`` or ``fit=stretch`` behind any of them changes that.
+    """
     start: Preprocess | None = None
     values: dict[str, list[str]] = {}
     key = ""

@@ -64,6 +64,43 @@ Inputs = Annotated[
     ),
 ]
 
+Data = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="An .npz (arrays named after the inputs, first axis = samples), a folder of "
+        ".npy or .npz files, or a folder of images.",
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels",
+        metavar="FILE",
+        help="A CSV file with the columns `file,label` and perhaps `split`, or a .npy file of integers.",
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option("--split", metavar="NAME", help="Only the samples of this split in the labels. [default: all listed]"),
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N samples.")]
+Batch = Annotated[
+    int, typer.Option("--batch", min=1, metavar="N", help="Samples a call, where the model leaves it open.")
+]
+Preprocess = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocess",
+        metavar="HOW",
+        help="Of images, resized bilinearly: `imagenet` (short side to 256/224 of the input's, centre crop, 0..1, mean "
+        "0.485,0.456,0.406, std 0.229,0.224,0.225), `mean=..,std=..` (the same crop; of values 0..255, one number or "
+        "one a channel), `0to1` or `raw` (0..255), which squeeze the whole image into the input; add `,fit=crop` or "
+        "`,fit=stretch` for the other. [default: 0to1 for floats, raw for bytes]",
+    ),
+]
+
 
 def print_json(data: Mapping[str, Any]) -> None:
     """Print the one JSON object of ``--json``."""
