@@ -55,8 +55,14 @@ def feeds(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
     return found
 
 
-def run(model: Model | ir.Model | onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """The outputs of a model, in order, in ONNX Runtime on one thread; the model must satisfy onnx's checker."""
+def run(
+    model: Model | ir.Model | onnx.ModelProto, inputs: Mapping[str, np.ndarray], *, literal: bool = False
+) -> list[np.ndarray]:
+    """The outputs of a model, in order, in ONNX Runtime on one thread; the model must satisfy onnx's checker.
+
+    With `literal`, each operator computes as it stands: QuantizeLinear and DequantizeLinear are not fused with others.
+    Without it they are, and products of integers are exact (they saturate on AVX2 unless ONNX Runtime is told so).
+    """
     with quiet("onnx_ir"):
         proto = ir.to_proto(model.ir) if isinstance(model, Model) else model
         proto = ir.to_proto(proto) if isinstance(proto, ir.Model) else proto
@@ -64,6 +70,9 @@ def run(model: Model | ir.Model | onnx.ModelProto, inputs: Mapping[str, np.ndarr
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if literal:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
     return [np.asarray(each) for each in session.run(None, {name: inputs[name] for name in names})]

@@ -53,9 +53,9 @@ class IntegerMoves(Rewrite):
             return False
         if not parameters.whole:
             return self.sink_along(node, source, parameters)
-        integers = self.moved(node, [source.inputs[0]], parameters)
-        if integers is None:
+        if node.op_type == "Pad" and not _exact_padding(node, parameters):
             return False
+        integers = self.moved(node, [source.inputs[0]], parameters)
         for old, new in zip(node.outputs, integers, strict=True):
             self.replace(old, self.like_dequantize(node, source, new, old))
         self.drop(node)
@@ -70,9 +70,8 @@ class IntegerMoves(Rewrite):
         if not all(first.same(quantization(source)) for source in sources):
             return False
         taken = [source.inputs[0] for source in sources if source is not None]
+        assert sources[0] is not None  # it has parameters
         integers = self.moved(node, taken, first)
-        if integers is None or sources[0] is None:
-            return False
         self.replace(node.outputs[0], self.like_dequantize(node, sources[0], integers[0], node.outputs[0]))
         self.drop(node)
         return True
@@ -92,8 +91,6 @@ class IntegerMoves(Rewrite):
         elif parameters.block or (place := _same_place(before, shape, axis)) is None:
             return False
         integers = self.moved(node, [data], parameters)
-        if integers is None:
-            return False
         result = self.like_dequantize(node, source, integers[0], node.outputs[0], follow)
         made = result.producer()
         assert made is not None
@@ -107,11 +104,13 @@ class IntegerMoves(Rewrite):
         assert constant is not None  # `quantization` asks for constants
         return self.constant(np.ascontiguousarray(constant.transpose(order)), f"{value.name}.moved", value.dtype)
 
-    def moved(self, node: ir.Node, data: Sequence[ir.Value | None], parameters: Quantization) -> list[ir.Value] | None:
+    def moved(self, node: ir.Node, data: Sequence[ir.Value | None], parameters: Quantization) -> list[ir.Value]:
         """The results of `node` on these integers in place of its first operands."""
         inputs = [*data, *node.inputs[len(data) :]]
-        if node.op_type == "Pad" and not self.pad_value(node, inputs, parameters):
-            return None
+        if node.op_type == "Pad" and _padding(node) is not None:
+            integer = parameters.quantize(np.array(_padding(node), np.float32))
+            inputs += [None] * (3 - len(inputs))
+            inputs[2] = self.constant(integer, f"{node.outputs[0].name}.pad", parameters.dtype)
         folded = self.folded(node, data[0], parameters.dtype)
         if folded is not None:
             return [folded]
@@ -138,21 +137,6 @@ class IntegerMoves(Rewrite):
         order = ints(node, "perm", range(len(shape))[::-1]) if node.op_type == "Transpose" else None
         name = f"{node.outputs[0].name}.integer"
         return self.later(lambda: _rearranged(tensor.numpy(), order, shape), dtype, shape, name)
-
-    def pad_value(self, node: ir.Node, inputs: list[ir.Value | None], parameters: Quantization) -> bool:
-        """Put the integer that stands for the number to pad with in its place, if there is one."""
-        if node.attributes.get_string("mode", "constant") != "constant":
-            return True
-        given = operand(node, 2)
-        number = 0.0 if given is None else scalar(given)
-        if number is None:
-            return False
-        integer = parameters.quantize(np.array(number, np.float32))
-        if float(parameters.dequantize(integer)) != number:
-            return False
-        inputs += [None] * (3 - len(inputs))
-        inputs[2] = self.constant(integer, f"{node.outputs[0].name}.pad", parameters.dtype)
-        return True
 
     def like_dequantize(
         self,
@@ -225,8 +209,6 @@ class IntegerMoves(Rewrite):
             return False
         before = {value: self.like_quantize(mover, node, value) for value in dict.fromkeys(data)}
         results = self.moved(mover, [before[value] for value in data], parameters)
-        if results is None:
-            return False
         for result, users in zip(results, readers, strict=True):
             for user in users:
                 self.replace(user.outputs[0], result)
@@ -280,6 +262,8 @@ def _moves(node: ir.Node) -> bool:
     if node.op_type == "Resize":
         mode = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
         return node.attributes.get_string("mode", "nearest") == "nearest" and mode != "tf_crop_and_resize"
+    if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant":
+        return _padding(node) is not None
     if node.op_type == "MaxPool":
         return len(node.outputs) == 1
     if node.op_type == "Dropout":
@@ -287,6 +271,20 @@ def _moves(node: ir.Node) -> bool:
     if node.op_type in {"ReduceMax", "ReduceMin"}:
         return not node.attributes.get_int("noop_with_empty_axes", 0) or operand(node, 1) is not None
     return True
+
+
+def _padding(node: ir.Node) -> float | None:
+    """The number that a Pad puts around its operand, if it does and the number is a constant."""
+    if node.attributes.get_string("mode", "constant") != "constant":
+        return None
+    given = operand(node, 2)
+    return 0.0 if given is None else scalar(given)
+
+
+def _exact_padding(node: ir.Node, parameters: Quantization) -> bool:
+    """Whether an integer stands for the number to pad with."""
+    number = _padding(node)
+    return number is None or float(parameters.dequantize(parameters.quantize(np.array(number, np.float32)))) == number
 
 
 def _takes(node: ir.Node, dtype: ir.DataType) -> bool:
