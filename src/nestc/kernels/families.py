@@ -8,6 +8,7 @@ from nestc.graph.region import Region
 from nestc.kernels.api import Family
 from nestc.kernels.attention import ATTENTION
 from nestc.kernels.conv import CONV
+from nestc.kernels.conv_int8 import CONV_INT8
 from nestc.kernels.conv_transpose import CONV_TRANSPOSE
 from nestc.kernels.dequantize import DequantizeFamily
 from nestc.kernels.gemm import GEMM
@@ -21,7 +22,7 @@ from nestc.kernels.softmax import SOFTMAX
 
 GENERIC = Generic()
 
-NARROW: tuple[Family, ...] = ()
+NARROW: tuple[Family, ...] = (CONV_INT8,)
 """Families for narrow operands (quantized, bfloat16); asked first. Most of them want a prologue (`quantized.py`)."""
 
 FAMILIES: tuple[Family, ...] = (

@@ -60,6 +60,12 @@ class Operands:
             self.constants[name] = array
         return buffer
 
+    def view(self, name: str, shape: Sequence[int]) -> Buffer:
+        """Another parameter for `name`: the same elements in order under another shape, to be read in long runs."""
+        buffer = self.builder.param(f"p{len(self.args)}", self._types[name].dtype, shape)
+        self.args.append(name)
+        return buffer
+
     def place(self, name: str, index: Index) -> Index:
         """Physical index of a logical one."""
         block = self.layout(name).block
