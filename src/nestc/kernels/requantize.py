@@ -54,9 +54,10 @@ class Requantize:
         self.axis = channel_axis
         self.tail = _Tail(operands, anchor)
         self.fold = _fold(region, anchor)
-        divisor = 1.0 if self.fold is None else self.fold.scale
-        self.multiplier = self._constant("multiplier", np.asarray(scale, np.float64) / divisor)
-        self.bias = None if bias is None else self._constant("offset", np.asarray(bias, np.float64) / divisor)
+        # In float32, as ONNX Runtime divides: with the same factor the same sums round to the same integers.
+        divisor = np.float32(1.0 if self.fold is None else self.fold.scale)
+        self.multiplier = self._constant("multiplier", np.asarray(scale, np.float32) / divisor)
+        self.bias = None if bias is None else self._constant("offset", np.asarray(bias, np.float32) / divisor)
         if self.fold is not None:
             clamps = np.array([self.fold.low, self.fold.high, self.fold.zero], np.float32)
             self.clamps = self._define("clamps", clamps)
