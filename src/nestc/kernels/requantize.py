@@ -13,7 +13,7 @@ from nestc.kernels.tail import Tail, after
 from nestc.tensor import index as ix
 from nestc.tensor.ir import Binary, Cast, Expr, Load, Stmt, Unary
 
-_PADDING = 64  # channels behind the last one that a ragged vector may read
+_PADDING = 256  # channels behind the last one that a ragged tile of the widest machine may read
 _BYTES = frozenset({"int8", "uint8"})
 
 
