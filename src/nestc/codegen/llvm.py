@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from nestc.codegen import narrow
 from nestc.codegen.arithmetic import NARROW_INTEGERS, Arithmetic
 from nestc.codegen.llvm_types import literal, memory_type, scalar_type, suffix, vector_type, width
 from nestc.errors import Error
@@ -445,6 +446,9 @@ class _Printer(Arithmetic):
                 return a if cond == "true" else b
             return self.emit(f"select {vector_type('i1', e.cond.lanes)} {cond}, {kind} {a}, {kind} {b}")
         if isinstance(e, Cast):
+            wide = narrow.saturated(e, self.machine)
+            if wide is not None:
+                return narrow.packed(self.emit, self.declare, self.value(wide), e.dtype)
             if isinstance(e.x, Unary) and e.x.op == "rint" and e.x.dtype == "float32" and e.dtype in NARROW_INTEGERS:
                 return self.cast(self.rounded(e.x), "int32", e.dtype, e.lanes)
             return self.cast(self.value(e.x), e.x.dtype, e.dtype, e.lanes)

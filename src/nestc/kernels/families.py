@@ -10,6 +10,7 @@ from nestc.kernels.attention import ATTENTION
 from nestc.kernels.conv import CONV
 from nestc.kernels.conv_int8 import CONV_INT8
 from nestc.kernels.conv_transpose import CONV_TRANSPOSE
+from nestc.kernels.depthwise_int8 import DEPTHWISE_INT8
 from nestc.kernels.dequantize import DequantizeFamily
 from nestc.kernels.gemm import GEMM
 from nestc.kernels.generic import Generic
@@ -22,7 +23,10 @@ from nestc.kernels.softmax import SOFTMAX
 
 GENERIC = Generic()
 
-NARROW: tuple[Family, ...] = (CONV_INT8,)
+NARROW: tuple[Family, ...] = (
+    CONV_INT8,
+    DEPTHWISE_INT8,
+)
 """Families for narrow operands (quantized, bfloat16); asked first. Most of them want a prologue (`quantized.py`)."""
 
 FAMILIES: tuple[Family, ...] = (
