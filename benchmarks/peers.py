@@ -1,10 +1,13 @@
 """nestc against the runtimes people use on CPUs, on the models of the zoo, in one table.
 
     python benchmarks/peers.py --models resnet50,magika --threads 1,2
+    python benchmarks/peers.py --precision int8
 
-Each (model, threads) is measured in a process of its own: there, all engines run in turns (see nestc.measure.timing),
-pinned to the same cores with as many threads. Times are medians of whole calls, in milliseconds; differences are
-relative to the scale of the outputs, against onnxruntime.
+Each (model, precision, threads) is measured in a process of its own: there, all engines run in turns (see
+nestc.measure.timing), pinned to the same cores with as many threads. Times are medians of whole calls, in milliseconds;
+differences are relative to the scale of the outputs, against onnxruntime on the same model. In int8 each engine runs
+the model that its own quantizer made (onnxruntime: static QDQ, u8 activations, s8 weights per channel; openvino: NNCF),
+and nestc's float32 runs beside them.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import quantized_zoo
 import zoo
 from decisions import same_decision
 from isolated import Lost, run_isolated
@@ -34,35 +39,47 @@ from nestc.measure import (
     pinned,
     usable_cores,
 )
-from peak import fp32_peak
+from peak import peaks
 
-Task = tuple[str, int, int, tuple[str, ...], bool]
+FLOAT = "nestc fp32"
+"""Our float32 among the engines of an int8 row."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a row measures. `files`: the model of each engine, by its name."""
+
+    model: str
+    precision: str
+    threads: int
+    rounds: int
+    files: Mapping[str, Path]
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """One row: (model, threads, rounds, peers, with nestc). An engine that fails is named under "errors"."""
-    name, threads, rounds, peers, with_nestc = task
-    model = zoo.get(name)
-    row: dict[str, Any] = {"model": name, "precision": model.precision, "threads": threads, "errors": {}}
-    try:
-        path, inputs = zoo.path(name), zoo.inputs(name)
-        row["gflop"] = zoo.gflops(name)
-    except Error as error:
-        return row | {"errors": {"zoo": str(error)}}
+    """One row. An engine that fails is named under "errors"."""
+    model, threads = zoo.get(task.model), task.threads
+    row: dict[str, Any] = {"model": task.model, "precision": task.precision, "threads": threads, "errors": {}}
+    peers = [engine for engine in task.files if engine in PEERS]
+    inputs = zoo.inputs(task.model)
+    row["gflop"] = zoo.gflops(task.model)
     engines: dict[str, Engine] = {}
     with pinned(threads):
-        if with_nestc:
+        for engine, path in task.files.items():
             try:
-                engines["nestc"] = _open_nestc(path, inputs, threads, row)
+                if engine in PEERS:
+                    engines[engine] = open_peer(engine, path, inputs, threads)
+                else:
+                    engines[engine] = _open_nestc(path, inputs, threads, row if engine == "nestc" else {})
             except Exception as error:  # noqa: BLE001 - the table shows what failed and goes on
-                row["errors"]["nestc"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        for peer in peers:
-            try:
-                engines[peer] = open_peer(peer, path, inputs, threads)
-            except Error as error:
-                row["errors"][peer] = str(error)
+                row["errors"][engine] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         outputs = {key: engine.outputs() for key, engine in engines.items()}
-        timings = interleave({key: engine.run for key, engine in engines.items()}, rounds) if engines else {}
+        timings = interleave({key: engine.run for key, engine in engines.items()}, task.rounds) if engines else {}
+        if task.precision == "int8":
+            # Other quantizers' models compute other numbers; right is what onnxruntime computes on ours.
+            outputs = {key: values for key, values in outputs.items() if key == "nestc"}
+            if "nestc" in outputs:
+                outputs["onnxruntime"] = exact_outputs(task.files["nestc"], inputs)
     row["nestc_ms"] = timings["nestc"].median_ms if "nestc" in timings else None
     row["peers"] = {peer: timings[peer].median_ms for peer in peers if peer in timings}
     row["versions"] = {key: engine.version for key, engine in engines.items()}
@@ -77,7 +94,36 @@ def measure(task: Task) -> dict[str, Any]:
     row["same_decision"] = row.get("decisions", {}).get("nestc")
     best = min(row["peers"].values(), default=None)
     row["ratio_to_best"] = best / row["nestc_ms"] if best and row["nestc_ms"] else None
+    if FLOAT in timings:
+        row["nestc_fp32_ms"] = timings[FLOAT].median_ms
+        row["speedup_over_fp32"] = row["nestc_fp32_ms"] / row["nestc_ms"] if row["nestc_ms"] else None
     return row
+
+
+def exact_outputs(path: Path, inputs: Mapping[str, Any]) -> list[Any]:
+    """onnxruntime's outputs with sums of bytes that do not saturate (it lets them on processors without VNNI)."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return list(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, dict(inputs)))
+
+
+def files_of(
+    name: str, precision: str, peers: Sequence[str], with_nestc: bool
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The file that each engine runs, made where there is none yet, and what could not be made."""
+    engines = [*(["nestc"] if with_nestc else []), *peers]
+    if precision != "int8":
+        return dict.fromkeys(engines, zoo.path(name)), {}
+    files: dict[str, Path] = {}
+    errors: dict[str, str] = {}
+    for engine in engines:
+        try:
+            files[engine] = quantized_zoo.path(name, engine)
+        except Error as error:
+            errors[engine] = str(error)
+    return files | ({FLOAT: zoo.path(name)} if with_nestc else {}), errors
 
 
 def _open_nestc(path: Path, inputs: Mapping[str, Any], threads: int, row: dict[str, Any]) -> NestcEngine:
@@ -99,10 +145,11 @@ def geomean(values: Sequence[float]) -> float | None:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
-def finish(rows: Sequence[dict[str, Any]], peaks: Mapping[int, float]) -> dict[str, Any]:
-    """The JSON object of the contract; `peaks` is the measured fp32 peak by thread count, in GFLOP/s."""
+def finish(rows: Sequence[dict[str, Any]], most: Mapping[int, Mapping[str, float | None]]) -> dict[str, Any]:
+    """The JSON object of the contract; `most` is the measured peak by thread count and precision, in GFLOP/s."""
     for row in rows:
-        peak, done, took = peaks.get(row["threads"]), row.get("gflop"), row.get("nestc_ms")
+        peak = most.get(row["threads"], {}).get(row["precision"])
+        done, took = row.get("gflop"), row.get("nestc_ms")
         row["percent_of_peak"] = 100 * done / (took / 1e3) / peak if peak and done and took else None
     ratios = {
         precision: geomean([r["ratio_to_best"] for r in rows if r["precision"] == precision and r.get("ratio_to_best")])
@@ -117,7 +164,7 @@ def print_table(result: Mapping[str, Any], peers: Sequence[str]) -> None:
     """One line a model and thread count."""
     print("  ".join(f"{key} {version}" for key, version in sorted(result["versions"].items())))
     print(
-        f"{'model':20}{'threads':>8}{'nestc ms':>11}"
+        f"{'model':20}{'':6}{'threads':>8}{'nestc ms':>11}"
         + "".join(f"{peer + ' ms':>16}" for peer in peers)
         + f"{'ratio':>8}{'% peak':>8}{'rel diff':>10}{'decision':>10}{'compile s':>11}"
     )
@@ -130,7 +177,9 @@ def print_table(result: Mapping[str, Any], peers: Sequence[str]) -> None:
         same = row.get("same_decision")
         cells.append(f"{'-' if same is None else 'same' if same else 'DIFFERS':>10}")
         cells.append(_number(row.get("compile_s"), 11, 2))
-        print(f"{row['model']:20}{row['threads']:>8}" + "".join(cells))
+        print(f"{row['model']:20}{row['precision']:6}{row['threads']:>8}" + "".join(cells))
+        if row.get("speedup_over_fp32"):
+            print(f"    nestc fp32 {row['nestc_fp32_ms']:.3f} ms: int8 is {row['speedup_over_fp32']:.2f} times as fast")
         for engine, error in row["errors"].items():
             print(f"    {engine}: {error}")
         if row.get("fallback_ops"):
@@ -143,13 +192,30 @@ def _number(value: float | None, width: int, digits: int) -> str:
     return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
 
 
+def plan(models: str | None, precisions: Sequence[str]) -> list[tuple[str, str]]:
+    """Model and precision of each row. A model of the zoo that is quantized as it comes has its own precision."""
+    unknown = next((each for each in precisions if each not in ("fp32", "int8")), None)
+    if unknown is not None:
+        raise Error(f"there is no precision {unknown!r}; choose fp32 or int8")
+    work: list[tuple[str, str]] = []
+    if "fp32" in precisions:
+        work += [(model.name, model.precision) for model in zoo.select(models)]
+    if "int8" in precisions:
+        work += [(model.name, "int8") for model in zoo.select(models or ",".join(quantized_zoo.MODELS))]
+    return work
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the models asked for."""
     parser = argparse.ArgumentParser(
         description="nestc against onnxruntime and openvino.",
         epilog="example: python benchmarks/peers.py --models mobilenetv2,squeezenet11 --threads 1,2",
     )
-    parser.add_argument("--models", help="comma-separated names of benchmarks/zoo.py; default: all")
+    parser.add_argument(
+        "--models",
+        help=f"comma-separated names of benchmarks/zoo.py; default: all, in int8 {', '.join(quantized_zoo.MODELS)}",
+    )
+    parser.add_argument("--precision", default="fp32,int8", help="fp32, int8, or both, comma-separated (default)")
     parser.add_argument("--threads", default="1,2", help="comma-separated thread counts (default 1,2)")
     parser.add_argument("--runs", type=int, default=15, help="rounds of timing (default 15)")
     parser.add_argument("--vs", action="append", choices=tuple(PEERS), help="peer, repeatable; default: all")
@@ -160,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peers = tuple(options.vs or PEERS)
     try:
         counts = [int(count) for count in options.threads.split(",")]
-        names = [model.name for model in zoo.select(options.models)]
+        work = plan(options.models, options.precision.split(","))
     except (Error, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -168,15 +234,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: --threads must be between 1 and {len(usable_cores())} here", file=sys.stderr)
         return 2
     rows: list[dict[str, Any]] = []
-    for name in names:
+    for name, precision in work:
+        start: dict[str, Any] = {"model": name, "precision": precision}
+        try:
+            zoo.gflops(name)
+            files, missing = files_of(name, precision, peers, not options.without_nestc)
+        except Error as error:
+            rows += [start | {"threads": count, "errors": {"zoo": str(error)}} for count in counts]
+            continue
         for count in counts:
-            task: Task = (name, count, options.runs, peers, not options.without_nestc)
+            task = Task(name, precision, count, options.runs, files)
             for _, answer in run_isolated(measure, [task], 1, options.timeout):
-                lost = {"model": name, "precision": "fp32", "threads": count, "errors": {}}
-                rows.append(lost | {"errors": {"process": answer.reason}} if isinstance(answer, Lost) else answer)
+                row = (
+                    start | {"threads": count, "errors": {"process": answer.reason}}
+                    if isinstance(answer, Lost)
+                    else answer
+                )
+                rows.append(row | {"errors": {**missing, **row["errors"]}})
             if sys.stderr.isatty():
-                print(f"{name}, {count} threads: done", file=sys.stderr)
-    result = finish(rows, {count: fp32_peak(count) for count in counts})
+                print(f"{name}, {precision}, {count} threads: done", file=sys.stderr)
+    result = finish(rows, {count: peaks(count) for count in counts})
     if options.json:
         print(json.dumps(result))
     else:

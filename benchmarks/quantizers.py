@@ -42,6 +42,23 @@ def onnxruntime_static(
         )
 
 
+def onnxruntime_prepare(model: Path, batch: Batch, target: Path) -> None:
+    """What onnxruntime advises before it quantizes: shapes as the batch has them, inferred, and the graph optimized."""
+    _package("onnxruntime.quantization")
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    proto = onnx.load(str(model))
+    for value in proto.graph.input:
+        for dim, size in zip(value.type.tensor_type.shape.dim, batch[value.name].shape if value.name in batch else ()):
+            dim.dim_value = size
+    # As a file: given the model itself, onnxruntime takes its weights out and trips over their absence afterwards.
+    shaped = target.with_name(f"shaped-{target.name}")
+    onnx.save(proto, str(shaped))
+    with _quietly():
+        quant_pre_process(str(shaped), str(target), skip_symbolic_shape=True)
+    shaped.unlink()
+
+
 class _Reader:
     """onnxruntime asks for batches one by one, and for None at the end."""
 
