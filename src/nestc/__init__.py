@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from nestc.evaluation import Evaluation, evaluate
     from nestc.importers.onnx import Model, load
     from nestc.partition.plan import Plan
+    from nestc.quant.profile import Profile
+    from nestc.quantization import calibrate
     from nestc.runtime import Executable, open
     from nestc.targets import installed as targets
 
@@ -28,11 +30,13 @@ __all__ = [
     "Model",
     "ModelError",
     "Plan",
+    "Profile",
     "PlanError",
     "ShapeError",
     "TargetError",
     "UnsupportedOp",
     "__version__",
+    "calibrate",
     "compile",
     "evaluate",
     "load",
@@ -48,6 +52,8 @@ _HOMES = {
     "Executable": "nestc.runtime",
     "Model": "nestc.importers.onnx",
     "Plan": "nestc.partition.plan",
+    "Profile": "nestc.quant.profile",
+    "calibrate": "nestc.quantization",
     "compile": "nestc.driver",
     "evaluate": "nestc.evaluation",
     "load": "nestc.importers.onnx",

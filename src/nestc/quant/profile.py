@@ -44,7 +44,7 @@ class Histogram:
     @property
     def edges(self) -> Floats:
         """The edges of the bins, one more than there are bins."""
-        return (self.first + np.arange(len(self.counts) + 1)) * self.width
+        return (self.first + np.arange(len(self.counts) + 1, dtype=np.float64)) * self.width
 
     @property
     def total(self) -> int:
@@ -66,9 +66,9 @@ class Histogram:
 class TensorStats:
     """What one tensor held over all samples.
 
-    ``min``, ``max`` and the channels' (along ``channel_axis``) are exact, over finite values. ``histogram`` counts
-    every finite value, or every ``stride``-th one of large tensors. ``count`` is the number of elements, of which
-    ``nan`` were NaN and ``inf`` infinite.
+    ``min``, ``max`` and the channels' (along ``channel_axis``) are exact, over finite values (0 if there are none).
+    ``histogram`` counts every finite value. ``count`` is the number of elements, of which ``nan`` were NaN and ``inf``
+    infinite.
     """
 
     min: float
@@ -80,7 +80,6 @@ class TensorStats:
     count: int
     nan: int = 0
     inf: int = 0
-    stride: int = 1
 
     @property
     def constant(self) -> bool:
@@ -197,7 +196,6 @@ def _fields(stats: TensorStats) -> dict[str, Any]:
         "channel_axis": stats.channel_axis,
         "channel_min": stats.channel_min.tolist(),
         "channel_max": stats.channel_max.tolist(),
-        "stride": stats.stride,
         "histogram": {
             "width": stats.histogram.width,
             "first": stats.histogram.first,
@@ -222,7 +220,7 @@ def _read(content: dict[str, Any], path: str | os.PathLike[str]) -> Profile:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"profile {path} is damaged ({type(error).__name__}: {error}); calibrate again") from error
-    if profile.method not in METHODS:
+    if profile.method.partition(":")[0] not in METHODS:
         raise ModelError(f"profile {path} has the unknown method {profile.method!r}; calibrate again")
     return profile
 
@@ -243,7 +241,6 @@ def _stats(fields: dict[str, Any]) -> TensorStats:
         count=int(fields["count"]),
         nan=int(fields["nan"]),
         inf=int(fields["inf"]),
-        stride=int(fields["stride"]),
     )
     if not (math.isfinite(stats.min) and stats.min <= stats.max and math.isfinite(stats.max)):
         raise ValueError(f"a range from {stats.min} to {stats.max}")

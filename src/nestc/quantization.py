@@ -1,0 +1,177 @@
+"""The public faces of the quantizer, which hand it the compiler: `calibrate` and `quantize`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from nestc.bundle.dtypes import numpy_dtype
+from nestc.driver import Source
+from nestc.driver import compile as compile_model
+from nestc.errors import DataError, ShapeError
+from nestc.graph.bind import bind
+from nestc.graph.model import Model
+from nestc.importers.onnx import load
+from nestc.quant import quantize as stage
+from nestc.quant.observe import observe
+from nestc.quant.overrides import overrides_of, read_overrides
+from nestc.quant.prepare import prepare
+from nestc.quant.profile import Profile
+from nestc.quant.run import Batch, Compiler, Progress, Runner
+from nestc.quant.scheme import Scheme, scheme_named
+from nestc.quant.threshold import parse_method
+from nestc.quant.toolbox import tools_named
+from nestc.quant.tools import Tool
+
+Overrides = Mapping[str, str | Scheme | None] | str | os.PathLike[str]
+
+
+def calibrate(
+    model: Source,
+    batches: Iterable[Batch],
+    method: str = "entropy",
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dims: Mapping[str, int] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Run a float model over calibration data and keep the statistics of its tensors, for `nestc.quantize`.
+
+    ``batches`` gives one array for each input, by name; it is read once, one batch at a time, in bounded memory. A
+    batch larger than a model of fixed batch takes is fed in parts. ``method`` is how ranges are to be chosen:
+    ``minmax``, ``percentile`` (of which ``percentile:99.9`` gives the percentage), ``mse`` or ``entropy``. The first
+    axis of the inputs counts samples. Raises ShapeError for a name, shape or dtype that does not fit, DataError for
+    no data or data with NaN or infinite values, QuantizationError for an unknown method.
+    """
+    parse_method(method)
+    bound = bind(model if isinstance(model, Model) else load(model), shapes, dims)
+    prepared = prepare(bound)
+    return observe(prepared, checked(prepared, batches), compiler(threads), method, progress)
+
+
+def quantize(
+    model: Source,
+    profile: Profile | str | os.PathLike[str],
+    scheme: str | Scheme = "int8",
+    *,
+    overrides: Overrides | None = None,
+    tools: Sequence[str | Tool] | None = None,
+    data: Iterable[Batch] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dims: Mapping[str, int] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Quantize a float model by its profile; the result is standard ONNX with QuantizeLinear and DequantizeLinear.
+
+    ``scheme``: one of `nestc.quant.scheme.SCHEMES`, perhaps with options (``int8:granularity=tensor``). ``overrides``:
+    node name or pattern -> scheme or ``float``, or a file of them. ``tools``: accuracy tools by name, in order; None
+    for those that the scheme brings, an empty list for none. ``data``: the calibration batches, for tools that need
+    them, iterated as often as they need. `shapes` and `dims` are those of calibration. Raises QuantizationError, and
+    ModelError for a profile of another model.
+    """
+    bound = bind(model if isinstance(model, Model) else load(model), shapes, dims)
+    wanted = scheme_named(scheme) if isinstance(scheme, str) else scheme
+    seen = profile if isinstance(profile, Profile) else Profile.load(profile)
+    given = read_overrides(overrides) if isinstance(overrides, str | os.PathLike) else overrides_of(overrides or {})
+    chosen = tools_named(wanted.tools if tools is None else tools)
+    run = compiler(threads)
+    batches = None if data is None else checked(prepare(bound), data)
+
+    def again(changed: Model) -> Profile:
+        return observe(changed, batches or (), run, seen.method, progress)
+
+    return stage.quantize(
+        bound, seen, wanted, given, chosen,
+        batches=batches, compiler=run, calibrate=None if batches is None else again, progress=progress,
+    )  # fmt: skip
+
+
+def compiler(threads: int | None = None) -> Compiler:
+    """A compiler for the quantizer: nestc's own, for the CPU; sizes left open are compiled at the call."""
+
+    def compiled(model: Model) -> Runner:
+        return compile_model(model, threads=threads).run
+
+    return compiled
+
+
+def checked(model: Model, batches: Iterable[Batch]) -> Iterable[Batch]:
+    """The batches, each checked when its turn comes, and cut to the model's batch where that is fixed.
+
+    Iterating raises ShapeError or DataError with the number of the batch. It has a length if `batches` has one.
+    """
+    return _Checked(model, batches)
+
+
+class _Checked:
+    def __init__(self, model: Model, batches: Iterable[Batch]) -> None:
+        self._inputs = {name: (numpy_dtype(dtype), shape) for name, (dtype, shape) in model.inputs.items()}
+        self._unranked = {value.name for value in model.ir.graph.inputs if value.shape is None}
+        self._batches = batches
+        firsts = {shape[0] for _, shape in self._inputs.values() if shape}
+        self._fixed = next(iter(firsts)) if len(firsts) == 1 else None
+
+    def __len__(self) -> int:
+        return len(self._batches) if hasattr(self._batches, "__len__") else 0  # pyright: ignore[reportArgumentType]
+
+    def __iter__(self) -> Iterator[Batch]:
+        if isinstance(self._batches, Mapping | np.ndarray | str):
+            raise DataError("calibration data are an iterable of {input: array}; put a single batch into a list")
+        for number, batch in enumerate(self._batches):
+            if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] - a caller's mistake
+                raise DataError(f"batch {number} of the calibration data is no {{input: array}}")
+            yield from self._parts(self._ready(batch, number), number)
+
+    def _ready(self, batch: Batch, number: int) -> dict[str, np.ndarray]:
+        where = f"batch {number} of the calibration data"
+        listed = ", ".join(self._inputs) or "none"
+        unknown = next((name for name in batch if name not in self._inputs), None)
+        if unknown is not None:
+            raise ShapeError(f"{where} names {unknown!r}, which is no input of the model; the inputs are {listed}")
+        ready: dict[str, np.ndarray] = {}
+        for name, (dtype, _) in self._inputs.items():
+            if name not in batch:
+                raise ShapeError(f"{where} lacks input {name!r}; the inputs are {listed}")
+            array = np.asarray(batch[name])
+            if array.dtype != dtype:
+                raise ShapeError(f"{where}: input {name!r} takes {dtype}, not {array.dtype}; convert it")
+            if array.size == 0:
+                raise DataError(f"{where}: input {name!r} is empty (shape {array.shape})")
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                nan, inf = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+                raise DataError(f"{where}: input {name!r} holds {nan} NaN and {inf} infinite values; leave it out")
+            ready[name] = array
+        return ready
+
+    def _parts(self, batch: dict[str, np.ndarray], number: int) -> Iterator[Batch]:
+        """A batch as it is, or cut along the first axis where the model's batch is fixed and smaller."""
+        sizes = {array.shape[0] for array in batch.values() if array.ndim}
+        size, fixed = next(iter(sizes), 1), self._fixed
+        cut = isinstance(fixed, int) and len(sizes) == 1 and size > fixed > 0 and size % fixed == 0
+        parts = size // fixed if cut and isinstance(fixed, int) else 1
+        for index in range(parts):
+            part = {name: _part(array, index, parts) for name, array in batch.items()}
+            for name, (_, shape) in self._inputs.items():
+                self._check_shape(name, shape, part[name].shape, number)
+            yield part
+
+    def _check_shape(self, name: str, wanted: tuple[int | str, ...], given: tuple[int, ...], number: int) -> None:
+        if name in self._unranked:
+            return
+        fits = all(isinstance(size, str) or size < 0 or size == got for size, got in zip(wanted, given, strict=False))
+        if len(wanted) != len(given) or not fits:
+            listed = ", ".join(map(str, wanted))
+            raise ShapeError(
+                f"batch {number} of the calibration data: input {name!r} takes shape ({listed}), not {given}"
+            )
+
+
+def _part(array: np.ndarray, index: int, parts: int) -> np.ndarray:
+    if parts == 1 or not array.ndim:
+        return array
+    size = array.shape[0] // parts
+    return array[index * size : (index + 1) * size]
