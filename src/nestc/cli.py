@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 
 from nestc import __version__
 from nestc.commands.bench import bench
+from nestc.commands.calibrate import calibrate
 from nestc.commands.compile import compile_
 from nestc.commands.demo import demo
 from nestc.commands.evaluate import evaluate
@@ -52,6 +53,7 @@ app.command("compile")(compile_)
 app.command("run")(run)
 app.command("bench")(bench)
 app.command("evaluate")(evaluate)
+app.command("calibrate")(calibrate)
 app.command("demo")(demo)
 app.command("explain")(explain)
 app.command("targets")(targets)

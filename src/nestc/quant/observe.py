@@ -21,7 +21,7 @@ from nestc.quant.scheme import INTEGER_OPS, WEIGHTED
 BINS = 2048
 """Bins of a histogram; at least half of them, less two, span the values seen. TensorRT uses as many for entropy."""
 
-BLOCK = 1 << 15
+BLOCK = 1 << 16
 """Elements counted at a time, so that what is computed on the way stays in a core's own cache."""
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -65,8 +65,8 @@ def observe(
 def observed(prepared: Model) -> list[ir.Value]:
     """The tensors that may come to be quantized: data operands and results of operators that have an integer form.
 
-    The result of a product that only one unary operator (Relu, Clip ...) reads is left out: that operator is computed on
-    the product's sums before anything is rounded.
+    The result of a product that only one unary operator (Relu, Clip ...) reads is left out: that operator is computed
+    on the product's sums before anything is rounded.
     """
     chosen: dict[ir.Value, None] = {}
     for node in prepared.ir.graph:

@@ -15,7 +15,7 @@ from nestc.quant.scheme import Format, nearest
 PERCENTILE = 99.99
 """Percent of the values inside the range that method `percentile` chooses."""
 
-CANDIDATES = 64
+CANDIDATES = 32
 """Ranges that a search tries at once; the search by squared error then looks closer around the best of them."""
 
 TINY = float(np.finfo(np.float32).tiny)
@@ -155,8 +155,9 @@ def squared_errors(histogram: Histogram, low: Floats, high: Floats, format: Form
     """
     scale, first, last = (each[:, None] for each in _steps(low, high, format))
     edges = histogram.edges[None, :]
-    nearest = np.clip(np.rint(edges / scale), first, last)
-    integral = nearest * scale**3 / 12 + (edges - nearest * scale) ** 3 / 3
+    step = np.clip(np.rint(edges / scale), first, last)
+    rest = edges - step * scale
+    integral = step * (scale**3 / 12) + rest * rest * rest / 3
     return np.diff(integral, axis=1) @ histogram.counts / (histogram.width * max(histogram.total, 1))
 
 
@@ -210,7 +211,7 @@ def _least_divergence(histogram: Histogram, full: Range, format: Format) -> Rang
     if bins <= format.levels:
         return _rounded_up(full, format, False)
     least = format.levels / 2 if format.symmetric and full[0] < 0.0 else format.levels
-    tops = np.linspace(min(least * histogram.width, reach), reach, 2 * CANDIDATES)
+    tops = np.linspace(min(least * histogram.width, reach), reach, 3 * CANDIDATES)
     ranges = [_rounded_up((max(full[0], -top), min(full[1], top)), format, False) for top in tops.tolist()]
     # Of ranges that are equally near the largest, which clips least.
     return min(reversed(ranges), key=lambda each: _divergence(histogram, each, format))
