@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import TYPE_CHECKING
@@ -11,14 +11,15 @@ import numpy as np
 
 from nestc.graph.region import Region, TensorType
 from nestc.kernels.api import CpuMachine, Layout, Lowered
-from nestc.kernels.conv_shape import ConvShape, Tile, cut_row, fold_pixels, register_tile
+from nestc.kernels.conv_pack import Window, pack
+from nestc.kernels.conv_shape import ConvShape, Tile, cut_row, fold_pixels
 from nestc.kernels.conv_stage import Stage
 from nestc.kernels.operands import Operands
 from nestc.kernels.requantize import Requantize
 from nestc.kernels.tail import Tail
 from nestc.tensor import index as ix
-from nestc.tensor.build import Builder, binary, constant, less, load, splat
-from nestc.tensor.ir import DOT_GROUPS, Cast, Dot, Expr, Load, Repeat, Var
+from nestc.tensor.build import Builder, binary, clamp, constant, less, load, splat
+from nestc.tensor.ir import Binary, Buffer, Cast, Dot, Expr, Load, PairSum, Repeat, Var
 from nestc.tensor.vectorize import vectorize
 
 if TYPE_CHECKING:
@@ -85,39 +86,42 @@ class IntegerConvolution:
         self.layouts = layouts
         self.lanes = machine.lanes("int32")
         self.weights = weights
-        fits = weights.size == 0 or (weights.min() >= -128 and weights.max() <= 127)
-        self.pair = machine.dot_dtypes if fits else ("int16", "int16")
-        self.group = DOT_GROUPS[self.pair]
-        self.element = 2 if self.pair[0] == "int16" else 1
         self.original = shape
         self.flat = shape.pointwise and len(shape.out) > 1
         self.shape, self.trailing = _canonical(shape)
-        self.vectors = ceil(shape.out_channels // shape.group / self.lanes)
+        channels = shape.in_channels // shape.group
+        blocked = layouts[conv.x].block != 0
+        # With dilation the kernel columns are apart in the staged row, and each is a run of its own.
+        *planes, rows, columns = self.shape.kernel
+        joined = columns == 1 or self.shape.dilations[-1] == 1
+        block = self.lanes if blocked or channels > self.lanes else channels
+        self.window = Window(
+            channels=channels,
+            block=block,
+            planes=prod(planes),
+            rows=rows,
+            taps=1 if joined else columns,
+            length=block * (columns if joined else 1),
+        )
+        pixels = min(prod(shape.out), 96) if self.flat else self.shape.out[-1]
+        self.packed = pack(weights, shape, self.window, pixels, machine)
         if self.flat:
-            pixels = prod(shape.out)
-            self.mr, self.nr = self.tile_size(min(pixels, 96))
-            rows = fold_pixels(pixels, self.mr)
+            folded = fold_pixels(prod(shape.out), self.packed.mr)
             self.shape = ConvShape(
-                shape.batch, shape.group, shape.in_channels, shape.out_channels, rows, rows, *_UNIT_KERNEL
+                shape.batch, shape.group, shape.in_channels, shape.out_channels, folded, folded, *_UNIT_KERNEL
             )
-        self.mr, self.nr = self.tile_size(self.shape.out[-1])
+        self.mr, self.nr = min(self.packed.mr, self.shape.out[-1]), self.packed.nr
+        self.pair, self.group, self.units = self.packed.pair, self.packed.group, self.packed.units
+        self.element = 2 if self.pair[0] == "int16" else 1
+        self.column_chunks = self.packed.weights.shape[0] // shape.group
+        self.vectors = ceil(shape.out_channels // shape.group / self.lanes)
         self.builder = Builder("conv_integer")
         self.operands = Operands(self.builder, region, layouts)
-
-    def tile_size(self, pixels: int) -> tuple[int, int]:
-        """Outputs and vectors of outputs of a register tile."""
-        registers = self.machine.vector_registers
-        if self.pair[0] != "int16" or self.machine.vnni:
-            return register_tile(self.vectors, pixels, registers)
-        return pair_tile(self.vectors, pixels, registers)
 
     def lower(self) -> Lowered:
         """The launch and its constants."""
         s, k = self.shape, self.builder
-        self.column_chunks = ceil(self.vectors / self.nr)
-        channels = s.in_channels // s.group
-        blocked = self.layouts[self.conv.x].block != 0
-        self.block = self.lanes if blocked or channels > self.lanes else channels
+        channels = self.window.channels
         self.cut = self.cut_work(channels)
         self.stage = Stage(
             self.operands,
@@ -125,17 +129,11 @@ class IntegerConvolution:
             s,
             self.cut.rows,
             channels,
-            self.block,
+            self.window.block,
             self.pair[0],
             self.group,
             self.machine.vector_bytes,
         )
-        # With dilation the kernel columns are apart in the staged row, and each has steps of its own.
-        joined = self.stage.column_axis.dilation == 1
-        self.taps = 1 if joined else s.kernel[-1]
-        window = self.block * (s.kernel[-1] if joined else 1)
-        self.steps = ceil(window / self.group)
-        self.kernel_rows = s.kernel[-2]
         self.declare_constants()
         zero = self.conv.zero
         self.zero = (
@@ -152,8 +150,9 @@ class IntegerConvolution:
         self.tiles = cut_row(s.out[-1], s.out[-1], 1, 1, 1, 0, self.mr)
         width = max(t.width for t in self.tiles)
         self.acc = k.regs("acc", (width, self.nr), self.lanes, "int32")
-        self.wreg = k.regs("w", (self.nr,), self.lanes * self.group, self.pair[1])
-        self.xreg = k.regs("x", (), self.lanes * self.group, self.pair[0])
+        depth = max(1, self.packed.depth)
+        self.wreg = k.regs("w", (depth, self.nr), self.lanes * self.group, self.pair[1])
+        self.xreg = k.regs("x", (depth,), self.lanes * self.group, self.pair[0])
         self.block_chunk = self.blocks_per_chunk()
         self.block_chunks = self.stage.blocks // self.block_chunk
         if self.block_chunks > 1:
@@ -196,56 +195,45 @@ class IntegerConvolution:
 
     def declare_constants(self) -> None:
         """Packed weights, initial accumulators, and the sums of weights where the zero point is not known yet."""
-        name = self.conv.op.inputs[1]
-        s, g = self.shape, self.group
+        s = self.shape
         per_group = s.out_channels // s.group
         wide = self.column_chunks * self.nr * self.lanes
-        blocks, planes = self.stage.blocks, self.stage.planes
-        columns, channels = s.kernel[-1], s.in_channels // s.group
-        padded = np.zeros((s.group, wide, blocks * self.block, planes, self.kernel_rows, columns), np.int32)
-        padded[:, :per_group, :channels] = self.weights.reshape(
-            s.group, per_group, channels, planes, self.kernel_rows, columns
+        sums = np.zeros((s.group, wide), np.int64)
+        sums[:, :per_group] = self.weights.sum(axis=tuple(range(1, self.weights.ndim)), dtype=np.int64).reshape(
+            s.group, per_group
         )
-        # [group][outputs][block][channel][plane][row][column] -> ... [plane][row][tap][window of the tap]
-        split = padded.reshape(s.group, wide, blocks, self.block, planes, self.kernel_rows, columns)
-        split = split.transpose(0, 1, 2, 4, 5, 6, 3)
-        window = columns // self.taps * self.block
-        split = split.reshape(s.group, wide, blocks, planes, self.kernel_rows, self.taps, window)
-        whole = np.zeros((*split.shape[:-1], self.steps * g), np.int32)
-        whole[..., :window] = split
-        whole = whole.reshape(
-            s.group,
-            self.column_chunks,
-            self.nr * self.lanes,
-            blocks,
-            planes,
-            self.kernel_rows,
-            self.taps,
-            self.steps,
-            g,
-        )
-        packed = np.ascontiguousarray(whole.transpose(0, 1, 3, 4, 5, 6, 7, 2, 8).astype(self.pair[1]))
-        packed = packed.reshape(
-            s.group * self.column_chunks, blocks, planes, self.kernel_rows, self.taps, self.steps, -1
-        )
-        sums = padded.sum(axis=(2, 3, 4, 5), dtype=np.int64)
         initial = np.zeros((s.group, wide), np.int64)
         if self.conv.bias is not None:
             initial[:, :per_group] = self.conv.bias.reshape(s.group, per_group)
         known = self.shift + (self.conv.zero if isinstance(self.conv.zero, int) else 0)
         initial -= known * sums
         # Sums wrap as int32 additions do; only the result has to fit.
-        arrays = {f"{name}.packed": packed, f"{name}.initial": initial.astype(np.int32)}
-        if isinstance(self.conv.zero, str):
-            arrays[f"{name}.sums"] = sums.astype(np.int32)
-        for key, array in arrays.items():
-            if not key.endswith(".packed"):
-                arrays[key] = array = array.reshape(s.group * self.column_chunks, self.nr * self.lanes)
-            self.operands.define(key, TensorType(str(array.dtype), array.shape))
-            self.operands.constants[key] = array
-        self.packed = self.operands.buffer(f"{name}.packed")
-        self.initial = self.operands.buffer(f"{name}.initial")
-        self.sums = self.operands.buffer(f"{name}.sums") if isinstance(self.conv.zero, str) else None
+        rows = (s.group * self.column_chunks, self.nr * self.lanes)
+        self.weights_buffer = self.define("packed", self.packed.weights)
+        self.initial = self.define("initial", initial.astype(np.int32).reshape(rows))
+        known_now = isinstance(self.conv.zero, int)
+        self.sums = None if known_now else self.define("sums", sums.astype(np.int32).reshape(rows))
+        self.extra = self.offsets = None
+        if self.packed.extra_units is not None and self.packed.extra_weights is not None:
+            self.extra = self.define("extra", self.packed.extra_weights)
+            self.offsets = self.define("offsets", self.unit_offsets(self.packed.extra_units))
+
+    def define(self, label: str, array: np.ndarray) -> Buffer:
+        """A constant of this kernel."""
+        name = f"{self.conv.op.inputs[1]}.{label}"
+        self.operands.define(name, TensorType(str(array.dtype), array.shape))
+        self.operands.constants[name] = array
+        return self.operands.buffer(name)
+
+    def unit_offsets(self, numbers: np.ndarray) -> np.ndarray:
+        """Where the units of these numbers lie in the stage, from the first pixel of a tile on."""
+        w, stage = self.window, self.stage
+        block, plane, row, tap, unit = np.unravel_index(numbers, (w.blocks, w.planes, w.rows, w.taps, self.units))
+        line = plane * stage.rows_in + row * stage.row_axis.dilation
+        column = tap * stage.column_axis.dilation * w.block
+        offsets = block * stage.stride + line * stage.line + column + unit * self.group
+        self.farthest = int(offsets.max())
+        return offsets.astype(np.int64)
 
     # -- how the work is cut
 
@@ -257,7 +245,7 @@ class IntegerConvolution:
         products = s.batch * s.out_channels * prod(s.out) * channels * prod(s.kernel)
         wanted = min(_LEAST_ITEMS, max(1, products // _ITEM_PRODUCTS))
         given = s.batch * s.group * prod(s.out[:-2])
-        blocks = ceil(channels / self.block)
+        blocks = self.window.blocks
         halo = (s.kernel[-2] - 1) * s.dilations[-2] + 1
         weight_bytes = self.weights.size // s.group * self.element
         compute = products / given / (2 * self.lanes * self.group)
@@ -267,7 +255,7 @@ class IntegerConvolution:
             if ceil(rows / each) != parts:
                 continue
             staged = ((each - 1) * s.strides[-2] + halo) * blocks * prod(s.kernel[:-2])
-            pixel_bytes = self.block * self.element
+            pixel_bytes = self.window.block * self.element
             width = (length - 1) * s.strides[-1] + s.kernel[-1] if s.kernel[-1] > 1 else length
             too_large = staged * width * pixel_bytes > self.machine.l2_bytes // 3
             if too_large and each > 1:
@@ -290,7 +278,7 @@ class IntegerConvolution:
 
     def blocks_per_chunk(self) -> int:
         """Blocks of input channels whose weights take half of L1: a divisor of their number."""
-        per_block = self.stage.planes * self.kernel_rows * self.taps * self.steps
+        per_block = self.window.planes * self.window.rows * self.window.taps * self.units
         block_bytes = per_block * self.nr * self.lanes * self.group * self.element
         blocks = self.stage.blocks
         if blocks * block_bytes <= self.machine.l1_bytes * 3 // 4:
@@ -325,6 +313,9 @@ class IntegerConvolution:
                     k.store(self.acc, (j, i, 0), done)
         with k.loop("ib", self.block_chunk) as ib:
             self.block_sum(tile, at, column, ix.add(ix.mul(at.blocks, self.block_chunk), ib))
+        if self.extra is not None:
+            with k.when(binary("eq", at.blocks, ix.const(self.block_chunks - 1))):
+                self.extra_sum(tile, at, column)
         if self.block_chunks > 1:
             with k.when(binary("lt", at.blocks, ix.const(self.block_chunks - 1))):
                 for j, i in places:
@@ -336,40 +327,73 @@ class IntegerConvolution:
 
     def block_sum(self, tile: Tile, at: _At, column: Expr, block: Expr) -> None:
         """The sum over one block of channels, all taps."""
-        k, stage = self.builder, self.stage
+        k, stage, w = self.builder, self.stage, self.window
         rows, columns = stage.row_axis, stage.column_axis
-        with k.loop("kp", stage.planes) as plane, k.loop("kh", self.kernel_rows) as kh:
+        with k.loop("kp", w.planes) as plane, k.loop("kh", w.rows) as kh:
             row = ix.add(ix.mul(at.item_row, rows.stride), ix.mul(kh, rows.dilation))
-            with k.loop("kw", self.taps) as tap:
+            with k.loop("kw", w.taps) as tap:
                 first = ix.add(ix.mul(at.start, columns.stride), ix.mul(tap, columns.dilation))
-                place = stage.place(plane, row, first)
+                place = stage.place(block, plane, row, first)
                 index = (column, block, plane, kh, tap)
-                whole, rest = divmod(self.steps, _UNROLLED)
+                whole, rest = divmod(self.units, _UNROLLED)
                 with k.loop("s", whole) as s:
                     if whole:
-                        self.multiply(tile, index, ix.mul(s, _UNROLLED), _UNROLLED, block, place)
+                        self.run(tile, index, ix.mul(s, _UNROLLED), _UNROLLED, place)
                 if rest:
-                    self.multiply(tile, index, ix.const(whole * _UNROLLED), rest, block, place)
+                    self.run(tile, index, ix.const(whole * _UNROLLED), rest, place)
 
-    def multiply(self, tile: Tile, index: tuple[Expr, ...], first: Expr, count: int, block: Expr, place: Expr) -> None:
-        """`count` steps: load nr vectors of weights, broadcast a group of channels of each output, mr * nr dots."""
+    def run(self, tile: Tile, index: tuple[Expr, ...], first: Expr, count: int, place: Expr) -> None:
+        """`count` units written out, those that are added in 16 bits together."""
+        depth = max(1, self.packed.depth)
+        wide = self.lanes * self.group
+        with self.builder.unroll("u", count // depth) as u:
+            unit = ix.add(first, ix.mul(u, depth))
+            weights = [
+                [load(self.weights_buffer, *index, ix.add(unit, d), i * wide, lanes=wide) for i in range(self.nr)]
+                for d in range(depth)
+            ]
+            self.multiply(tile, weights, ix.add(place, ix.mul(unit, self.group)))
+
+    def extra_sum(self, tile: Tile, at: _At, column: Expr) -> None:
+        """What was taken off the weights lest a sum saturate."""
+        assert self.extra is not None and self.offsets is not None
+        k, stage, wide = self.builder, self.stage, self.lanes * self.group
+        row, first = ix.mul(at.item_row, stage.row_axis.stride), ix.mul(at.start, stage.column_axis.stride)
+        tile_place = stage.place(ix.const(0), ix.const(0), row, first)
+        with k.loop("e", self.extra.shape[1]) as e:
+            offset = clamp(load(self.offsets, column, e), 0, self.farthest)
+            weights = [[load(self.extra, column, e, i * wide, lanes=wide) for i in range(self.nr)]]
+            self.multiply(tile, weights, ix.add(tile_place, offset))
+
+    def multiply(self, tile: Tile, weights: Sequence[Sequence[Expr]], place: Expr) -> None:
+        """Broadcast each output's unit of channels (or the units of `weights`, which are summed together) from `place`
+        on, and add its products with nr vectors of weights."""
         k, lanes, group = self.builder, self.lanes, self.group
         wide = lanes * group
-        pixel = self.stage.column_axis.stride * self.block
-        with k.unroll("u", count) as u:
-            step = ix.add(first, u)
+        pixel = self.stage.column_axis.stride * self.window.block
+        for d, vectors in enumerate(weights):
+            for i, vector in enumerate(vectors):
+                k.store(self.wreg, (d, i, 0), vector)
+        for j in range(tile.width):
+            for d in range(len(weights)):
+                at = ix.add(place, j * pixel + d * group)
+                k.store(self.xreg, (d, 0), Repeat(load(self.stage.buffer, at, lanes=group), lanes))
             for i in range(self.nr):
-                k.store(self.wreg, (i, 0), load(self.packed, *index, step, i * wide, lanes=wide))
-            for j in range(tile.width):
-                at = ix.add(place, j * pixel, ix.mul(step, group))
-                k.store(self.xreg, (0,), Repeat(load(self.stage.buffer, block, at, lanes=group), lanes))
-                for i in range(self.nr):
-                    total = Dot(
-                        load(self.acc, j, i, 0, lanes=lanes),
-                        load(self.xreg, 0, lanes=wide),
-                        load(self.wreg, i, 0, lanes=wide),
-                    )
-                    k.store(self.acc, (j, i, 0), total)
+                factors = [
+                    (load(self.xreg, d, 0, lanes=wide), load(self.wreg, d, i, 0, lanes=wide))
+                    for d in range(len(weights))
+                ]
+                k.store(self.acc, (j, i, 0), self.added(load(self.acc, j, i, 0, lanes=lanes), factors))
+
+    def added(self, total: Expr, factors: Sequence[tuple[Expr, Expr]]) -> Expr:
+        """`total` and the products of the factors' neighbouring channels."""
+        if not self.packed.depth:
+            ((x, w),) = factors
+            return Dot(total, x, w)
+        sums: Expr = PairSum(*factors[0])
+        for x, w in factors[1:]:
+            sums = Binary("add", sums, PairSum(x, w))
+        return Dot(total, sums, constant(1, "int16", sums.lanes))
 
     def finish(self, j: int, i: int, at: _At) -> None:
         """Store one vector of output channels through the tail."""
@@ -413,29 +437,3 @@ def _canonical(shape: ConvShape) -> tuple[ConvShape, int]:
         pads_begin=(0, *cut.pads_begin),
     )
     return whole, trailing
-
-
-def pair_tile(vectors: int, pixels: int, registers: int) -> tuple[int, int]:
-    """Outputs and vectors of outputs of a register tile whose multiplication and addition are two instructions.
-
-    A step loads ``nr`` weights and broadcasts ``mr`` inputs for ``mr * nr`` multiplications (two a cycle) and as many
-    additions; the processor takes six operations a cycle. Beside accumulators and weights there is one input and one
-    product in a register (and of more than 16 registers LLVM uses some for the weights of the next step). Additions take one cycle, so that few accumulators are enough.
-    """
-    best, best_cost = (1, 1), float("inf")
-    for nr in range(1, min(4, vectors) + 1):
-        groups = ceil(vectors / nr)
-        for mr in range(1, min(pixels, registers) + 1):
-            if mr * nr + (nr if registers <= 16 else 2 * nr) + 2 > registers:
-                break
-            tiles = ceil(pixels / mr)
-            base, longer = divmod(pixels, tiles)
-            cost = groups * (longer * _pair_cycles(base + 1, nr) + (tiles - longer) * _pair_cycles(base, nr))
-            if cost < best_cost - 1e-9:
-                best, best_cost = (mr, nr), cost
-    return best
-
-
-def _pair_cycles(width: int, nr: int) -> float:
-    """Cycles of one step: multiplications, or all operations; a tile has an overhead."""
-    return max(width * nr / 2, (2 * width * nr + width + nr) / 5.7) + 0.1

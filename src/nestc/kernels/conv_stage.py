@@ -110,12 +110,12 @@ class Stage:
 
     def declare(self) -> None:
         """Reserve the scratch memory."""
-        self.buffer = self.builder.scratch("staged", (self.blocks, self.stride), self.dtype)
+        self.buffer = self.builder.scratch("staged", (self.blocks * self.stride,), self.dtype)
 
-    def place(self, plane: Expr, row: Expr, column: Expr) -> Expr:
-        """Place within a block of the first channel of a staged pixel."""
+    def place(self, block: Expr, plane: Expr, row: Expr, column: Expr) -> Expr:
+        """Place of the first channel of a staged pixel."""
         line = ix.add(ix.mul(plane, self.rows_in), row)
-        return ix.add(ix.mul(line, self.line), ix.mul(column, self.block))
+        return ix.add(ix.mul(block, self.stride), ix.mul(line, self.line), ix.mul(column, self.block))
 
     def fill(self, n: Expr, first_channel: Expr, outer: tuple[Expr, ...], row: Expr, zero: Expr, shift: int) -> None:
         """Stage what the output rows from `row` on read; `outer` are their places on the axes before.
@@ -140,12 +140,12 @@ class Stage:
                 inside: Expr = Const(True, "bool")
                 for source, axis in zip(sources, self.axes[:-1]):
                     inside = binary("and", inside, within(source, axis.size))
-                base = self.place(plane, staged_row, ix.const(0))
+                base = self.place(block, plane, staged_row, ix.const(0))
 
                 def copy(sources: list[Expr] = sources, block: Expr = block, base: Expr = base) -> None:
-                    self._row(n, ix.add(first_channel, ix.mul(block, self.block)), block, sources, base, zero, shift)
+                    self._row(n, ix.add(first_channel, ix.mul(block, self.block)), sources, base, zero, shift)
 
-                self._branch(inside, copy, lambda: self._blank(block, base, 0, self.columns, zero))
+                self._branch(inside, copy, lambda: self._blank(base, 0, self.columns, zero))
 
     def _branch(self, cond: Expr, then: Callable[[], None], orelse: Callable[[], None]) -> None:
         k = self.builder
@@ -157,10 +157,10 @@ class Stage:
         with k.otherwise():
             orelse()
 
-    def _blank(self, block: Expr, base: Expr, first: int, end: int, zero: Expr) -> None:
+    def _blank(self, base: Expr, first: int, end: int, zero: Expr) -> None:
         """Columns outside the input."""
         count = (end - first) * self.block
-        self._runs(count, lambda at, lanes: self._put(block, ix.add(base, first * self.block, at), splat(zero, lanes)))
+        self._runs(count, lambda at, lanes: self._put(ix.add(base, first * self.block, at), splat(zero, lanes)))
 
     def _runs(self, count: int, body: Callable[[Expr, int], None]) -> None:
         """`count` neighbouring elements in vectors, then shorter vectors, by powers of two."""
@@ -173,40 +173,37 @@ class Stage:
             done += whole * lanes
             lanes //= 2
 
-    def _put(self, block: Expr, place: Expr, value: Expr) -> None:
-        self.builder.store(self.buffer, (block, place), value)
+    def _put(self, place: Expr, value: Expr) -> None:
+        self.builder.store(self.buffer, (place,), value)
 
-    def _row(
-        self, n: Expr, channel: Expr, block: Expr, sources: list[Expr], base: Expr, zero: Expr, shift: int
-    ) -> None:
+    def _row(self, n: Expr, channel: Expr, sources: list[Expr], base: Expr, zero: Expr, shift: int) -> None:
         """One row of one block of channels, with what lies left and right of the input."""
         axis = self.column_axis
         first, end = axis.inside(self.columns)
-        self._blank(block, base, 0, first, zero)
+        self._blank(base, 0, first, zero)
         start = ix.add(base, first * self.block)
         column = first * axis.step - axis.pad
         if not self.blocked:
-            self._interleave(n, channel, block, sources, start, column, end - first, shift)
+            self._interleave(n, channel, sources, start, column, end - first, shift)
         elif axis.step == 1:
             rest = (n, ix.floordiv(channel, self.block), *sources)
 
             def copy(at: Expr, lanes: int) -> None:
                 value = load(self.source, *rest, ix.add(at, column * self.block), lanes=lanes)
-                self._put(block, ix.add(start, at), self._converted(value, shift))
+                self._put(ix.add(start, at), self._converted(value, shift))
 
             self._runs((end - first) * self.block, copy)
         else:
             with self.builder.loop("sc", end - first) as c:
                 place = ix.mul(ix.add(ix.mul(c, axis.step), column), self.block)
                 value = load(self.source, n, ix.floordiv(channel, self.block), *sources, place, lanes=self.block)
-                self._put(block, ix.add(start, ix.mul(c, self.block)), self._converted(value, shift))
-        self._blank(block, base, end, self.columns, zero)
+                self._put(ix.add(start, ix.mul(c, self.block)), self._converted(value, shift))
+        self._blank(base, end, self.columns, zero)
 
     def _interleave(
         self,
         n: Expr,
         channel: Expr,
-        block: Expr,
         sources: list[Expr],
         start: Expr,
         column: int,
@@ -228,7 +225,7 @@ class Stage:
                     ]
                     for i, vector in enumerate(_interleaved(rows)):
                         place = ix.add(start, ix.mul(at, self.block), i * lanes)
-                        self._put(block, place, self._converted(vector, shift))
+                        self._put(place, self._converted(vector, shift))
         with k.loop("sc", count - done) as c, k.loop("si", self.block) as i:
             if count - done:
                 at = ix.add(c, done)
@@ -236,7 +233,7 @@ class Stage:
                 place = (n, source, *sources, ix.add(ix.mul(at, axis.step), column))
                 inside = within(source, self.source.shape[1])
                 value = load(self.source, *place, mask=None if isinstance(inside, Const) else inside)
-                self._put(block, ix.add(start, ix.mul(at, self.block), i), self._converted(value, shift))
+                self._put(ix.add(start, ix.mul(at, self.block), i), self._converted(value, shift))
 
     def _converted(self, value: Expr, shift: int) -> Expr:
         """Input values as the staged dtype, shifted."""

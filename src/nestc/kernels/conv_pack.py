@@ -1,0 +1,208 @@
+"""Packed weights of an integer convolution, and the way of multiplying that suits them on a machine.
+
+A *unit* is the group of neighbouring channels that one broadcast brings in. Where there is no instruction for four
+products of bytes, there are two ways: bytes widened to 16 bits, two channels a unit (`Dot` of int16); or pmaddubsw
+(`PairSum`, x86), four channels a unit, whose sums of two products saturate at 16 bits. The second is exact where the
+positive and the negative weights of a sum are small enough: 255 * 128 < 2**15. What exceeds that is taken off and
+multiplied once more, in *extra* units at the end: a split of the weights, not an approximation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from nestc.kernels.api import CpuMachine
+from nestc.kernels.conv_shape import ConvShape, register_tile
+from nestc.tensor.ir import DOT_GROUPS
+
+_BOUND = 128  # of the positive, and of the negative, weights of one 16-bit sum: 255 * 128 = 32640
+# Cycles of one unit and accumulator, measured on Zen 3 (docs/decisions.md): two operations, three, or five for two.
+_UNIT_CYCLES = {0: 0.61, 1: 1.0, 2: 0.8}
+_TRIES = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Window:
+    """How the taps of a convolution lie in a staged row: `taps` runs of `length` neighbouring elements for each kernel
+    row, plane and block of `block` channels."""
+
+    channels: int
+    block: int
+    planes: int
+    rows: int
+    taps: int
+    length: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of channels."""
+        return ceil(self.channels / self.block)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights in the order in which they are read.
+
+    ``depth`` is 0 for a `Dot` a unit, else the number of `PairSum` that are added in 16 bits before they are widened.
+    ``weights``: [group * register columns][block][plane][row][tap][unit][nr * lanes * channels of a unit].
+    ``extra_units`` (int64 [columns][extra], numbers of units in that order) and ``extra_weights`` (int8
+    [columns][extra][nr * lanes * 4]) are None where nothing exceeds the bound.
+    """
+
+    pair: tuple[str, str]
+    depth: int
+    mr: int
+    nr: int
+    weights: np.ndarray
+    extra_units: np.ndarray | None
+    extra_weights: np.ndarray | None
+
+    @property
+    def group(self) -> int:
+        """Channels of a unit."""
+        return DOT_GROUPS[self.pair]
+
+    @property
+    def units(self) -> int:
+        """Units of one tap."""
+        return self.weights.shape[5]
+
+
+def pack(weights: np.ndarray, shape: ConvShape, window: Window, pixels: int, machine: CpuMachine) -> Packed:
+    """Pack `weights` (int32 [O, I/group, *kernel], zero points taken off) for rows of `pixels` outputs."""
+    vectors = ceil(shape.out_channels // shape.group / machine.lanes("int32"))
+    registers = machine.vector_registers
+    fits = bool(weights.min() >= -128 and weights.max() <= 127)
+    if fits and machine.dot_dtypes != ("int16", "int16"):
+        mr, nr = register_tile(vectors, pixels, registers)
+        return Packed(machine.dot_dtypes, 0, mr, nr, _ordered(weights, shape, window, machine, 4, nr, 1), None, None)
+    best, best_cost = None, float("inf")
+    for depth in _TRIES if fits and machine.dot_bytes >= 32 else (0,):
+        mr, nr = pair_tile(vectors, pixels, registers) if depth == 0 else sums_tile(vectors, pixels, registers, depth)
+        group = 4 if depth else 2
+        units = _ordered(weights, shape, window, machine, group, nr, max(1, depth))
+        extra, extra_weights = (None, None) if depth == 0 else take_excess(units, depth)
+        count = int(np.prod(units.shape[1:6]))
+        per_unit = _UNIT_CYCLES[depth]
+        cost = per_unit * count * group / 4 * (2 if depth == 0 else 1)
+        cost *= ceil(vectors / nr) * nr
+        if extra is not None:
+            cost += _UNIT_CYCLES[1] * extra.shape[1] * ceil(vectors / nr) * nr
+        if cost < best_cost:
+            pair = ("uint8", "int8") if depth else ("int16", "int16")
+            best, best_cost = Packed(pair, depth, mr, nr, units, extra, extra_weights), cost
+    assert best is not None
+    return best
+
+
+def _ordered(
+    weights: np.ndarray, shape: ConvShape, window: Window, machine: CpuMachine, group: int, nr: int, multiple: int
+) -> np.ndarray:
+    """The weights as [columns][block][plane][row][tap][unit][nr * lanes * group]; units a multiple of `multiple`."""
+    wide = nr * machine.lanes("int32")
+    per_group = shape.out_channels // shape.group
+    columns = ceil(per_group / wide)
+    kernel = window.taps * window.length // window.block
+    dtype = np.int16 if group == 2 else np.int8
+    padded = np.zeros(
+        (shape.group, columns * wide, window.blocks * window.block, window.planes, window.rows, kernel), dtype
+    )
+    padded[:, :per_group, : window.channels] = weights.reshape(
+        shape.group, per_group, window.channels, window.planes, window.rows, kernel
+    )
+    # [group][outputs][block][channel][plane][row][column] -> [group][outputs][block][plane][row][tap][element]
+    split = padded.reshape(shape.group, columns * wide, window.blocks, window.block, window.planes, window.rows, kernel)
+    split = split.transpose(0, 1, 2, 4, 5, 6, 3).reshape(*split.shape[:3], window.planes, window.rows, window.taps, -1)
+    units = ceil(window.length / (group * multiple)) * multiple
+    whole = np.zeros((*split.shape[:-1], units * group), dtype)
+    whole[..., : window.length] = split
+    whole = whole.reshape(shape.group * columns, wide, *whole.shape[2:-1], units, group)
+    return np.ascontiguousarray(np.moveaxis(whole, 1, -2)).reshape(*whole.shape[:1], *whole.shape[2:-1], wide * group)
+
+
+def take_excess(units: np.ndarray, depth: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Reduce int8 `units` ([columns][...][unit][lanes * 4], in place) until no sum of `depth` `PairSum` can saturate.
+
+    Gives the numbers of the units that what was taken off belongs to, and it as weights: each of them such that one
+    `PairSum` cannot saturate; both None if there is nothing.
+    """
+    columns, lanes = units.shape[0], units.shape[-1] // 4
+    flat = units.reshape(columns, -1, lanes, 4)
+    rest = _excess(flat, depth)
+    flat -= rest
+    found: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(columns)]
+    while rest.any():
+        later = _excess(rest, 1)
+        now = rest - later
+        for column, unit in np.argwhere(now.any(axis=(2, 3))):
+            found[column].append((int(unit), now[column, unit]))
+        rest = later
+    most = max(map(len, found))
+    if not most:
+        return None, None
+    numbers = np.zeros((columns, most), np.int64)
+    extra = np.zeros((columns, most, lanes * 4), np.int8)
+    for column, entries in enumerate(found):
+        for place, (unit, values) in enumerate(entries):
+            numbers[column, place], extra[column, place] = unit, values.reshape(-1)
+    return numbers, extra
+
+
+def _excess(flat: np.ndarray, depth: int) -> np.ndarray:
+    """What has to be taken off int8 [columns][unit][lane][4], so that in each sum of `depth` units, over the elements
+    2p and 2p + 1 of each, positive and negative parts stay within the bound. Last elements give first."""
+    columns, count, lanes, _ = flat.shape
+    sums = flat.reshape(columns, count // depth, depth, lanes, 2, 2).transpose(0, 1, 3, 4, 2, 5)
+    values = sums.reshape(columns, count // depth, lanes, 2, 2 * depth)
+    taken = np.zeros(values.shape, np.int8)
+    for sign in (1, -1):
+        part = np.maximum(sign * values.astype(np.int16), 0)
+        over = part.sum(-1) - _BOUND
+        if over.max(initial=0) <= 0:
+            continue
+        over = np.maximum(over, 0)
+        for element in range(2 * depth - 1, -1, -1):
+            give = np.minimum(part[..., element], over)
+            taken[..., element] += (sign * give).astype(np.int8)
+            over = over - give
+    back = taken.reshape(columns, count // depth, lanes, 2, depth, 2).transpose(0, 1, 4, 2, 3, 5)
+    return np.ascontiguousarray(back).reshape(flat.shape)
+
+
+def pair_tile(vectors: int, pixels: int, registers: int) -> tuple[int, int]:
+    """Outputs and vectors of outputs of a register tile whose multiplication and addition are two instructions.
+
+    A step loads ``nr`` weights and broadcasts ``mr`` inputs for ``mr * nr`` multiplications (two a cycle) and as many
+    additions; the processor takes six operations a cycle. Beside accumulators and weights there is one input and one
+    product in a register (and of more than 16 registers LLVM uses some for the weights of the next step). Additions
+    take one cycle, so that few accumulators are enough.
+    """
+    best, best_cost = (1, 1), float("inf")
+    for nr in range(1, min(4, vectors) + 1):
+        groups = ceil(vectors / nr)
+        for mr in range(1, min(pixels, registers) + 1):
+            if mr * nr + (nr if registers <= 16 else 2 * nr) + 2 > registers:
+                break
+            tiles = ceil(pixels / mr)
+            base, longer = divmod(pixels, tiles)
+            cost = groups * (longer * _pair_cycles(base + 1, nr) + (tiles - longer) * _pair_cycles(base, nr))
+            if cost < best_cost - 1e-9:
+                best, best_cost = (mr, nr), cost
+    return best
+
+
+def _pair_cycles(width: int, nr: int) -> float:
+    """Cycles of one step: multiplications, or all operations; a tile has an overhead."""
+    return max(width * nr / 2, (2 * width * nr + width + nr) / 5.7) + 0.1
+
+
+def sums_tile(vectors: int, pixels: int, registers: int, depth: int) -> tuple[int, int]:
+    """Outputs and vectors of outputs of a register tile of `PairSum`: one vector of weights, so that it is the fewest
+    outputs whose excess is multiplied again; beside accumulators there are weights, inputs and sums in registers."""
+    nr = 1 if registers <= 16 else min(2, vectors)
+    widest = (registers - depth * (nr + 2) - 2) // nr
+    tiles = ceil(pixels / widest)
+    return ceil(pixels / tiles), nr
