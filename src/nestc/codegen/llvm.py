@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from nestc.codegen import narrow
 from nestc.codegen.arithmetic import NARROW_INTEGERS, Arithmetic
 from nestc.codegen.llvm_types import literal, memory_type, scalar_type, suffix, vector_type, width
+from nestc.codegen.lookups import Lookup, table_index
 from nestc.errors import Error
 from nestc.kernels.api import CpuMachine
 from nestc.tensor import index as ix
@@ -512,6 +513,10 @@ class _Printer(Arithmetic):
             )
         align = max(1, width(e.dtype) // 8)
         if any(i.lanes > 1 for i in e.index):
+            entry = table_index(e, self.machine)
+            if entry is not None:
+                lookup = Lookup(self.emit, self.declare, self.bases[e.buffer.name], self.machine)
+                return lookup.run(self.value(entry), e.lanes)
             places = self.addresses(e.buffer, e.index, e.lanes)
             mask = self.mask(e.mask, e.lanes)
             name = f"llvm.masked.gather.{suffix(element, e.lanes)}.v{e.lanes}p0"

@@ -109,6 +109,13 @@ def loads(e: Expr) -> list[Load]:
     return list(dict.fromkeys(n for n in nodes(e) if isinstance(n, Load)))
 
 
+def is_lookup(e: Load) -> bool:
+    """Whether a load takes an entry of a table of 256 bytes, which code generators do for many lanes at once."""
+    index = e.index[0] if len(e.index) == 1 else None
+    table = e.buffer.shape == (256,) and e.buffer.dtype in ("int8", "uint8")
+    return table and isinstance(index, Cast) and index.x.dtype == "uint8"
+
+
 def cost(e: Expr) -> int:
     """A rough number of instructions for one element (or one vector); what moves data by a plain load is free."""
     total = 0
@@ -289,6 +296,7 @@ __all__ = [
     "cost",
     "identity_of",
     "inline",
+    "is_lookup",
     "loads",
     "mask_loads",
     "nodes",

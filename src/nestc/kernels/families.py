@@ -14,6 +14,7 @@ from nestc.kernels.depthwise_int8 import DEPTHWISE_INT8
 from nestc.kernels.dequantize import DequantizeFamily
 from nestc.kernels.gemm import GEMM
 from nestc.kernels.generic import Generic
+from nestc.kernels.lookup import LOOKUP
 from nestc.kernels.normalization import NORMALIZATION
 from nestc.kernels.pool import POOL
 from nestc.kernels.quantized import prologue
@@ -26,6 +27,7 @@ GENERIC = Generic()
 NARROW: tuple[Family, ...] = (
     CONV_INT8,
     DEPTHWISE_INT8,
+    LOOKUP,
 )
 """Families for narrow operands (quantized, bfloat16); asked first. Most of them want a prologue (`quantized.py`)."""
 

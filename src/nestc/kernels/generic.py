@@ -150,10 +150,10 @@ class _Params:
 
 
 class _Lowering:
-    def __init__(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> None:
-        self.region = region
+    def __init__(self, body: Body, machine: CpuMachine, layouts: Mapping[str, Layout]) -> None:
+        self.region = body.region
         self.machine = machine
-        self.body = define(region)
+        self.body = body
         self.layouts = dict(layouts)
         self.launches: list[Launch] = []
         self.temporaries: dict[str, TensorType] = {}
@@ -301,6 +301,11 @@ class _Lowering:
         return Job(axes, tuple(stores), reduction.reduce, reduction.op, combined, holder)
 
 
+def lower_body(body: Body, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
+    """Kernels for the values that `body` defines."""
+    return _Lowering(body, machine, layouts).run()
+
+
 class Generic:
     """The last of the families: it takes whatever `kernels.ops.RULES` can express."""
 
@@ -327,7 +332,7 @@ class Generic:
 
     def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
         """Kernels for the region."""
-        return _Lowering(region, machine, layouts).run()
+        return lower_body(define(region), machine, layouts)
 
 
 def _blocked(region: Region, block: int, incoming: Mapping[str, Layout]) -> dict[str, Layout] | None:
@@ -380,7 +385,7 @@ def _cheapest(region: Region, machine: CpuMachine, incoming: Mapping[str, Layout
         return _CONVERSION * sum(prod(region.types[n].shape) for n in names)
 
     def total(layouts: dict[str, Layout], changed: Sequence[str]) -> float:
-        return _Lowering(region, machine, layouts).estimated() + converted(changed)
+        return _Lowering(define(region), machine, layouts).estimated() + converted(changed)
 
     options = [(total(plain, [n for n in region.inputs if kept[n].block] + alike), plain)]
     options.append((total(kept, alike), kept))
@@ -398,4 +403,4 @@ def convert(type_: TensorType, source: Layout, target: Layout, machine: CpuMachi
     return Generic().lower(region, machine, {"source": source, "target": target})
 
 
-__all__ = ["SUPPORTED_OPS", "Generic", "convert", "define", "supported"]
+__all__ = ["SUPPORTED_OPS", "Generic", "convert", "define", "lower_body", "supported"]

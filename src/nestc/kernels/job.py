@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from nestc.kernels.api import CpuMachine
-from nestc.kernels.compute import cost, nodes
+from nestc.kernels.compute import cost, is_lookup, nodes
 from nestc.tensor import index as ix
 from nestc.tensor.ir import Binary, Const, Expr, Load, Store, Var
 from nestc.tensor.rewrite import substitute
@@ -159,7 +159,10 @@ def _cycles(job: Job, v: Var, lanes: int) -> tuple[float, float]:
         vector = float("inf")
     for e in job.expressions():
         for n in nodes(e):
-            if isinstance(n, Load) and n.index:
+            if isinstance(n, Load) and is_lookup(n):
+                vector += lanes  # a byte a cycle, see `codegen.lookups`
+                scalar += 2 * lanes
+            elif isinstance(n, Load) and n.index:
                 stride = ix.coefficient(n.index[0], v)
                 vector += 1 if stride in (0, 1) else 3 * lanes
                 scalar += lanes

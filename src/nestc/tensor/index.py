@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from nestc.tensor.ir import Binary, Buffer, Cast, Const, Expr, Fma, Load, Ramp, Select, Unary, Var
+from nestc.tensor.ir import Binary, Bitcast, Buffer, Cast, Const, Expr, Fma, Load, Ramp, Select, Unary, Var
 
 # (constant, {atom: coefficient}): an atom is anything that is not a sum or a product with a constant.
 Linear = tuple[int, dict[Expr, int]]
@@ -215,7 +215,7 @@ def _bounds(e: Expr) -> tuple[int, int]:
         return min(a, c), max(b, d)
     if isinstance(e, Cast) and e.dtype == "int64" and e.x.dtype in _LIMITS:
         return bounds(e.x)
-    if isinstance(e, (Load, Unary, Fma, Cast)):
+    if isinstance(e, (Bitcast, Load, Unary, Fma, Cast)):
         return _LIMITS.get(e.dtype, _WIDE)
     children = e.children()
     return bounds(children[0]) if len(children) == 1 else _WIDE
