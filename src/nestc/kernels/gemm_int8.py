@@ -23,7 +23,6 @@ from nestc.kernels.quantized import Quantized, QuantizedAnchor, prologue, quanti
 from nestc.kernels.requantize import Requantize
 from nestc.kernels.small import INTEGERS
 from nestc.kernels.tail import Tail, tail_refusal
-from nestc.tensor import index as ix
 from nestc.tensor.build import constant, load, splat
 from nestc.tensor.ir import Binary, Bitcast, Buffer, Cast, Expr, Stmt
 from nestc.tensor.rewrite import cast
@@ -221,8 +220,7 @@ class _IntegerPanels(Panels):
 
     def b_vector(self, batch: tuple[Expr, ...], panel: Expr, step: Expr, c: int) -> Expr:
         wide = self.lanes * self.numbers.group
-        which = ix.add(ix.mul(self.product.b_matrix(batch), self.panels), panel)
-        value = load(self.b, which, step, c * wide, lanes=wide)
+        value = load(self.b, self.matrix_panel(batch, panel), step, c * wide, lanes=wide)
         return cast(value, "int8" if self.quads else "int16")
 
     def start(self, batch: tuple[Expr, ...], row: Expr, panel: Expr, c: int) -> Expr:
@@ -232,8 +230,9 @@ class _IntegerPanels(Panels):
         if self.region.types[self.product.a].dtype != self.numbers.a:
             zero = Binary("add", zero, constant(-128 if self.numbers.a == "int8" else 128, "int32"))
         negative = splat(Binary("sub", constant(0, "int32"), zero), self.lanes)
-        which = ix.add(ix.mul(self.product.b_matrix(batch), self.panels), panel)
-        return Binary("mul", negative, load(self.sums, which, c * self.lanes, lanes=self.lanes))
+        return Binary(
+            "mul", negative, load(self.sums, self.matrix_panel(batch, panel), c * self.lanes, lanes=self.lanes)
+        )
 
     def stores(self, batch: tuple[Expr, ...], row: Expr, column: Expr, value: Expr) -> tuple[Stmt, ...]:
         return self.tail.stores(self.product.out_index(batch, row, column), value)

@@ -24,8 +24,9 @@ from nestc.tensor.build import Builder, clamp, constant, less, load, splat
 from nestc.tensor.ir import Buffer, Const, Dot, Expr, Fma, Load, Repeat, Stmt, Store, Var
 from nestc.tensor.vectorize import vectorize
 
-_UNROLL = 4  # steps of k written out; k is padded to a multiple of them
+UNROLL = 8  # steps of k written out; k is padded to a multiple of them
 _PART = 256  # steps of k whose piece of a panel stays in L1 (16 KiB of 32, with vectors of 32 bytes)
+AHEAD = 1024  # bytes of a stream of weights that are asked for before they are used
 _ITEM_PRODUCTS = 1 << 20  # multiply-adds of a parallel item that is worth its preparation: some 10 us
 _SIZES = {"int8": 1, "uint8": 1, "int16": 2, "bfloat16": 2, "float32": 4}
 
@@ -34,7 +35,8 @@ _SIZES = {"int8": 1, "uint8": 1, "int16": 2, "bfloat16": 2, "float32": 4}
 class Numbers:
     """The factors of a kernel's multiply-adds as they lie in scratch memory, `group` of them summed an instruction.
 
-    ``uops``: vector instructions a multiply-add takes; ``latency``: cycles until its accumulator can be used again.
+    Rows are of dtype `a`, panels of `b`, sums of `acc`. ``uops``: vector instructions that a multiply-add takes;
+    ``latency``: cycles until its accumulator can be used again.
     """
 
     a: str
@@ -88,6 +90,8 @@ class Panels(ABC):
     where they lie), and runs its row tiles; sums over parts wait in scratch.
     """
 
+    b: Buffer
+
     def __init__(
         self, name: str, region: Region, op: Op, product: Product, machine: CpuMachine, numbers: Numbers
     ) -> None:
@@ -96,17 +100,21 @@ class Panels(ABC):
         self.tile = choose_tile(product.m, product.n, self.lanes, numbers, machine)
         self.width = self.tile.vectors * self.lanes
         self.panels = ceil(product.n / self.width)
-        depth = ceil(product.k / numbers.group)
-        self.parts = ceil(depth / _PART)
-        self.steps = ceil(ceil(depth / self.parts) / _UNROLL) * _UNROLL
-        self.depth = self.parts * self.steps * numbers.group
         self.staged = self.apart = product.m > self.tile.rows
-        # A little more than whole lines, so that rows do not fall into one set of the cache.
-        self.stride = self.depth + 64 // _SIZES[numbers.a]
+        steps = ceil(product.k / numbers.group)
+        parts = ceil(steps / _PART)
+        self.cut(parts, ceil(ceil(steps / parts) / UNROLL) * UNROLL)
         self.k = Builder(name)
         self.operands = Operands(self.k, region, {})
 
-    # -- what a subclass supplies
+    def cut(self, parts: int, steps: int) -> None:
+        """Sum over k in `parts` of `steps` each."""
+        self.parts, self.steps = parts, steps
+        self.depth = parts * steps * self.numbers.group
+        # A little more than whole lines, so that rows do not fall into one set of the cache.
+        self.stride = self.depth + 64 // _SIZES[self.numbers.a]
+
+    # -- what a subclass supplies; `b` holds the panels, (matrices * panels, steps, width * group)
 
     @abstractmethod
     def declare(self) -> tuple[tuple[Launch, ...], Mapping[str, TensorType]]:
@@ -261,14 +269,19 @@ class Panels(ABC):
             with k.when(less(0, part)):
                 for r, c in places:
                     k.store(self.acc, (r, c, 0), load(self.partial, slot, r, c * lanes, lanes=lanes))
-        with k.loop("step", self.steps // _UNROLL) as s:
-            for u in range(_UNROLL):
-                self.step(batch, panel, part, ix.add(ix.mul(s, _UNROLL), u), row, rows)
+        with k.loop("step", self.steps // UNROLL) as s:
+            for u in range(UNROLL):
+                step = ix.add(ix.mul(s, UNROLL), u)
+                if not self.apart:
+                    self.ask_ahead(self.matrix_panel(batch, panel), ix.add(ix.mul(part, self.steps), step))
+                self.step(batch, panel, part, step, row, rows)
         if self.parts > 1:
             with k.when(less(part, self.parts - 1)):
                 for r, c in places:
                     k.store(self.partial, (slot, r, c * lanes), load(self.acc, r, c, 0, lanes=lanes))
         with k.when(less(self.parts - 2, part)):
+            for r, c in places:
+                k.store(self.done, (r, c * lanes), load(self.acc, r, c, 0, lanes=lanes))
             self.finish(batch, panel, row, rows)
 
     def step(self, batch: tuple[Expr, ...], panel: Expr, part: Expr, step: Expr, row: Expr, rows: int) -> None:
@@ -307,17 +320,26 @@ class Panels(ABC):
             for c in range(self.tile.vectors):
                 multiply(r, c)
 
+    def ask_ahead(self, which: Expr, row: Expr, count: int = 1) -> None:
+        """Prefetch `count` rows of a stored panel that follow `AHEAD` bytes after `row`: what is read once comes from
+        memory, and faster if it is asked for."""
+        size = _SIZES.get(self.b.dtype, 1)
+        line = self.b.shape[-1] * size
+        for ahead in range(AHEAD, AHEAD + count * line, 64):
+            self.k.prefetch(self.b, which, ix.add(row, ahead // line), ahead % line // size)
+
+    def matrix_panel(self, batch: tuple[Expr, ...], panel: Expr) -> Expr:
+        """Number of a panel among those of all matrices of `b`."""
+        return ix.add(ix.mul(self.product.b_matrix(batch), self.panels), panel)
+
     def a_matrix(self, batch: tuple[Expr, ...]) -> Expr:
         """Which of the matrices of `a` an index over the batch means."""
         own = tuple(ix.const(0) if n == 1 else i for n, i in zip(self.product.a_batch, batch))
         return ix.flatten(own, self.product.a_batch)
 
     def finish(self, batch: tuple[Expr, ...], panel: Expr, row: Expr, rows: int) -> None:
-        """Run the tail on the sums of a tile, row by row; a panel that is not full has code of its own."""
+        """Run the tail on the sums in `done`, row by row; a panel that is not full has code of its own."""
         k, n, last = self.k, self.product.n, ix.const(self.panels - 1)
-        for r in range(rows):
-            for c in range(self.tile.vectors):
-                k.store(self.done, (r, c * self.lanes), load(self.acc, r, c, 0, lanes=self.lanes))
         if n == 1:  # the output may have no axis of columns to store vectors along
             with k.loop("done_row", rows) as r:
                 k.emit(self.stores(batch, ix.add(row, r), ix.const(0), load(self.done, r, 0)))
