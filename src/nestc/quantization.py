@@ -15,6 +15,7 @@ from nestc.graph.bind import bind
 from nestc.graph.model import Model
 from nestc.importers.onnx import load
 from nestc.quant import quantize as stage
+from nestc.quant.choose import require_float
 from nestc.quant.observe import observe
 from nestc.quant.overrides import overrides_of, read_overrides
 from nestc.quant.prepare import prepare
@@ -44,10 +45,11 @@ def calibrate(
     batch larger than a model of fixed batch takes is fed in parts. ``method`` is how ranges are to be chosen:
     ``minmax``, ``percentile`` (of which ``percentile:99.9`` gives the percentage), ``mse`` or ``entropy``. The first
     axis of the inputs counts samples. Raises ShapeError for a name, shape or dtype that does not fit, DataError for
-    no data or data with NaN or infinite values, QuantizationError for an unknown method.
+    no data or data with NaN or infinite values, QuantizationError for an unknown method or a quantized model.
     """
     parse_method(method)
     bound = bind(model if isinstance(model, Model) else load(model), shapes, dims)
+    require_float(bound)
     prepared = prepare(bound)
     return observe(prepared, checked(prepared, batches), compiler(threads), method, progress)
 
