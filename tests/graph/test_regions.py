@@ -123,6 +123,14 @@ def test_a_tail_ends_where_the_value_is_needed_elsewhere() -> None:
     assert groups(graph, w=np.ones((2, 2), np.float32)) == ["MatMul Relu", "MatMul Relu Add"]
 
 
+def test_scales_are_computed_before_the_product_that_they_scale() -> None:
+    graph = """g (float[2,3] x) => (float[2,4] y) {
+        a, s, z = DynamicQuantizeLinear(x)
+        i = MatMulInteger(a, w, z)  f = Cast<to=1>(i)  t = Mul(s, v)  m = Mul(f, t)  y = Add(m, b) }"""
+    weights = {"w": np.ones((3, 4), np.int8), "v": np.ones(4, np.float32), "b": np.ones(4, np.float32)}
+    assert groups(graph, **weights) == ["DynamicQuantizeLinear", "Mul", "MatMulInteger Cast Mul Add"]
+
+
 def test_a_residual_of_two_products_goes_into_the_later_one() -> None:
     graph = "g (float[2,2] x) => (float[2,2] y) { a = MatMul(x, w)  b = MatMul(w, x)  c = Add(a, b)  y = Relu(c) }"
     assert groups(graph, w=np.ones((2, 2), np.float32)) == ["MatMul", "MatMul Add Relu"]

@@ -45,14 +45,14 @@ class _Former:
     """State of one run: which nodes have found their region."""
 
     def __init__(self, graph: ir.Graph, alone: Collection[str]) -> None:
-        self.graph = graph
+        self.order = _parameters_first(graph)
         self.alone = {node for node in graph if node.name in alone}
-        self.position = {node: index for index, node in enumerate(graph)}
+        self.position = {node: index for index, node in enumerate(self.order)}
         self.done: set[ir.Node] = set()
 
     def run(self) -> list[Cluster]:
         found: list[Cluster] = []
-        for node in self.graph:
+        for node in self.order:
             if node not in self.done and not self.waits(node):
                 cluster = self.start(node)
                 self.done.update(cluster.nodes)
@@ -191,6 +191,29 @@ class _Former:
         """Whether all operands of a node are computed by earlier regions or inside this one."""
         sources = [value.producer() for value in node.inputs if value is not None]
         return all(source is None or source in self.done or source in inside for source in sources)
+
+
+def _parameters_first(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes in an order in which they can run, elementwise ones of rank 0 or 1 as early as can be: the tail of an
+    anchor may need them (the product of scales in dynamic quantization), and they cost nothing."""
+    order: dict[ir.Node, None] = {}
+
+    def ready(node: ir.Node) -> bool:
+        sources = [value.producer() for value in node.inputs if value is not None]
+        return all(source is None or source in order or source.graph is not graph for source in sources)
+
+    for first in graph:
+        placed = [first]
+        while placed:
+            node = placed.pop()
+            if node in order or not ready(node):
+                continue
+            order[node] = None
+            for user in dict.fromkeys(user for value in node.outputs for user, _ in value.uses()):
+                shape = static_shape(user.outputs[0])
+                if user.graph is graph and is_elementwise(user) and shape is not None and len(shape) <= 1:
+                    placed.append(user)
+    return list(order)
 
 
 def _outputs(nodes: Iterable[ir.Node]) -> list[ir.Value]:
