@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nestc.importers.onnx import Model, load
     from nestc.partition.plan import Plan
     from nestc.quant.profile import Profile
-    from nestc.quantization import calibrate
+    from nestc.quantization import calibrate, quantize
     from nestc.runtime import Executable, open
     from nestc.targets import installed as targets
 
@@ -42,6 +42,7 @@ __all__ = [
     "load",
     "open",
     "open_data",
+    "quantize",
     "targets",
 ]
 
@@ -58,6 +59,7 @@ _HOMES = {
     "evaluate": "nestc.evaluation",
     "load": "nestc.importers.onnx",
     "open": "nestc.runtime",
+    "quantize": "nestc.quantization",
     "open_data": "nestc.datasets",
 }
 
