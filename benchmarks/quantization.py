@@ -32,6 +32,9 @@ from nestc.errors import Error
 from nestc.evaluation import Distance, wilson, within_top
 from nestc.measure import context
 from nestc.quant.prepare import prepare
+from nestc.quant.profile import METHODS
+from nestc.quant.scheme import SCHEMES
+from nestc.quant.toolbox import TOOLS
 
 DEMO = "demo"
 
@@ -58,9 +61,21 @@ PEER_WAYS = (
     Way("int8-symmetric", "nncf", "nncf performance", (("preset", "performance"),)),
 )
 
-OUR_WAYS: tuple[Way, ...] = tuple(
-    Way(scheme, "nestc", "nestc") for scheme in ("int8", "int8-symmetric", "int8-pow2", "int16")
-)
+SINGLE_TOOL_SCHEMES = ("int8", "int8-pow2")
+"""Schemes of which every accuracy tool, and every way to choose thresholds, is shown alone."""
+
+
+def our_ways() -> tuple[Way, ...]:
+    """Every scheme as it comes; of some without any tool, with each tool alone, and with each calibration method."""
+    ways = [Way(scheme, "nestc", "nestc") for scheme in SCHEMES]
+    for scheme in SINGLE_TOOL_SCHEMES:
+        ways.append(Way(scheme, "nestc", "nestc plain", (("tools", ()),)))
+        ways += [Way(scheme, "nestc", f"nestc {tool}", (("tools", (tool,)),)) for tool in TOOLS]
+        for option in ("method", "weight-method"):
+            for method in METHODS:
+                options = (("tools", ()), ("scheme", f"{scheme}:{option}={method}"))
+                ways.append(Way(scheme, "nestc", f"nestc {option}={method}", options))
+    return tuple(ways)
 
 
 @dataclass(frozen=True)
@@ -148,9 +163,9 @@ def quantize_and_run(task: Task) -> dict[str, Any]:
 
 def _quantize(task: Task, calibration: list[dict[str, np.ndarray]], target: Path) -> None:
     """By nestc, from the float model, as a user would."""
-    options = dict(task.way.options)
-    profile = nestc.calibrate(task.model, calibration)
-    nestc.quantize(task.model, profile, scheme=task.way.scheme, **options).save(target)
+    options: dict[str, Any] = {"scheme": task.way.scheme, **dict(task.way.options)}
+    profile = nestc.calibrate(task.model, calibration, threads=task.threads)
+    nestc.quantize(task.model, profile, data=calibration, threads=task.threads, **options).save(target)
 
 
 def judge(answer: Mapping[str, Any], reference: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -284,7 +299,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{way.scheme:16}{way.tool}" for way in ways))
         return 0
-    tell: Callable[[str], None] = (lambda text: print(text, file=sys.stderr)) if options.json else print
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
+
     rows: list[dict[str, Any]] = []
     try:
         tell(HEADER)
@@ -305,7 +323,7 @@ def select(schemes: str | None, tools: str | None) -> list[Way]:
     begins = None if tools is None else tuple(tools.split(","))
     return [
         way
-        for way in (*OUR_WAYS, *PEER_WAYS)
+        for way in (*our_ways(), *PEER_WAYS)
         if (wanted is None or way.scheme in wanted) and (begins is None or way.tool.startswith(begins))
     ]
 
