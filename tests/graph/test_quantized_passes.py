@@ -118,6 +118,14 @@ CASES = [
         same=True,
     ),
     Case(
+        "an elementwise operator has the weight as floats",
+        DequantizeWeights,
+        """g (uint8[3,2] x) => (float[3,2] y) {
+            a = DequantizeLinear(x, s, z)  d = DequantizeLinear<axis=0>(w, ws)  y = Add(a, d) }""",
+        "a = DequantizeLinear(x, 0.5, 3.0)\ny = Add(a, [1.0, -0.5])",
+        {"w": np.array([2, -2], np.int8), "ws": MATRIX["ws"]},
+    ),
+    Case(
         "each consumer has its own dequantizer",
         OwnDequantize,
         "g (uint8[4] x) => (float[4] y, float[4] u) { d = DequantizeLinear(x, s, z)  y = Relu(d)  u = Add(d, d) }",
@@ -278,8 +286,7 @@ CASES = [
         """g (uint8[4] x) => (float[4] y, float[4] u) {
             d = DequantizeLinear(x, s, o)  a = Relu(d)  y = Exp(a)
             e = DequantizeLinear(x, s, z)  b = Relu(e)  u = Neg(b) }""",
-        "d = DequantizeLinear(x, 0.5, 0.0)\ny = Exp(d)\n"
-        "e = DequantizeLinear(x, 0.5, 3.0)\nb = Relu(e)\nu = Neg(b)",
+        "d = DequantizeLinear(x, 0.5, 0.0)\ny = Exp(d)\ne = DequantizeLinear(x, 0.5, 3.0)\nb = Relu(e)\nu = Neg(b)",
     ),
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from nestc.graph.kinds import is_constant, is_elementwise
+from nestc.graph.kinds import is_constant
 from nestc.graph.model import static_shape
 from nestc.graph.passes.rewrite import Rewrite
 from nestc.graph.qdq import dequantized, quantization
@@ -32,10 +32,10 @@ class QuantizeWeights(Rewrite):
 
 
 class DequantizeWeights(Rewrite):
-    """DequantizeLinear of a weight becomes a weight of floats, unless all its users compute with the integers.
+    """DequantizeLinear of a weight becomes a weight of floats, except for users that compute with the integers.
 
-    Those are Conv, Gemm, MatMul and elementwise operators with a dequantized activation, and MatMul and Gemm whatever
-    their activation is (weights are then read in a quarter of the bytes or less).
+    Those are Conv and ConvTranspose with a dequantized activation, and MatMul and Gemm whatever their activation is
+    (weights are then read in a quarter of the bytes or less). Elementwise operators compute in float32 registers.
     """
 
     what = "quantized weights written as floats"
@@ -68,9 +68,8 @@ def _wanted(user: ir.Node, weight: ir.Value) -> bool:
         return False
     if user.op_type in _PRODUCTS and weight in user.inputs[:2]:
         return True
-    if user.op_type in _WEIGHTED or user.op_type == "Concat" or is_elementwise(user):
-        return bool(activations) and all(dequantized(value) is not None for value in activations)
-    return False
+    convolved = user.op_type in _WEIGHTED and bool(activations)
+    return convolved and all(dequantized(value) is not None for value in activations)
 
 
 def _is_weight(value: ir.Value) -> bool:
