@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _ITEM_PRODUCTS = 1_500_000  # least work of one parallel item: some 15 us
 _LEAST_ITEMS = 16  # items that a large layer leaves for the workers to share
-_UNROLLED = 4  # groups of channels that the inner loop writes out
+_UNROLLED = 4  # most units that the inner loop writes out
 # Rough cycles on a machine with two multiplications a cycle, to choose how work is cut.
 _STAGE_CYCLES = 1.0  # one block of channels of one pixel
 _MEMORY_BYTES = 8  # a cycle, from the last level cache
@@ -335,12 +335,22 @@ class IntegerConvolution:
                 first = ix.add(ix.mul(at.start, columns.stride), ix.mul(tap, columns.dilation))
                 place = stage.place(block, plane, row, first)
                 index = (column, block, plane, kh, tap)
-                whole, rest = divmod(self.units, _UNROLLED)
+                together = self.units_together()
+                whole, rest = divmod(self.units, together)
                 with k.loop("s", whole) as s:
                     if whole:
-                        self.run(tile, index, ix.mul(s, _UNROLLED), _UNROLLED, place)
+                        self.run(tile, index, ix.mul(s, together), together, place)
                 if rest:
-                    self.run(tile, index, ix.const(whole * _UNROLLED), rest, place)
+                    self.run(tile, index, ix.const(whole * together), rest, place)
+
+    def units_together(self) -> int:
+        """Units that the inner loop writes out: no more than lie between one output's channels and the next one's.
+
+        Beyond that outputs share inputs, and LLVM keeps all that are shared in registers until it spills.
+        """
+        depth = max(1, self.packed.depth)
+        apart = self.stage.column_axis.stride * self.window.block // self.group
+        return max(depth, min(apart, _UNROLLED, self.units) // depth * depth)
 
     def run(self, tile: Tile, index: tuple[Expr, ...], first: Expr, count: int, place: Expr) -> None:
         """`count` units written out, those that are added in 16 bits together."""

@@ -19,9 +19,10 @@ from nestc.kernels.conv_shape import ConvShape, register_tile
 from nestc.tensor.ir import DOT_GROUPS
 
 _BOUND = 128  # of the positive, and of the negative, weights of one 16-bit sum: 255 * 128 = 32640
-# Cycles of one unit and accumulator, measured on Zen 3 (docs/decisions.md): two operations, three, or five for two.
-_UNIT_CYCLES = {0: 0.61, 1: 1.0, 2: 0.8}
-_TRIES = (0, 1, 2)
+# Ways of multiplying, as (`PairSum` added in 16 bits, vectors of outputs of a tile; 0 is as many as fit), with the time
+# of four channels and one accumulator, relative to the second: 3x3 layers of ResNet-50 on one core of a Zen 3.
+_WAYS = {(0, 0): 1.55, (1, 1): 1.0, (1, 2): 0.95, (2, 1): 0.88, (2, 2): 0.82}
+_EXTRA = 1.1  # of an extra unit
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,20 @@ def pack(weights: np.ndarray, shape: ConvShape, window: Window, pixels: int, mac
         mr, nr = register_tile(vectors, pixels, registers)
         return Packed(machine.dot_dtypes, 0, mr, nr, _ordered(weights, shape, window, machine, 4, nr, 1), None, None)
     best, best_cost = None, float("inf")
-    for depth in _TRIES if fits and machine.dot_bytes >= 32 else (0,):
-        mr, nr = pair_tile(vectors, pixels, registers) if depth == 0 else sums_tile(vectors, pixels, registers, depth)
+    for (depth, together), time in _WAYS.items():
+        if depth and not (fits and machine.dot_bytes >= 32):
+            continue
+        if depth:
+            mr, nr = sums_tile(vectors, pixels, registers, depth, together)
+        else:
+            mr, nr = pair_tile(vectors, pixels, registers)
         group = 4 if depth else 2
         units = _ordered(weights, shape, window, machine, group, nr, max(1, depth))
-        extra, extra_weights = (None, None) if depth == 0 else take_excess(units, depth)
-        count = int(np.prod(units.shape[1:6]))
-        per_unit = _UNIT_CYCLES[depth]
-        cost = per_unit * count * group / 4 * (2 if depth == 0 else 1)
-        cost *= ceil(vectors / nr) * nr
+        extra, extra_weights = take_excess(units, depth) if depth else (None, None)
+        cost = time * int(np.prod(units.shape[1:6])) * group / 4
         if extra is not None:
-            cost += _UNIT_CYCLES[1] * extra.shape[1] * ceil(vectors / nr) * nr
+            cost += _EXTRA * extra.shape[1]
+        cost *= ceil(vectors / nr) * nr
         if cost < best_cost:
             pair = ("uint8", "int8") if depth else ("int16", "int16")
             best, best_cost = Packed(pair, depth, mr, nr, units, extra, extra_weights), cost
@@ -176,15 +180,15 @@ def pair_tile(vectors: int, pixels: int, registers: int) -> tuple[int, int]:
     """Outputs and vectors of outputs of a register tile whose multiplication and addition are two instructions.
 
     A step loads ``nr`` weights and broadcasts ``mr`` inputs for ``mr * nr`` multiplications (two a cycle) and as many
-    additions; the processor takes six operations a cycle. Beside accumulators and weights there is one input and one
-    product in a register (and of more than 16 registers LLVM uses some for the weights of the next step). Additions
-    take one cycle, so that few accumulators are enough.
+    additions; the processor takes six operations a cycle. Beside accumulators there are one input, one product and the
+    weights of two steps in registers (of 32, a few more), since LLVM loads some early. Additions take one cycle, so that few accumulators
+    are enough.
     """
     best, best_cost = (1, 1), float("inf")
     for nr in range(1, min(4, vectors) + 1):
         groups = ceil(vectors / nr)
         for mr in range(1, min(pixels, registers) + 1):
-            if mr * nr + (nr if registers <= 16 else 2 * nr) + 2 > registers:
+            if mr * nr + 2 * nr + registers // 8 > registers:
                 break
             tiles = ceil(pixels / mr)
             base, longer = divmod(pixels, tiles)
@@ -199,10 +203,13 @@ def _pair_cycles(width: int, nr: int) -> float:
     return max(width * nr / 2, (2 * width * nr + width + nr) / 5.7) + 0.1
 
 
-def sums_tile(vectors: int, pixels: int, registers: int, depth: int) -> tuple[int, int]:
-    """Outputs and vectors of outputs of a register tile of `PairSum`: one vector of weights, so that it is the fewest
-    outputs whose excess is multiplied again; beside accumulators there are weights, inputs and sums in registers."""
-    nr = 1 if registers <= 16 else min(2, vectors)
-    widest = (registers - depth * (nr + 2) - 2) // nr
+def sums_tile(vectors: int, pixels: int, registers: int, depth: int, together: int) -> tuple[int, int]:
+    """Outputs and vectors of outputs (at most `together`, for 16 registers) of a register tile of `PairSum`.
+
+    Beside accumulators there are weights, inputs, one sum and the ones that widen it in registers. Of few vectors the
+    excess of fewer outputs is multiplied again; of more, the inputs are broadcast less often.
+    """
+    nr = min(together * registers // 16, vectors)
+    widest = max(1, (registers - depth * nr - depth - 2) // nr)
     tiles = ceil(pixels / widest)
     return ceil(pixels / tiles), nr
