@@ -11,6 +11,7 @@ are decided as by the float model; sqnr is of all scores, in dB. Each row is mad
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import sys
 import tempfile
@@ -281,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Accuracy of nestc's quantizer beside onnxruntime's and NNCF's.",
         epilog="example: python benchmarks/quantization.py --models efficientnet_lite0 --data imagenet "
-        "--labels imagenet/labels.csv --tools nestc,onnxruntime",
+        "--labels imagenet/labels.csv --tools 'nestc,onnxruntime*'",
     )
     parser.add_argument("--models", default=DEMO, help=f"comma-separated: {DEMO}, names of zoo.py, or .onnx files")
     parser.add_argument("--data", type=Path, help="folder of images, or what nestc.open_data takes")
@@ -289,13 +290,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preprocess", help="as nestc evaluate takes it; default: what the model was trained with")
     parser.add_argument("--limit", type=int, help="samples of each split; default: all")
     parser.add_argument("--schemes", help="comma-separated; default: all")
-    parser.add_argument("--tools", help="comma-separated beginnings of names of tools; default: all")
+    parser.add_argument("--tools", help="comma-separated names or patterns of tools, as 'nncf*'; default: all")
     parser.add_argument("--threads", type=int, default=1, help="threads to evaluate with (default 1)")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one row (default 3600)")
     parser.add_argument("--list", action="store_true", help="print schemes and tools")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args(arguments)
-    ways = select(options.schemes, options.tools)
+    try:
+        ways = select(options.schemes, options.tools)
+    except Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if options.list:
         print("\n".join(f"{way.scheme:16}{way.tool}" for way in ways))
         return 0
@@ -318,14 +323,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def select(schemes: str | None, tools: str | None) -> list[Way]:
-    """The ways whose scheme is listed and whose tool begins with a listed word; all where nothing is listed."""
-    wanted = None if schemes is None else schemes.split(",")
-    begins = None if tools is None else tuple(tools.split(","))
-    return [
-        way
-        for way in (*our_ways(), *PEER_WAYS)
-        if (wanted is None or way.scheme in wanted) and (begins is None or way.tool.startswith(begins))
-    ]
+    """The ways whose scheme and tool match one of the patterns each; all where None. Error if a pattern fits none."""
+    ways = [*our_ways(), *PEER_WAYS]
+    for given, name in ((schemes, lambda way: way.scheme), (tools, lambda way: way.tool)):
+        if given is None:
+            continue
+        patterns = given.split(",")
+        known = list(dict.fromkeys(map(name, ways)))
+        unknown = next((pattern for pattern in patterns if not fnmatch.filter(known, pattern)), None)
+        if unknown is not None:
+            raise Error(f"nothing is called {unknown!r}; there are {', '.join(known)}")
+        ways = [way for way in ways if any(fnmatch.fnmatchcase(name(way), pattern) for pattern in patterns)]
+    return ways
 
 
 if __name__ == "__main__":

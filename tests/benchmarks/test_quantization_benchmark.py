@@ -16,10 +16,12 @@ def test_rows_are_chosen_by_scheme_and_tool(capsys: pytest.CaptureFixture[str]) 
     every = quantization.select(None, None)
     assert {way.family for way in every} == {"nestc", "onnxruntime", "nncf"}
     assert len({(way.scheme, way.tool) for way in every}) == len(every)
-    chosen = quantization.select("int8,int8-symmetric", "onnxruntime,nncf mixed")
+    chosen = quantization.select("int8,int8-symmetric", "onnxruntime *,nncf mixed")
     assert [way.tool for way in chosen].count("onnxruntime MinMax") == 2 and chosen[-1].tool == "nncf mixed"
-    assert quantization.main(["--list", "--tools", "nncf"]) == 0
+    assert quantization.main(["--list", "--tools", "nncf*"]) == 0
     assert capsys.readouterr().out.split("\n")[0].split() == ["int8", "nncf", "mixed"]
+    assert quantization.main(["--tools", "nestc,ncf"]) == 2
+    assert "nothing is called 'ncf'; there are nestc, " in capsys.readouterr().err
 
 
 def test_a_row_counts_what_differs() -> None:
