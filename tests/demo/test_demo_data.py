@@ -28,7 +28,19 @@ def test_the_report_reads_as_text() -> None:
         "code_bytes": 20480, "weights_bytes": 1024, "arena_bytes": 2048, "fallback_ops": {},
         "partitions": [{"device": "cpu", "regions": 12, "ops": {"Conv": 10}}],
         "examples": [{"image": 0, "said": "coat", "is": "shirt"}],
+        "int8": {"accuracy": 0.935, "float_accuracy": 0.9375, "images": 400, "disagreements": 3, "calibrated_on": 100,
+                 "quantize_seconds": 4.2, "latency_ms": 0.125, "weights_bytes": 512, "arena_bytes": 1024},
     }  # fmt: skip
     text = "\n".join(describe(report))
-    for part in ("94.0 %", "0.250 ms", "9 kernels for 12 regions", "AVX2 + FMA", "Conv 10", "coat (it is: shirt)"):
+    for part in (
+        "94.0 %",
+        "0.250 ms",
+        "9 kernels for 12 regions",
+        "AVX2 + FMA",
+        "Conv 10",
+        "coat (it is: shirt)",
+        "93.5 % of 400",
+        "3 decided differently",
+        "0.125 ms",
+    ):
         assert part in text

@@ -1,4 +1,4 @@
-"""`nestc demo`: compiles the shipped network, runs it on the shipped test images, and says what was generated."""
+"""`nestc demo`: compiles the shipped network, as it is and quantized, and runs both on the shipped test images."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from nestc.demo.data import CLASSES, INPUT, labelled_images, model_path
 
 if TYPE_CHECKING:
     from nestc.bundle.bundle import BundlePartition
+    from nestc.graph.model import Model
     from nestc.runtime import Executable
     from nestc.targets.api import Target
 
 TIMED_RUNS = 200
+CALIBRATED = 100
+"""The first images calibrate the quantized network; it is judged on the rest, beside the float one."""
 
 # Names worth telling, widest first: LLVM feature, what people call it.
 INSTRUCTION_SETS = (
@@ -35,16 +38,51 @@ def run(
 ) -> dict[str, Any]:
     """Compile for `targets`, save, open again, classify the test images one by one; returns the report as JSON values.
 
-    Keys: ``compile_seconds``, ``bundle_bytes``, ``load_ms``, and of `_measure` (``latency_ms`` is the median of calls
-    on one image) and of `_generated` (``kernels`` are distinct ones). `describe` makes text of it.
+    Keys: those of `_run` for the float network, ``int8`` with those for the quantized one, and how it came about.
+    `describe` makes text of it.
     """
+    from nestc.quantization import calibrate, quantize
+
+    images, labels = labelled_images()
+    shapes = {INPUT: [1, *images.shape[1:]]}
+    report = _run(model_path(), shapes, targets, threads, progress, images, labels)
+    begin = time.perf_counter()
+    samples = [{INPUT: image[None]} for image in images[:CALIBRATED]]
+    profile = calibrate(model_path(), samples, "mse", shapes=shapes, threads=threads)
+    model = quantize(model_path(), profile, "int8", data=samples, shapes=shapes, threads=threads)
+    seconds = time.perf_counter() - begin
+    rest = (images[CALIBRATED:], labels[CALIBRATED:])
+    quantized = _run(model, None, targets, threads, progress, *rest)
+    classes, right = report.pop("classes"), report.pop("right")
+    differs = classes[CALIBRATED:] != quantized.pop("classes")
+    return {
+        **report,
+        "int8": {
+            "calibrated_on": CALIBRATED,
+            "quantize_seconds": seconds,
+            "float_accuracy": float(right[CALIBRATED:].mean()),
+            "disagreements": int(differs.sum()),
+            **{key: value for key, value in quantized.items() if key not in ("right", "examples")},
+        },
+    }
+
+
+def _run(
+    model: Path | Model,
+    shapes: Mapping[str, Sequence[int]] | None,
+    targets: Sequence[str | Target],
+    threads: int | None,
+    progress: Callable[[str, float], None] | None,
+    images: np.ndarray,
+    labels: np.ndarray,
+) -> dict[str, Any]:
+    """Compile, save, open again, classify. Keys: ``compile_seconds``, ``bundle_bytes``, ``load_ms``, and of `_measure`
+    (``latency_ms`` is the median of calls on one image) and of `_generated` (``kernels`` are distinct ones)."""
     from nestc.driver import compile as compile_model
     from nestc.runtime import open as open_bundle
 
-    images, labels = labelled_images()
-    shape = [1, *images.shape[1:]]
     begin = time.perf_counter()
-    compiled = compile_model(model_path(), targets, threads=threads, shapes={INPUT: shape}, progress=progress)
+    compiled = compile_model(model, targets, threads=threads, shapes=shapes, progress=progress)
     compile_seconds = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "demo.nest"
@@ -69,6 +107,8 @@ def _measure(executable: Executable, images: np.ndarray, labels: np.ndarray) -> 
     classes = np.array([int(executable(image[None]).argmax()) for image in images])
     latency_ms = _latency_ms(executable, images)
     return {
+        "classes": classes,
+        "right": classes == labels,
         "images": len(images),
         "accuracy": float((classes == labels).mean()),
         "latency_ms": latency_ms,
@@ -142,6 +182,14 @@ def describe(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"  on {part['device']:11}{part['regions']} regions: {ops}")
     if report["fallback_ops"]:
         lines.append(f"  interpreted   {report['fallback_ops']}")
+    small = report["int8"]
+    lines += [
+        f"  in int8       {100 * small['accuracy']:.1f} % of {small['images']} images (float"
+        f" {100 * small['float_accuracy']:.1f} %), {small['disagreements']} decided differently;"
+        f" calibrated on the other {small['calibrated_on']}, quantized in {small['quantize_seconds']:.1f} s",
+        f"                {small['latency_ms']:.3f} ms an image, {small['weights_bytes'] / 1024:.0f} KiB of packed"
+        f" weights, {small['arena_bytes'] / 1024:.0f} KiB of working memory",
+    ]
     for example in report["examples"]:
         lines.append(f"  image {example['image']}: {example['said']} (it is: {example['is']})")
     return lines
