@@ -32,7 +32,7 @@ Overrides = Mapping[str, str | Scheme | None] | str | os.PathLike[str]
 def calibrate(
     model: Source,
     batches: Iterable[Batch],
-    method: str = "entropy",
+    method: str = "mse",
     *,
     shapes: Mapping[str, Sequence[int]] | None = None,
     dims: Mapping[str, int] | None = None,
@@ -56,7 +56,7 @@ def calibrate(
 
 def quantize(
     model: Source,
-    profile: Profile | str | os.PathLike[str],
+    profile: Profile | str | os.PathLike[str] | None,
     scheme: str | Scheme = "int8",
     *,
     overrides: Overrides | None = None,
@@ -69,22 +69,23 @@ def quantize(
 ) -> Model:
     """Quantize a float model by its profile; the result is standard ONNX with QuantizeLinear and DequantizeLinear.
 
-    ``scheme``: one of `nestc.quant.scheme.SCHEMES`, perhaps with options (``int8:granularity=tensor``). ``overrides``:
-    node name or pattern -> scheme or ``float``, or a file of them. ``tools``: accuracy tools by name, in order; None
-    for those that the scheme brings, an empty list for none. ``data``: the calibration batches, for tools that need
-    them, iterated as often as they need. `shapes` and `dims` are those of calibration. Raises QuantizationError, and
-    ModelError for a profile of another model.
+    ``profile``: of `calibrate`, or its file; None does for schemes that round no activations to integers. ``scheme``:
+    one of `nestc.quant.scheme.SCHEMES`, perhaps with options (``int8:granularity=tensor``). ``overrides``: node name or
+    pattern -> scheme or ``float``, or a file of them. ``tools``: accuracy tools by name, in order; None for those that
+    the scheme brings, an empty list for none. ``data``: the calibration batches, for tools that need them, iterated as
+    often as they need. `shapes` and `dims` are those of calibration. Raises QuantizationError, and ModelError for a
+    profile of another model.
     """
     bound = bind(model if isinstance(model, Model) else load(model), shapes, dims)
     wanted = scheme_named(scheme) if isinstance(scheme, str) else scheme
-    seen = profile if isinstance(profile, Profile) else Profile.load(profile)
+    seen = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
     given = read_overrides(overrides) if isinstance(overrides, str | os.PathLike) else overrides_of(overrides or {})
     chosen = tools_named(wanted.tools if tools is None else tools)
     run = compiler(threads)
-    batches = None if data is None else checked(prepare(bound), data)
+    batches = None if data is None else checked(bound, data)
 
     def again(changed: Model) -> Profile:
-        return observe(changed, batches or (), run, seen.method, progress)
+        return observe(changed, batches or (), run, "mse" if seen is None else seen.method, progress)
 
     return stage.quantize(
         bound, seen, wanted, given, chosen,

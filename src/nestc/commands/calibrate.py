@@ -30,7 +30,7 @@ def calibrate(
             help="How ranges are chosen: `minmax`, `percentile` (`percentile:99.9` gives the percentage), `mse` or "
             "`entropy`.",
         ),
-    ] = "entropy",
+    ] = "mse",
     labels: common.Labels = None,
     split: common.Split = None,
     preprocess: common.Preprocess = None,

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nestc.commands import common
+from nestc.commands import common, quantize
 from nestc.errors import Error
 
 if TYPE_CHECKING:
+    from nestc.graph.model import Model
     from nestc.runtime import Executable
     from nestc.specialise import Specialised
 
@@ -49,6 +50,15 @@ def compile_(
     dim: common.Dims = None,
     threads: common.Threads = None,
     objective: Annotated[Objective, typer.Option(help="What the placement minimises.")] = Objective.latency,
+    calibrate: quantize.Calibrate = None,
+    scheme: quantize.Scheme = None,
+    accuracy_budget: quantize.Budget = None,
+    overrides: quantize.Overrides = None,
+    tools: quantize.Tools = None,
+    labels: common.Labels = None,
+    split: common.Split = None,
+    preprocess: common.Preprocess = None,
+    limit: common.Limit = None,
     emit: Annotated[
         list[Level] | None, typer.Option("--emit", help="Write an intermediate form into --emit-dir; repeatable.")
     ] = None,
@@ -59,9 +69,11 @@ def compile_(
     verbose: common.Verbose = False,
     debug: common.Debug = False,
 ) -> None:
-    """Compile a model into one bundle of native code.
+    """Compile a model into one bundle of native code, quantized first if asked for.
 
     Example: `nestc compile resnet50.onnx -o resnet50.nest --dim batch=1 --threads 2`
+
+    Quantized: `nestc compile m.onnx --calibrate images --preprocess imagenet --quantize int8`
     """
     started = time.perf_counter()
     common.require_file(model)
@@ -77,9 +89,23 @@ def compile_(
     from nestc.driver import compile as compile_model
 
     shapes, dims = common.bindings(shape or [], dim or [])
+    source: Path | Model = model
+    told: dict[str, Any] | None = None
+    if scheme is None and (calibrate is not None or accuracy_budget is not None):
+        raise Error("--calibrate and --accuracy-budget are for --quantize SCHEME, which is missing")
+    if scheme is not None:
+        from nestc.graph.bind import bind
+        from nestc.importers.onnx import load
+
+        source, told = quantize.calibrated(
+            bind(load(model), shapes, dims), scheme, calibrate,
+            overrides=overrides, tools=tools, labels=labels, split=split, preprocess=preprocess, limit=limit,
+            budget=accuracy_budget, threads=threads,
+        )  # fmt: skip
+        shapes, dims = {}, {}
     with common.progress() as step:
         executable = compile_model(
-            model,
+            source,
             targets=target or ["cpu"],
             threads=threads,
             shapes=shapes,
@@ -93,6 +119,8 @@ def compile_(
     if sink is not None and Level.graph in levels:
         sink.model(executable)
     report = summary(executable, destination, time.perf_counter() - started)
+    if told is not None:
+        report["quantized"] = told
     if json:
         common.print_json(report)
         return
@@ -123,6 +151,10 @@ def show(report: dict[str, Any], sink: Sink | None) -> None:
     for partition in report["partitions"]:
         ops = ", ".join(f"{op} {count}" for op, count in partition["ops"].items())
         print(f"  {partition['device']}: {partition['regions']} regions ({ops})")
+    if "quantized" in report:
+        told = report["quantized"]
+        ops = ", ".join(f"{op} {count}" for op, count in told["quantized_ops"].items()) or "nothing"
+        print(f"  {told['scheme']}: {ops}; float: {len(told['kept_float'])} nodes")
     if report["fallback_ops"]:
         listed = ", ".join(f"{op} {count}" for op, count in report["fallback_ops"].items())
         print(f"  interpreted, not compiled: {listed}")

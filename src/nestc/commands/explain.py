@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from nestc.commands import common
+from nestc.commands import common, quantize
+from nestc.errors import Error
 
 
 def explain(
@@ -15,26 +16,57 @@ def explain(
     target: common.Targets = None,
     shape: common.Shapes = None,
     dim: common.Dims = None,
+    calibrate: quantize.Calibrate = None,
+    scheme: quantize.Scheme = None,
+    overrides: quantize.Overrides = None,
+    tools: quantize.Tools = None,
+    labels: common.Labels = None,
+    split: common.Split = None,
+    preprocess: common.Preprocess = None,
+    limit: common.Limit = None,
     json: common.Json = False,
     verbose: common.Verbose = False,
     debug: common.Debug = False,
 ) -> None:
-    """Say which target takes which region, and why others refuse; nothing is compiled.
+    """Say which target takes which region, and why others refuse; of a quantized model also which node is and why.
 
     Example: `nestc explain resnet50.onnx --dim batch=1`
+
+    A float model is quantized first with `--quantize SCHEME --calibrate DATA`; nothing else is compiled.
     """
     common.require_file(model)
+    words: list[str] = []
+    told: dict[str, Any] = {}
     if common.is_bundle(model):
+        if scheme is not None:
+            raise Error(f"{model} is a bundle, which is compiled already; --quantize takes a model (.onnx)")
         plan = common.open_or_compile(model, target or [], shape or [], dim or [], None).plan
         notes: list[str] = []
     else:
         from nestc.driver import explain as explain_model
+        from nestc.graph.bind import bind
+        from nestc.importers.onnx import load
+        from nestc.quant.explain import in_words, reasons
 
         shapes, dims = common.bindings(shape or [], dim or [])
-        plan, notes = explain_model(model, targets=target or ["cpu"], shapes=shapes, dims=dims)
+        source = bind(load(model), shapes, dims)
+        if scheme is not None:
+            source, _ = quantize.calibrated(
+                source, scheme, calibrate,
+                overrides=overrides, tools=tools, labels=labels, split=split, preprocess=preprocess, limit=limit,
+            )  # fmt: skip
+        found = reasons(source)
+        words = in_words(found)
+        told = {each.node: {"op": each.op, "scheme": each.scheme, "reason": each.reason} for each in found}
+        plan, notes = explain_model(source, targets=target or ["cpu"])
     if json:
-        common.print_json({**plan.to_json(), "fallback_ops": plan.fallback_ops, "passes": notes})
+        report = {**plan.to_json(), "fallback_ops": plan.fallback_ops, "passes": notes}
+        common.print_json({**report, "quantized": told} if told else report)
         return
+    for line in words:
+        print(line)
+    if words:
+        print()
     for note in notes:
         print(note)
     if notes:

@@ -35,6 +35,21 @@ Overrides = Annotated[
         help='Nodes of another scheme: lines `node: scheme` or `"pattern*": float` (YAML).',
     ),
 ]
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="SCHEME",
+        help="Quantize first: `int8`, `int8-symmetric`, `int8-pow2`, `int16`, `bf16`, `weight-int8`, `weight-int4` or "
+        "`auto`. [default: the model as it is]",
+    ),
+]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate", metavar="DATA", help="Samples to calibrate on for --quantize, as `nestc calibrate` takes."
+    ),
+]
 Budget = Annotated[
     float | None,
     typer.Option(
@@ -51,8 +66,13 @@ Budget = Annotated[
 def quantize(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file of a float model.")],
     profile: Annotated[
-        Path, typer.Option("--profile", metavar="PROFILE.json", help="What `nestc calibrate` has written.")
-    ],
+        Path | None,
+        typer.Option(
+            "--profile",
+            metavar="PROFILE.json",
+            help="What `nestc calibrate` has written; bf16 and the weight-only schemes need none.",
+        ),
+    ] = None,
     scheme: Annotated[
         str,
         typer.Option(
@@ -123,15 +143,9 @@ def quantize(
         )
     with common.progress() as step:
         quantized = quantize_model(
-            source,
-            profile,
-            scheme,
-            overrides=overrides,
-            tools=tool_names(tools),
-            data=found,
-            threads=threads,
-            progress=step,
-        )
+            source, profile, scheme,
+            overrides=overrides, tools=tool_names(tools), data=found, threads=threads, progress=step,
+        )  # fmt: skip
         report = summary(quantized, scheme, destination)
         report["sqnr_db"], report["sqnr_data"] = sqnr(source, quantized, found, data, threads, step)
         if accuracy_budget is not None and found is not None:
@@ -142,6 +156,44 @@ def quantize(
         common.print_json(report)
         return
     show(report)
+
+
+def calibrated(
+    source: Model,
+    scheme: str,
+    data: Path | None,
+    *,
+    overrides: Path | None = None,
+    tools: Sequence[str] | None = None,
+    labels: Path | None = None,
+    split: str | None = None,
+    preprocess: str | None = None,
+    limit: int | None = None,
+    budget: float | None = None,
+    threads: int | None = None,
+) -> tuple[Model, dict[str, Any]]:
+    """Calibrate and quantize in one go, for ``--calibrate`` and ``--quantize`` of other commands; with the report.
+
+    Raises QuantizationError where the scheme needs data and there are none.
+    """
+    from nestc.datasets import open_data
+    from nestc.quantization import calibrate, quantize
+
+    if budget is not None and data is None:
+        raise QuantizationError("--accuracy-budget is checked on data; give --calibrate DATA")
+    found: Dataset | None = None
+    if data is not None:
+        found = open_data(data, source.inputs, preprocess=preprocess, labels=labels, split=split, limit=limit)
+    with common.progress() as step:
+        profile = None if found is None else calibrate(source, found, threads=threads, progress=step)
+        quantized = quantize(
+            source, profile, scheme,
+            overrides=overrides, tools=tool_names(tools), data=found, threads=threads, progress=step,
+        )  # fmt: skip
+        report = summary(quantized, scheme, None)
+        if budget is not None and found is not None:
+            report["loss"] = require_budget(source, quantized, found, scheme, budget, threads, step)
+    return quantized, report
 
 
 def tool_names(given: Sequence[str] | None) -> list[str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from nestc.errors import QuantizationError
 from nestc.graph.model import Model
 from nestc.quant.apply import apply
 from nestc.quant.choose import choose, require_float
@@ -17,7 +18,7 @@ from nestc.quant.tools import Context, Stage, Tool
 
 def quantize(
     model: Model,
-    profile: Profile,
+    profile: Profile | None,
     scheme: Scheme,
     overrides: Mapping[str, Scheme | None] | None = None,
     tools: Sequence[Tool] = (),
@@ -29,11 +30,19 @@ def quantize(
 ) -> Model:
     """The quantized model (QDQ) of a float model and the profile of its prepared form.
 
-    `batches`, `compiler` and `calibrate` are for tools that need them. Raises QuantizationError for a model that is
-    quantized already, ModelError for a profile of another model, and what `choose` and the tools raise.
+    Schemes that need no ranges of activations need no profile. `batches`, `compiler` and `calibrate` are for tools that
+    need them. Raises QuantizationError for a model that is quantized already, ModelError for a profile of another
+    model, and what `choose` and the tools raise.
     """
     require_float(model)
     prepared = prepare(model)
+    if profile is None:
+        needs = next(
+            (each for each in (scheme, *(overrides or {}).values()) if each is not None and each.integer), None
+        )
+        if needs is not None:
+            raise QuantizationError(f"scheme {needs.name} needs a profile of the model; make one with nestc calibrate")
+        profile = Profile(prepared.hash, "minmax", 0, {})
     profile.require(prepared.hash)
 
     # The choice is made before the tools that change the float model, which ask it what will be quantized, and again
