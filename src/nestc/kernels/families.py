@@ -13,21 +13,27 @@ from nestc.kernels.conv_transpose import CONV_TRANSPOSE
 from nestc.kernels.depthwise_int8 import DEPTHWISE_INT8
 from nestc.kernels.dequantize import DequantizeFamily
 from nestc.kernels.gemm import GEMM
+from nestc.kernels.gemm_int8 import GEMM_INT8
 from nestc.kernels.generic import Generic
 from nestc.kernels.lookup import LOOKUP
+from nestc.kernels.moves import MOVES
 from nestc.kernels.normalization import NORMALIZATION
 from nestc.kernels.pool import POOL
 from nestc.kernels.quantized import prologue
 from nestc.kernels.recurrent import RECURRENT
 from nestc.kernels.resize import RESIZE
 from nestc.kernels.softmax import SOFTMAX
+from nestc.kernels.weight_only import WEIGHT_ONLY
 
 GENERIC = Generic()
 
 NARROW: tuple[Family, ...] = (
     CONV_INT8,
     DEPTHWISE_INT8,
+    GEMM_INT8,
+    WEIGHT_ONLY,
     LOOKUP,
+    MOVES,
 )
 """Families for narrow operands (quantized, bfloat16); asked first. Most of them want a prologue (`quantized.py`)."""
 

@@ -142,7 +142,8 @@ class _Fusion:
             source = self.virtual.get(x.buffer.name)
             if source is None or len(source.pieces) == 1 or self.uses[source.name] != 1 or x.mask is not None:
                 continue
-            if x.index != reader.axes or source.type.shape != value.type.shape:
+            same = all(i == a or a.extent == 1 for i, a in zip(x.index, reader.axes, strict=True))
+            if source.type.shape != value.type.shape or not same:
                 continue
             del self.virtual[source.name]
             pieces: list[Compute] = []

@@ -22,6 +22,7 @@ from nestc.kernels.compute import (
     truth,
 )
 from nestc.kernels.elementwise import DTYPES, STORED, apply_elementwise, is_elementwise, operand_index
+from nestc.kernels.fold_scales import folded
 from nestc.kernels.fuse import LARGEST, fuse
 from nestc.kernels.job import Job, estimate
 from nestc.kernels.loops import emit
@@ -158,6 +159,8 @@ class _Lowering:
         self.launches: list[Launch] = []
         self.temporaries: dict[str, TensorType] = {}
         self.cycles: float | None = None  # a number: only estimate, see `estimated`
+        # QuantizeLinear alone divides, as its definition says.
+        self.folds = len(self.region.ops) > 1 and any(op.op_type == "QuantizeLinear" for op in self.region.ops)
 
     def estimated(self) -> float:
         """Rough cycles of the region in these layouts; kernels written by hand know plain values only."""
@@ -292,6 +295,8 @@ class _Lowering:
                 holder = accumulator(combined.dtype)
                 result = holder if compute.finish is None else compute.finish
             result = params.resolve(substitute(result, names), valid)
+            if self.folds:
+                result = folded(result)
             if valid is not None:
                 result = rewrite.select(valid, result, constant(0, result.dtype))
             place, _ = params.position(value.name, [ix.add(i, o) for i, o in zip(logical, offset)])

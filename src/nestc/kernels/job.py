@@ -15,6 +15,9 @@ from nestc.tensor.rewrite import substitute
 UNROLLED_COST = 160
 """Instructions (by `compute.cost`) that one unrolled body may have."""
 
+BYTES = ("int8", "uint8")
+_BYTE_COST = 32  # instructions on each of the vectors of int32 and float32 that a vector of bytes becomes
+
 
 @dataclass(frozen=True)
 class Job:
@@ -150,6 +153,16 @@ def vector_lanes(job: Job, machine: CpuMachine) -> int:
             lanes.append(machine.lanes(e.dtype))
         roots.extend(e.children())
     return min(lanes)
+
+
+def byte_lanes(job: Job, extent: int, machine: CpuMachine) -> int:
+    """Lanes of bytes where a job only reads and writes bytes and computes little in between, so that whole vectors are
+    read, widened, narrowed and written; 0 where that is not so, or where `extent` has no room for such a vector."""
+    read = [n for e in job.expressions() for n in nodes(e) if isinstance(n, Load) and n.index]
+    lanes = machine.lanes("uint8")
+    if any(n.dtype not in BYTES for n in read) or any(s.buffer.dtype not in BYTES for s in job.stores):
+        return 0
+    return lanes if not job.reduce and extent >= lanes and job.cost <= _BYTE_COST else 0
 
 
 def _cycles(job: Job, v: Var, lanes: int) -> tuple[float, float]:

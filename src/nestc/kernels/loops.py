@@ -9,7 +9,7 @@ from math import prod
 
 from nestc.kernels.api import CpuMachine
 from nestc.kernels.compute import identity_of, nodes
-from nestc.kernels.job import Job, contiguous_reduction, normalized, unrolling, vector_gain, vector_lanes
+from nestc.kernels.job import Job, byte_lanes, contiguous_reduction, normalized, unrolling, vector_gain, vector_lanes
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, splat
 from nestc.tensor.ir import Binary, Block, Buffer, Expr, Fma, Load, Reduce, Select, Shuffle, Store, Unary, Var
@@ -136,6 +136,8 @@ def _emit_map(builder: Builder, job: Job, machine: CpuMachine, allow_parallel: b
         builder.emit(job.stores)
         return
     last = job.axes[-1]
+    bytes_ = byte_lanes(job, last.extent, machine)
+    lanes = bytes_ or lanes
     if not vector_gain(job, last, lanes):
         lanes = 1
         other = _transposing(job)
@@ -145,7 +147,7 @@ def _emit_map(builder: Builder, job: Job, machine: CpuMachine, allow_parallel: b
         if other is not None:
             _emit_transposing(builder, job, other, allow_parallel)
             return
-    unroll = unrolling(job, last.extent // lanes)
+    unroll = 1 if bytes_ else unrolling(job, last.extent // lanes)
     spread = _spread(job.axes, job.cost, lanes * unroll) if allow_parallel else _Spread((), job.axes)
     values: dict[Var, Expr] = {}
 
