@@ -29,7 +29,8 @@ class Format:
 
     ``symmetric``: the zero point is 0. ``narrow``: the most negative integer is not used, so that the range is the
     same to both sides. ``per_channel``: a scale for each slice along the channel axis; ``block``: a scale for so many
-    elements along the axis that is summed over (0: none). ``pow2``: scales are powers of two.
+    elements along the axis that is summed over (0: none). ``pow2``: scales are powers of two. ``bits``: only so many
+    bits of the element type are used (0: all), the same range to both sides of 0.
     """
 
     dtype: Dtype
@@ -38,6 +39,7 @@ class Format:
     pow2: bool = False
     block: int = 0
     narrow: bool = False
+    bits: int = 0
 
     @property
     def is_float(self) -> bool:
@@ -47,12 +49,12 @@ class Format:
     @property
     def low(self) -> int:
         """The smallest integer used."""
-        return RANGES[self.dtype][0] + (1 if self.narrow else 0)
+        return -self.high if self.bits else RANGES[self.dtype][0] + (1 if self.narrow else 0)
 
     @property
     def high(self) -> int:
         """The largest integer used."""
-        return RANGES[self.dtype][1]
+        return (1 << (self.bits - 1)) - 1 if self.bits else RANGES[self.dtype][1]
 
     @property
     def levels(self) -> int:
@@ -185,7 +187,8 @@ FLOAT = "float"
 def scheme_named(text: str) -> Scheme:
     """The scheme of ``name`` or ``name:option=value,...``. Raises QuantizationError with the nearest known name.
 
-    Options: ``weight`` = int4 | int8 | int16 and ``granularity`` = tensor | channel | block:SIZE of the weights,
+    Options: ``weight`` = int4 | int8 | int16, ``weight-bits`` = how many of its bits are used (7 of int8 make sums of
+    byte products fit 16 bits, so that x86 without VNNI multiplies faster and still exactly), and ``granularity`` = tensor | channel | block:SIZE of the weights,
     ``method`` = minmax | percentile | mse | entropy of activations, ``weight-method`` likewise.
     """
     name, _, options = text.strip().partition(":")
@@ -218,6 +221,19 @@ def _weight(scheme: Scheme, value: str) -> Scheme:
             "or int16"
         )
     return dataclasses.replace(scheme, weight=dataclasses.replace(scheme.weight, dtype=cast(Dtype, value)))
+
+
+def _weight_bits(scheme: Scheme, value: str) -> Scheme:
+    form = scheme.weight
+    most = 0 if form.is_float else int(form.dtype.lstrip("uint"))
+    if not value.isdigit() or not 2 <= int(value) <= most:
+        raise QuantizationError(
+            f"scheme {scheme.name!r} cannot have weights of {value!r} bits; choose a number from 2 to {most}"
+            if most
+            else f"scheme {scheme.name!r} has no integer weights whose bits could be chosen"
+        )
+    bits = 0 if int(value) == most else int(value)
+    return dataclasses.replace(scheme, weight=dataclasses.replace(form, bits=bits))
 
 
 def _granularity(scheme: Scheme, value: str) -> Scheme:
@@ -255,6 +271,7 @@ def _known_method(value: str) -> str:
 
 _OPTIONS: Mapping[str, Callable[[Scheme, str], Scheme]] = {
     "weight": _weight,
+    "weight-bits": _weight_bits,
     "granularity": _granularity,
     "method": _method,
     "weight-method": _weight_method,
