@@ -233,10 +233,10 @@ def test_layers_on_every_machine(name: str, which: str) -> None:
     check(*quantized_case(0, x, w, relu=True, bits=bits, **attributes), "yq", which)
 
 
-@pytest.mark.parametrize("way", sorted(conv_pack._WAYS))
+@pytest.mark.parametrize("way", sorted(conv_pack.WAYS))
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_way_of_multiplying(name: str, way: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_pack, "_WAYS", {way: 1.0})
+    monkeypatch.setattr(conv_pack, "WAYS", {way: 1.0})
     x, w, attributes = LAYERS[name]
     check(*quantized_case(0, x, w, **attributes), "yq")
 

@@ -21,7 +21,7 @@ from nestc.tensor.ir import DOT_GROUPS
 _BOUND = 128  # of the positive, and of the negative, weights of one 16-bit sum: 255 * 128 = 32640
 # Ways of multiplying, as (`PairSum` added in 16 bits, vectors of outputs of a tile; 0 is as many as fit), with the time
 # of four channels and one accumulator, relative to the second: 3x3 layers of ResNet-50 on one core of a Zen 3.
-_WAYS = {(0, 0): 1.55, (1, 1): 1.0, (1, 2): 0.95, (2, 1): 0.88, (2, 2): 0.82}
+WAYS = {(0, 0): 1.25, (1, 1): 1.0, (1, 2): 0.96, (2, 1): 0.85, (2, 2): 0.81}
 _EXTRA = 1.1  # of an extra unit
 
 
@@ -81,7 +81,7 @@ def pack(weights: np.ndarray, shape: ConvShape, window: Window, pixels: int, mac
         mr, nr = register_tile(vectors, pixels, registers)
         return Packed(machine.dot_dtypes, 0, mr, nr, _ordered(weights, shape, window, machine, 4, nr, 1), None, None)
     best, best_cost = None, float("inf")
-    for (depth, together), time in _WAYS.items():
+    for (depth, together), time in WAYS.items():
         if depth and not (fits and machine.dot_bytes >= 32):
             continue
         if depth:
@@ -181,8 +181,8 @@ def pair_tile(vectors: int, pixels: int, registers: int) -> tuple[int, int]:
 
     A step loads ``nr`` weights and broadcasts ``mr`` inputs for ``mr * nr`` multiplications (two a cycle) and as many
     additions; the processor takes six operations a cycle. Beside accumulators there are one input, one product and the
-    weights of two steps in registers (of 32, a few more), since LLVM loads some early. Additions take one cycle, so that few accumulators
-    are enough.
+    weights of two steps in registers (of 32, a few more), since LLVM loads some early. Additions take one cycle, so
+    that few accumulators are enough.
     """
     best, best_cost = (1, 1), float("inf")
     for nr in range(1, min(4, vectors) + 1):
