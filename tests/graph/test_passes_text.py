@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -412,6 +413,14 @@ def test_folding_does_not_blow_up_the_weights() -> None:
     LiftConstants()(model.ir)
     FoldConstants()(model.ir)
     assert [node.op_type for node in model.ir.graph] == ["Tile", "Add"]
+
+
+def test_narrow_weights_of_products_stay_narrow() -> None:
+    graph = """g (float[2,3] x) => (float[2,3] y, float[3,3] z) {
+        u = Cast<to=1>(w)  y = MatMul(x, u)  v = Cast<to=1>(w)  z = Abs(v) }"""
+    model = parse(graph, w=weight(3, 3).astype(ml_dtypes.bfloat16))
+    FoldConstants()(model.ir)
+    assert text(model) == "u = Cast(w) {to=1}\ny = MatMul(x, u)"
 
 
 def test_common_subexpressions() -> None:

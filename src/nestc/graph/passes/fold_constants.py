@@ -9,12 +9,15 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript import optimizer
 
-from nestc.graph.kinds import NONDETERMINISTIC, QUANTIZERS, is_constant
+from nestc.graph.kinds import NONDETERMINISTIC, QUANTIZERS, is_constant, widens
 from nestc.graph.model import static_shape
 from nestc.graph.passes.rewrite import Rewrite, array, operand
 
 GROWTH = 1 << 16
 """Elements by which folding one operator may make the weights larger than its operands were."""
+
+_NARROW_WEIGHTS = frozenset({"MatMul", "Gemm"})
+"""Operators whose kernels read bfloat16 weights, half as many bytes as what folding their Cast would make."""
 
 
 class LiftConstants(ir.passes.InPlacePass):
@@ -28,7 +31,7 @@ class FoldConstants(ir.passes.InPlacePass):
     """onnxscript's constant folding, which also infers shapes node by node and puts a decided If's branch in its place.
 
     Operators run in `onnx.reference`. An operator is not folded if the result would be much larger than its operands;
-    quantizers stay, since they carry meaning for the targets.
+    quantizers stay, since they carry meaning for the targets, and so do bfloat16 weights of matrix products.
     """
 
     def __init__(self, notes: list[str] | None = None) -> None:
@@ -76,6 +79,8 @@ def _forget_dead_users(model: ir.Model) -> None:
 def _worth_folding(node: ir.Node) -> bool | None:
     """For onnxscript: True to fold a node of constant operands, False not to, None where it is not our matter."""
     if node.domain or node.op_type in NONDETERMINISTIC | QUANTIZERS | {"DynamicQuantizeLinear"}:
+        return False
+    if widens(node) and all(user.op_type in _NARROW_WEIGHTS for user, _ in node.outputs[0].uses()):
         return False
     if node.op_type in {"Constant", "ConstantOfShape"} or len(node.outputs) != 1:
         return False
