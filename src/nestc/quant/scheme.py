@@ -188,8 +188,9 @@ def scheme_named(text: str) -> Scheme:
     """The scheme of ``name`` or ``name:option=value,...``. Raises QuantizationError with the nearest known name.
 
     Options: ``weight`` = int4 | int8 | int16, ``weight-bits`` = how many of its bits are used (7 of int8 make sums of
-    byte products fit 16 bits, so that x86 without VNNI multiplies faster and still exactly), and ``granularity`` = tensor | channel | block:SIZE of the weights,
-    ``method`` = minmax | percentile | mse | entropy of activations, ``weight-method`` likewise.
+    byte products fit 16 bits, so that x86 without VNNI multiplies faster and still exactly), ``granularity`` = tensor |
+    channel | block:SIZE of the weights, ``method`` = minmax | percentile | mse | entropy of activations,
+    ``weight-method`` likewise.
     """
     name, _, options = text.strip().partition(":")
     if name not in SCHEMES:
