@@ -72,6 +72,8 @@ class _Writer:
         scheme = decision.scheme
         if scheme is None or decision.role == "tail":
             return
+        # Before the weight becomes the result of a node, too.
+        source = quantized_input(node, scheme, self.parameters)
         for index in data_inputs(node):
             weight = self.parameters.weights.get((node.name or "", index))
             if weight is not None:
@@ -79,7 +81,6 @@ class _Writer:
         bias = self.parameters.biases.get(node.name or "")
         if bias is None:
             return
-        source = quantized_input(node, scheme, self.parameters)
         weight = self.parameters.weights[node.name or "", 1]
         value = self._float_bias(bias, node) if source is None else self._bias(bias, node, source, weight)
         if len(node.inputs) < 3:
