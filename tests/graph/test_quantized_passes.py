@@ -135,6 +135,14 @@ CASES = [
         "y = Relu(d)\nu = Add(d.DequantizeLinear, d.DequantizeLinear.1)",
     ),
     Case(
+        "but two that would dequantize each element many times share one",
+        OwnDequantize,
+        """g (uint8[4] x, float[3,4] v) => (float[4] y, float[3,4] u, float[3,4] w) {
+            d = DequantizeLinear(x, s, z)  y = Exp(d)  u = Add(d, v)  w = Mul(v, d) }""",
+        "d.DequantizeLinear = DequantizeLinear(x, 0.5, 3.0)\nd = DequantizeLinear(x, 0.5, 3.0)\n"
+        "y = Exp(d.DequantizeLinear)\nu = Add(d, v)\nw = Mul(v, d)",
+    ),
+    Case(
         "quantizing what was dequantized by the same numbers",
         IntegerMoves,
         "g (uint8[4] x) => (uint8[4] y) { d = DequantizeLinear(x, s, z)  y = QuantizeLinear(d, s, z) }",
