@@ -178,7 +178,7 @@ def check(nodes: list[Any], feeds: Arrays, values: Arrays, output: str, which: s
         np.testing.assert_array_equal(found, expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_random_convolutions(data: st.DataObject) -> None:
     draw = data.draw

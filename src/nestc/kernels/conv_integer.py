@@ -145,7 +145,9 @@ class IntegerConvolution:
             self.tail: Tail | Requantize = Tail(self.operands, self.conv.op)
         else:
             self.tail = Requantize(self.operands, self.region, self.conv.op, self.conv.scale, 1, self.conv.offset)
-        self.tail.declare()
+        self.bytes_out = self.narrow_view()
+        if self.bytes_out is None:
+            self.tail.declare()
         self.stage.declare()
         self.tiles = cut_row(s.out[-1], s.out[-1], 1, 1, 1, 0, self.mr)
         width = max(t.width for t in self.tiles)
@@ -322,8 +324,7 @@ class IntegerConvolution:
                     value = load(self.acc, j, i, 0, lanes=lanes)
                     k.store(self.partial, (at.item_row, ix.add(at.start, j), i * lanes), value)
         with k.when(binary("eq", at.blocks, ix.const(self.block_chunks - 1))):
-            for j, i in places:
-                self.finish(j, i, at)
+            self.finish_tile(tile, at)
 
     def block_sum(self, tile: Tile, at: _At, column: Expr, block: Expr) -> None:
         """The sum over one block of channels, all taps."""
@@ -404,6 +405,39 @@ class IntegerConvolution:
         for x, w in factors[1:]:
             sums = Binary("add", sums, PairSum(x, w))
         return Dot(total, sums, constant(1, "int16", sums.lanes))
+
+    def narrow_view(self) -> Buffer | None:
+        """The output as (image, block of channels, bytes of its pixels), if it is one QuantizeLinear and every block is
+        full: then several pixels are requantized and written together."""
+        name, channels = self.region.outputs[0], self.shape.out_channels
+        if not isinstance(self.tail, Requantize) or self.tail.fold is None:
+            return None
+        if self.layouts[name].block != self.lanes or channels % self.lanes:
+            return None
+        return self.operands.view(name, (self.shape.batch, channels // self.lanes, prod(self.shape.out) * self.lanes))
+
+    def finish_tile(self, tile: Tile, at: _At) -> None:
+        """Store the tile's outputs, neighbouring pixels of a block together where they lie so."""
+        k, lanes, s = self.builder, self.lanes, self.shape
+        if self.bytes_out is None:
+            for j in range(tile.width):
+                for i in range(self.nr):
+                    self.finish(j, i, at)
+            return
+        assert isinstance(self.tail, Requantize)
+        for i in range(self.nr):
+            vector = ix.add(ix.mul(at.chunk, self.nr), i)
+            block = ix.add(ix.mul(at.group, self.vectors), vector)
+            with k.when(less(vector, self.vectors)):
+                done = 0
+                while done < tile.width:
+                    # As many as one vector of bytes holds, and powers of two of what is left.
+                    count = min(4, 1 << ((tile.width - done).bit_length() - 1))
+                    sums = [load(self.acc, done + j, i, 0, lanes=lanes) for j in range(count)]
+                    pixel = ix.flatten((*at.outer, at.row, ix.add(at.start, done)), s.out)
+                    value = self.tail.narrow(ix.mul(block, lanes), sums)
+                    k.store(self.bytes_out, (at.n, block, ix.mul(pixel, lanes)), value)
+                    done += count
 
     def finish(self, j: int, i: int, at: _At) -> None:
         """Store one vector of output channels through the tail."""

@@ -10,7 +10,7 @@ multiplied once more, in *extra* units at the end: a split of the weights, not a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, gcd
 
 import numpy as np
 
@@ -78,16 +78,18 @@ def pack(weights: np.ndarray, shape: ConvShape, window: Window, pixels: int, mac
     registers = machine.vector_registers
     fits = bool(weights.min() >= -128 and weights.max() <= 127)
     if fits and machine.dot_dtypes != ("int16", "int16"):
-        mr, nr = register_tile(vectors, pixels, registers)
+        mr, nr = register_tile(vectors if shape.group == 1 else gcd(vectors, 2), pixels, registers)
         return Packed(machine.dot_dtypes, 0, mr, nr, _ordered(weights, shape, window, machine, 4, nr, 1), None, None)
     best, best_cost = None, float("inf")
+    # Of several groups each has whole tiles of vectors.
+    whole = vectors if shape.group == 1 else gcd(vectors, 2)
     for (depth, together), time in WAYS.items():
         if depth and not (fits and machine.dot_bytes >= 32):
             continue
         if depth:
-            mr, nr = sums_tile(vectors, pixels, registers, depth, together)
+            mr, nr = sums_tile(whole, pixels, registers, depth, together)
         else:
-            mr, nr = pair_tile(vectors, pixels, registers)
+            mr, nr = pair_tile(whole, pixels, registers)
         group = 4 if depth else 2
         units = _ordered(weights, shape, window, machine, group, nr, max(1, depth))
         extra, extra_weights = take_excess(units, depth) if depth else (None, None)

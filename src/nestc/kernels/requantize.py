@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,8 @@ from nestc.kernels.elementwise import integer_range
 from nestc.kernels.operands import Index, Operands
 from nestc.kernels.tail import Tail, after
 from nestc.tensor import index as ix
-from nestc.tensor.ir import Binary, Cast, Expr, Load, Stmt, Unary
+from nestc.tensor.build import constant, splat
+from nestc.tensor.ir import Binary, Buffer, Cast, Expr, Load, Shuffle, Stmt, Unary
 
 _PADDING = 256  # channels behind the last one that a ragged tile of the widest machine may read
 _BYTES = frozenset({"int8", "uint8"})
@@ -58,9 +60,11 @@ class Requantize:
         divisor = np.float32(1.0 if self.fold is None else self.fold.scale)
         self.multiplier = self._constant("multiplier", np.asarray(scale, np.float32) / divisor)
         self.bias = None if bias is None else self._constant("offset", np.asarray(bias, np.float32) / divisor)
+        self.output = operands.region.outputs[0]
         if self.fold is not None:
             clamps = np.array([self.fold.low, self.fold.high, self.fold.zero], np.float32)
             self.clamps = self._define("clamps", clamps)
+            self.limits = self._limits(self.fold)
 
     def declare(self) -> None:
         """Declare constants and outputs as parameters now, so that their order does not depend on the loops."""
@@ -81,6 +85,51 @@ class Requantize:
         rounded = Unary("rint", Binary("min", Binary("max", value, low), high))
         q = Cast(Binary("add", rounded, zero), self.region.types[name].dtype)
         return self.operands.stores(name, index, q, mask)
+
+    def narrow(self, channel: Expr, sums: Sequence[Expr]) -> Expr:
+        """The bytes of some pixels, one after another, as one vector: `sums` are int32 vectors, each of one pixel and
+        the channels from `channel` on. Only where `fold` is not None.
+
+        Written so that saturating to bytes is the clamp of QuantizeLinear, which machines do while they pack.
+        """
+        assert self.fold is not None
+        parts = [self._rounded(channel, each) for each in sums]
+        while len(parts) > 1:
+            both = range(2 * parts[0].lanes)
+            parts = [Shuffle(a, b, tuple(both)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        dtype = self.region.types[self.output].dtype
+        low, high = (constant(bound, "int32", parts[0].lanes) for bound in integer_range(dtype))
+        return Cast(Binary("min", Binary("max", parts[0], low), high), dtype)
+
+    def _rounded(self, channel: Expr, total: Expr) -> Expr:
+        """Quotients of one pixel, rounded, with the zero point: int32, not yet limited to the output's range."""
+        lanes = total.lanes
+        multiplier, clamps = (self.operands.buffer(name) for name in (self.multiplier, self.clamps))
+        along = ix.const(0) if self.axis is None else channel
+
+        def channels(buffer: Buffer) -> Expr:
+            return splat(Load(buffer, (along,), 1 if self.axis is None else lanes), lanes)
+
+        value: Expr = Binary("mul", Cast(total, "float32"), channels(multiplier))
+        if self.bias is not None:
+            value = Binary("add", value, channels(self.operands.buffer(self.bias)))
+        for needed, op, place in zip(self.limits, ("max", "min"), (0, 1), strict=True):
+            if needed:
+                value = Binary(op, value, splat(Load(clamps, (ix.const(place),)), lanes))
+        zero = splat(Load(self.operands.buffer(self.zero), (ix.const(0),)), lanes)
+        return Binary("add", Cast(Unary("rint", value), "int32"), zero)
+
+    def _limits(self, fold: _Fold) -> tuple[bool, bool]:
+        """Whether quotients have to be clamped below and above before they are rounded to int32: where the bound is
+        not the output's own, or a quotient may not fit."""
+        self.zero = f"{self.anchor.outputs[0]}.zero"
+        self.operands.define(self.zero, TensorType("int32", (1,)))
+        self.operands.constants[self.zero] = np.array([fold.zero], np.int32)
+        numbers = self.operands.constants
+        fits = np.abs(numbers[self.multiplier]).max() <= 0.25
+        fits = fits and (self.bias is None or bool(np.abs(numbers[self.bias]).max() < 1 << 28))
+        bottom, top = integer_range(self.region.types[self.output].dtype)
+        return (not fits or fold.low > bottom - fold.zero), (not fits or fold.high < top - fold.zero)
 
     def _constant(self, label: str, values: np.ndarray) -> str:
         """A vector over channels, padded so that whole vectors may be read, or one number."""
