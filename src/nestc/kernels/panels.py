@@ -27,7 +27,8 @@ from nestc.tensor.vectorize import vectorize
 UNROLL = 8  # steps of k written out; k is padded to a multiple of them
 _PART = 256  # steps of k whose piece of a panel stays in L1 (16 KiB of 32, with vectors of 32 bytes)
 AHEAD = 1024  # bytes of a stream of weights that are asked for before they are used
-_ITEM_PRODUCTS = 1 << 20  # multiply-adds of a parallel item that is worth its preparation: some 10 us
+_ITEM_PRODUCTS = 1 << 20  # multiply-adds of a parallel item that is worth a claim: some 10 us
+_ITEM_WEIGHTS = 1 << 17  # likewise, where weights are used once and come from memory
 _SIZES = {"int8": 1, "uint8": 1, "int16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -183,8 +184,11 @@ class Panels(ABC):
         """Row tiles and panels of an item: enough items to share, and then the least preparation."""
         p, full = self.product, max(1, self.product.m // self.tile.rows)
         batch = prod(p.batch)
-        wanted = max(1, min(ITEMS, batch * p.m * p.n * p.k // _ITEM_PRODUCTS))
-        most = max(1, self.machine.l2_bytes // 2 // (self.stride * _SIZES[self.numbers.a] * self.tile.rows))
+        products = batch * p.m * p.n * p.k
+        least = _ITEM_PRODUCTS if self.apart else p.m * _ITEM_WEIGHTS
+        wanted = max(1, min(ITEMS, products // least))
+        # Rows stream by for every panel, slowly enough to come from beyond L2, but not from memory.
+        most = max(1, 2 * self.machine.l2_bytes // (self.stride * _SIZES[self.numbers.a] * self.tile.rows))
         best: tuple[tuple[int, bool, float, int], tuple[int, int]] | None = None
         for down in divisors(full):
             for across in divisors(self.panels):
@@ -248,7 +252,7 @@ class Panels(ABC):
         with k.loop("widened_one", p.k - whole) as i:
             place = ix.add(i, whole)
             k.store(out, (slot, place), self.a_value(operands, batch, row, place))
-        with k.loop("padded", self.stride - p.k) as i:
+        with k.loop("padded", self.depth - p.k) as i:
             k.store(out, (slot, ix.add(i, p.k)), constant(0, factor))
 
     def stage(self, batch: tuple[Expr, ...], panel: Expr, part: Expr) -> None:
