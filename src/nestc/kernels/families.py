@@ -19,6 +19,7 @@ from nestc.kernels.lookup import LOOKUP
 from nestc.kernels.moves import MOVES
 from nestc.kernels.normalization import NORMALIZATION
 from nestc.kernels.pool import POOL
+from nestc.kernels.pool_int8 import POOL_INT8
 from nestc.kernels.quantized import prologue
 from nestc.kernels.recurrent import RECURRENT
 from nestc.kernels.resize import RESIZE
@@ -34,6 +35,7 @@ NARROW: tuple[Family, ...] = (
     WEIGHT_ONLY,
     LOOKUP,
     MOVES,
+    POOL_INT8,
 )
 """Families for narrow operands (quantized, bfloat16); asked first. Most of them want a prologue (`quantized.py`)."""
 

@@ -19,14 +19,14 @@ from nestc.tensor.ir import Block, Buffer, Const, Expr, Load, Reduce, Store, Una
 from nestc.tensor.rewrite import binary, cast, select
 from nestc.tensor.vectorize import vectorize
 
-_GLOBAL = {
+GLOBAL = {
     "GlobalAveragePool": "mean",
     "GlobalMaxPool": "max",
     "GlobalLpPool": "lp",
     "ReduceMean": "mean",
     "ReduceMax": "max",
 }
-_WINDOWED = {"AveragePool": "mean", "MaxPool": "max", "LpPool": "lp"}
+WINDOWED = {"AveragePool": "mean", "MaxPool": "max", "LpPool": "lp"}
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
 _INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 _UNROLLED_TAPS = 36  # windows up to 6x6 are written out; larger ones become loops
@@ -101,6 +101,13 @@ class Combine:
     kind: str
     dtype: str
     power: int
+    zero: int = 0
+    """What is subtracted from every tap (the zero point of integers)."""
+
+    @property
+    def integer(self) -> bool:
+        """Whether taps are added as integers; who stores the sum knows their number then."""
+        return self.kind == "mean" and "float" not in self.dtype
 
     @property
     def identity(self) -> Expr:
@@ -111,9 +118,16 @@ class Combine:
             return constant(-inf, self.dtype)
         return constant(int(np.iinfo(self.dtype).min), self.dtype)
 
+    def tap(self, x: Expr, mask: Expr | None) -> Expr:
+        """One tap, as it is accumulated; x is 0 where the mask does not hold."""
+        x = self.pre(x)
+        return x if mask is None or (self.kind != "max" and not self.zero) else select(mask, x, self.identity)
+
     def pre(self, x: Expr) -> Expr:
-        """One tap, as it is accumulated."""
+        """One tap inside the input, as it is accumulated."""
         x = cast(x, self.dtype)
+        if self.zero:
+            return binary("sub", x, constant(self.zero, self.dtype))
         if self.kind != "lp":
             return x
         if self.power == 2:
@@ -137,11 +151,11 @@ class Combine:
 
 
 def _anchor(region: Region) -> Op | None:
-    names = _GLOBAL.keys() | _WINDOWED.keys()
+    names = GLOBAL.keys() | WINDOWED.keys()
     return next((op for op in region.ops if op.op_type in names and op.domain in ("", "ai.onnx")), None)
 
 
-def _reduces_space(op: Op, region: Region) -> bool:
+def reduces_space(op: Op, region: Region) -> bool:
     """Whether a Reduce* goes over exactly the spatial axes of an image."""
     rank = len(region.types[op.inputs[0]].shape)
     axes = op.attributes.get("axes")
@@ -167,16 +181,16 @@ class Pool:
             return f"{op.op_type} (node {op.name!r}) has no spatial axes"
         if 0 in x.shape or 0 in y.shape:
             return f"{op.op_type} (node {op.name!r}) works on an empty tensor"
-        kind = _GLOBAL.get(op.op_type) or _WINDOWED[op.op_type]
+        kind = GLOBAL.get(op.op_type) or WINDOWED[op.op_type]
         if x.dtype not in (_FLOATS + _INTEGERS if kind == "max" else _FLOATS):
             return f"{op.op_type} (node {op.name!r}) on {x.dtype}"
-        if op.op_type.startswith("Reduce") and not _reduces_space(op, region):
+        if op.op_type.startswith("Reduce") and not reduces_space(op, region):
             return f"{op.op_type} (node {op.name!r}) does not go over the spatial axes of an image"
         reason = tail_refusal(region, op)
         if reason:
             return reason
         others = [name for other in region.ops if other is not op for name in other.inputs]
-        if op.op_type in _GLOBAL and op.inputs[0] in others:
+        if op.op_type in GLOBAL and op.inputs[0] in others:
             return f"what follows {op.op_type} (node {op.name!r}) reads its input"
         if op.output(1) and op.output(1) in region.outputs and len(region.ops) > 1:
             return f"MaxPool (node {op.name!r}) gives indices as well, so nothing may follow it in its kernel"
@@ -204,12 +218,10 @@ class Pool:
         assert op is not None
         builder = Builder(f"pool_{op.op_type.lower()}")
         operands = Operands(builder, region, layouts)
-        if op.op_type in _GLOBAL:
-            _whole(op, operands, machine)
-        elif op.output(1) and op.output(1) in region.outputs:
+        if op.op_type in WINDOWED and op.output(1) and op.output(1) in region.outputs:
             _with_indices(op, operands)
         else:
-            _Windowed(op, operands, machine).build()
+            lower_pool(_pooling(op, operands), operands, machine)
         return Lowered((operands.launch(),), {}, operands.constants)
 
 
@@ -217,27 +229,61 @@ def _combine(op: Op, kind: str, dtype: str) -> Combine:
     return Combine(kind, "float32" if dtype in ("float16", "bfloat16") else dtype, _int(op, "p", 2))
 
 
-def _whole(op: Op, operands: Operands, machine: CpuMachine) -> None:
+@dataclass(frozen=True)
+class Pooling:
+    """What a pool reads, how it combines that, and what becomes of the result.
+
+    ``stores`` takes the logical index of an output, the combined taps, and one over their number (None but for means).
+    """
+
+    op: Op
+    source: str
+    combine: Combine
+    declare: Callable[[], None]
+    stores: Callable[[tuple[Expr, ...], Expr, Expr | None], Block]
+
+
+def _pooling(op: Op, operands: Operands) -> Pooling:
+    """A pool of the values of its own input, followed by the region's tail."""
+    kind = GLOBAL.get(op.op_type) or WINDOWED[op.op_type]
+    combine = _combine(op, kind, operands.type(op.inputs[0]).dtype)
+    tail = Tail(operands, op)
+    dtype = operands.region.types[op.outputs[0]].dtype
+
+    def stores(index: tuple[Expr, ...], total: Expr, scale: Expr | None) -> Block:
+        return tail.stores(index, cast(combine.post(total, scale), dtype))
+
+    return Pooling(op, op.inputs[0], combine, tail.declare, stores)
+
+
+def lower_pool(pooling: Pooling, operands: Operands, machine: CpuMachine) -> None:
+    """Append the kernel of a pool, parallel over images or over rows, to the builder of `operands`."""
+    if pooling.op.op_type in GLOBAL:
+        _whole(pooling, operands, machine)
+    else:
+        _Windowed(pooling, operands, machine).build()
+
+
+def _whole(pooling: Pooling, operands: Operands, machine: CpuMachine) -> None:
     """A whole image to one value: several vector accumulators, along channels (NCHWc) or along the pixels."""
-    builder, name = operands.builder, op.inputs[0]
+    builder, name, op = operands.builder, pooling.source, pooling.op
     type_ = operands.type(name)
     batch, channels, *spatial = type_.shape
     pixels = prod(spatial)
     # The pixels of an image lie next to each other in both layouts, so they are read as one axis.
     operands.define(name, TensorType(type_.dtype, (batch, channels, pixels)))
-    combine = _combine(op, _GLOBAL[op.op_type], type_.dtype)
+    combine = pooling.combine
     block = operands.layout(name).block
-    lanes = block or machine.lanes(type_.dtype)
+    lanes = block or machine.lanes(combine.dtype)
     step = 1 if block else lanes
-    tail = Tail(operands, op)
     operands.buffer(name)
-    tail.declare()
+    pooling.declare()
     lane = Var("lane", lanes)
     whole, rest = divmod(pixels, step)
     chains = min(_CHAINS, max(1, whole))
     total = builder.regs("total", (chains,), lanes, combine.dtype)
     rank = len(operands.region.types[op.outputs[0]].shape)
-    scale = constant(1 / pixels, combine.dtype)
+    scale = constant(1 / pixels, combine.dtype) if combine.kind == "mean" and not combine.integer else None
 
     def accumulate(chain: int, place: Expr, n: Expr, channel: Expr, mask: Expr | None = None) -> Block:
         at = (n, ix.add(ix.mul(channel, block), lane), place) if block else (n, channel, ix.add(place, lane))
@@ -263,33 +309,29 @@ def _whole(op: Op, operands: Operands, machine: CpuMachine) -> None:
         merged: Expr = Load(total, (ix.const(0), ix.const(0)), lanes)
         for chain in range(1, chains):
             merged = combine.two(merged, Load(total, (ix.const(chain), ix.const(0)), lanes))
-        dtype = operands.region.types[op.outputs[0]].dtype
         if not block:
             one = merged if lanes == 1 else Reduce("max" if combine.kind == "max" else "add", merged)
-            value = cast(combine.post(one, scale), dtype)
-            builder.emit(tail.stores((n, channel, *[ix.const(0)] * (rank - 2)), value))
+            builder.emit(pooling.stores((n, channel, *[ix.const(0)] * (rank - 2)), one, scale))
             return
         builder.store(total, (0, 0), merged)
-        value = cast(combine.post(Load(total, (ix.const(0), lane)), scale), dtype)
         at = (n, ix.add(ix.mul(channel, block), lane), *[ix.const(0)] * (rank - 2))
-        builder.emit(vectorize(tail.stores(at, value), lane, ix.const(0), lanes))
+        builder.emit(vectorize(pooling.stores(at, Load(total, (ix.const(0), lane)), scale), lane, ix.const(0), lanes))
 
 
 class _Windowed:
     """Builds the kernel of a windowed pool: rows and stretches of rows whose windows lie inside need no tests."""
 
-    def __init__(self, op: Op, operands: Operands, machine: CpuMachine) -> None:
-        self.op = op
+    def __init__(self, pooling: Pooling, operands: Operands, machine: CpuMachine) -> None:
+        self.pooling = pooling
+        self.op = op = pooling.op
         self.operands = operands
         self.builder = operands.builder
         self.windows = windows(op, operands.region)
-        self.source = op.inputs[0]
-        type_ = operands.type(self.source)
-        self.batch, self.channels = type_.shape[:2]
-        self.combine = _combine(op, _WINDOWED[op.op_type], type_.dtype)
+        self.source = pooling.source
+        self.batch, self.channels = operands.type(self.source).shape[:2]
+        self.combine = pooling.combine
         self.block = operands.layout(self.source).block
-        self.width = self.block or machine.lanes(type_.dtype)
-        self.tail = Tail(operands, op)
+        self.width = self.block or machine.lanes(self.combine.dtype)
         # With dilation 1 a tap outside, moved to the border, is one that the window has anyway: no test for a maximum.
         self.clamped = self.combine.kind == "max" and all(
             w.dilation == 1 and min(w.counts(False)) > 0 for w in self.windows
@@ -302,9 +344,9 @@ class _Windowed:
         """The kernel: a parallel iteration is one row of outputs of a channel (block)."""
         builder, outer = self.builder, self.windows[:-1]
         self.operands.buffer(self.source)
-        if self.combine.kind == "mean":
+        if self.combine.kind == "mean" and not self.combine.integer:
             self.declare_counts()
-        self.tail.declare()
+        self.pooling.declare()
         self.total = {n: builder.regs("total", (1,), n, self.combine.dtype) for n in {1, self.width}}
         images = ceil(self.channels / self.block) if self.block else self.channels
         with builder.parallel("row", self.batch, images, *(w.out for w in outer)) as (n, channel, *row):
@@ -386,8 +428,7 @@ class _Windowed:
                     inside = within(i, w.size)
                     mask = inside if mask is None else binary("and", mask, inside)
                 where.append(i)
-            x = self.combine.pre(self.operands.load(self.source, (self.n, channel, *where), mask))
-            return x if mask is None or combine.kind != "max" else select(mask, x, combine.identity)
+            return combine.tap(self.operands.load(self.source, (self.n, channel, *where), mask), mask)
 
         kernel = [w.kernel for w in self.windows]
         looped = 0  # the outermost kernel axes become loops until the rest is small enough to be written out
@@ -397,10 +438,9 @@ class _Windowed:
             start = combine.identity
             builder.emit(vector((Store(total, (ix.const(0), at), start),)))
         self.taps(kernel, looped, [], lambda prefix: builder.emit(vector((self.sum(total, at, prefix, kernel, tap),))))
-        dtype = self.operands.region.types[self.op.outputs[0]].dtype
-        value = cast(combine.post(Load(total, (ix.const(0), at)), self.scale(place, tests)), dtype)
         # Places of stores name the row itself, so that rows are seen to be disjoint.
-        builder.emit(vector(self.tail.stores((self.n, channel, *self.row, place[-1]), value)))
+        index = (self.n, channel, *self.row, place[-1])
+        builder.emit(vector(self.pooling.stores(index, Load(total, (ix.const(0), at)), self.scale(place, tests))))
 
     def taps(self, kernel: list[int], looped: int, prefix: list[Expr], body: Callable[[list[Expr]], None]) -> None:
         """`body` inside serial loops over the first `looped` kernel axes."""
@@ -428,7 +468,7 @@ class _Windowed:
 
     def scale(self, place: Sequence[Expr], tests: Sequence[bool]) -> Expr | None:
         """One over the number of taps of an average."""
-        if self.combine.kind != "mean":
+        if self.combine.kind != "mean" or self.combine.integer:
             return None
         known, factors = 1, []
         for axis, (o, test) in enumerate(zip(place, tests)):
