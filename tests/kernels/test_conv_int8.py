@@ -222,6 +222,7 @@ LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "grouped": ((1, 32, 7, 9), (32, 4, 3, 3), {"pads": [1, 1, 1, 1], "group": 8}),
     "depthwise of two": ((1, 8, 7, 9), (16, 1, 3, 3), {"group": 8}),
     "large": ((1, 32, 60, 60), (64, 32, 3, 3), {"pads": [1, 1, 1, 1]}),
+    "rows that no part divides": ((1, 64, 53, 40), (64, 64, 3, 3), {"pads": [1, 1, 1, 1]}),
 }
 
 

@@ -407,18 +407,19 @@ class IntegerConvolution:
         return Dot(total, sums, constant(1, "int16", sums.lanes))
 
     def narrow_view(self) -> Buffer | None:
-        """The output as (image, block of channels, bytes of its pixels), if it is one QuantizeLinear and every block is
-        full: then several pixels are requantized and written together."""
+        """The output as (image, block of channels, outer axes, bytes of a row), if it is one QuantizeLinear and every
+        block is full: then several pixels are requantized and written together."""
         name, channels = self.region.outputs[0], self.shape.out_channels
         if not isinstance(self.tail, Requantize) or self.tail.fold is None:
             return None
         if self.layouts[name].block != self.lanes or channels % self.lanes:
             return None
-        return self.operands.view(name, (self.shape.batch, channels // self.lanes, prod(self.shape.out) * self.lanes))
+        s = self.shape
+        return self.operands.view(name, (s.batch, channels // self.lanes, *s.out[:-1], s.out[-1] * self.lanes))
 
     def finish_tile(self, tile: Tile, at: _At) -> None:
         """Store the tile's outputs, neighbouring pixels of a block together where they lie so."""
-        k, lanes, s = self.builder, self.lanes, self.shape
+        k, lanes = self.builder, self.lanes
         if self.bytes_out is None:
             for j in range(tile.width):
                 for i in range(self.nr):
@@ -434,9 +435,9 @@ class IntegerConvolution:
                     # As many as one vector of bytes holds, and powers of two of what is left.
                     count = min(4, 1 << ((tile.width - done).bit_length() - 1))
                     sums = [load(self.acc, done + j, i, 0, lanes=lanes) for j in range(count)]
-                    pixel = ix.flatten((*at.outer, at.row, ix.add(at.start, done)), s.out)
                     value = self.tail.narrow(ix.mul(block, lanes), sums)
-                    k.store(self.bytes_out, (at.n, block, ix.mul(pixel, lanes)), value)
+                    column = ix.mul(ix.add(at.start, done), lanes)
+                    k.store(self.bytes_out, (at.n, block, *at.outer, at.row, column), value)
                     done += count
 
     def finish(self, j: int, i: int, at: _At) -> None:
