@@ -26,7 +26,7 @@ def f32(value):
 
 def region_with(node, x, zero=7, dtype="uint8", tail=(), axes=None):
     """The node between DequantizeLinear and QuantizeLinear, and all values by ONNX Runtime."""
-    values = {"x": x, "xs": f32(0.03), "xz": np.array(zero, x.dtype), "ys": f32(0.017), "yz": np.array(11, dtype)}
+    values = {"x": x, "xs": f32(0.03), "xz": np.array(zero, x.dtype), "ys": f32(0.0171234), "yz": np.array(11, dtype)}
     nodes = [helper.make_node("DequantizeLinear", ["x", "xs", "xz"], ["xf"]), node]
     if axes is not None:
         values["axes"] = np.array(axes, np.int64)
@@ -87,7 +87,7 @@ def test_a_mean_is_exact():
     x = np.random.default_rng(0).integers(0, 256, (1, 32, 64, 64), np.uint8)
     region, values = region_with(helper.make_node("GlobalAveragePool", ["xf"], ["y"]), x, zero=128)
     found = agree(region, values, HOST, True)
-    mean = (x.astype(np.int64) - 128).sum((2, 3), keepdims=True) / 4096 * 0.03 / 0.017
+    mean = (x.astype(np.int64) - 128).sum((2, 3), keepdims=True) / 4096 * 0.03 / 0.0171234
     assert np.abs(found.astype(int) - 11 - np.clip(mean, -11, 244)).max() <= 0.5001
 
 

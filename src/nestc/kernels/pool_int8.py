@@ -83,7 +83,7 @@ class PoolInt8Family:
         else:
             combine = Combine("max", x.dtype, 2)
             rest = zero
-        tail = Requantize(operands, region, op, np.float64(x.scale) / taps)
+        tail = Requantize(operands, region, op, np.asarray(x.scale, np.float64) / taps)
 
         def stores(index: tuple[Expr, ...], total: Expr, scale: Expr | None) -> Block:
             total = cast(total, "int32")
