@@ -30,7 +30,8 @@ CONTRACTS = {
 ALLOWED = {("importers", f"nestc.graph.{name}") for name in ("bind", "infer_shapes", "passes.rewrite", "quiet")}
 
 # Everything above the stages: the command line and the driver see all.
-TOP = {"driver", "cli", "commands", "specialise", "demo", "datasets", "images", "evaluation", "quantization"}
+TOP = {"driver", "cli", "commands", "specialise", "demo", "datasets", "images", "evaluation"}
+TOP |= {"quantization", "autoscheme"}
 
 # Helpers that compile and run one kernel for tests and benchmarks; no stage may import them.
 TOOLS = {"nestc.kernels.testing", "nestc.kernels.checking"}

@@ -10,7 +10,7 @@ import numpy as np
 from nestc.bundle.dtypes import numpy_dtype
 from nestc.driver import Source
 from nestc.driver import compile as compile_model
-from nestc.errors import DataError, ShapeError
+from nestc.errors import DataError, QuantizationError, ShapeError
 from nestc.graph.bind import bind
 from nestc.graph.model import Model
 from nestc.importers.onnx import load
@@ -23,7 +23,7 @@ from nestc.quant.profile import Profile
 from nestc.quant.run import Batch, Compiler, Progress, Runner
 from nestc.quant.scheme import Scheme, scheme_named
 from nestc.quant.threshold import parse_method
-from nestc.quant.toolbox import tools_named
+from nestc.quant.toolbox import tools_named, tools_of
 from nestc.quant.tools import Tool
 
 Overrides = Mapping[str, str | Scheme | None] | str | os.PathLike[str]
@@ -65,6 +65,8 @@ def quantize(
     shapes: Mapping[str, Sequence[int]] | None = None,
     dims: Mapping[str, int] | None = None,
     threads: int | None = None,
+    labels: Sequence[int] | np.ndarray | None = None,
+    accuracy_budget: float | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Quantize a float model by its profile; the result is standard ONNX with QuantizeLinear and DequantizeLinear.
@@ -73,14 +75,28 @@ def quantize(
     one of `nestc.quant.scheme.SCHEMES`, perhaps with options (``int8:granularity=tensor``). ``overrides``: node name or
     pattern -> scheme or ``float``, or a file of them. ``tools``: accuracy tools by name, in order; None for those that
     the scheme brings, an empty list for none. ``data``: the calibration batches, for tools that need them, iterated as
-    often as they need. `shapes` and `dims` are those of calibration. Raises QuantizationError, and ModelError for a
-    profile of another model.
+    often as they need. `shapes` and `dims` are those of calibration.
+
+    ``scheme="auto"`` (``auto:`` and a scheme mixes that with float, as ``auto:int8-pow2``) searches the fastest mix
+    whose loss on `data` is at most `accuracy_budget` (0.01 if not given): a fraction of top-1 with ``labels``, one a
+    sample, else of the float model's decisions. `nestc.autoscheme.auto` tells more of what it found.
+
+    Raises QuantizationError, also for a budget that cannot be met, and ModelError for a profile of another model.
     """
     bound = bind(model if isinstance(model, Model) else load(model), shapes, dims)
+    if isinstance(scheme, str) and scheme.partition(":")[0].strip() == "auto":
+        from nestc.autoscheme import auto  # it needs this module
+
+        return auto(
+            bound, profile, scheme.partition(":")[2] or "int8", data, accuracy_budget,
+            labels=labels, overrides=overrides, tools=tools, threads=threads, progress=progress,
+        ).model  # fmt: skip
+    if labels is not None or accuracy_budget is not None:
+        raise QuantizationError("labels and an accuracy budget are for scheme auto; nestc.evaluate judges a model")
     wanted = scheme_named(scheme) if isinstance(scheme, str) else scheme
     seen = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
     given = read_overrides(overrides) if isinstance(overrides, str | os.PathLike) else overrides_of(overrides or {})
-    chosen = tools_named(wanted.tools if tools is None else tools)
+    chosen = tools_of(wanted, data is not None) if tools is None else tools_named(tools)
     run = compiler(threads)
     batches = None if data is None else checked(bound, data)
 

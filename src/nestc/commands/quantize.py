@@ -134,6 +134,7 @@ def quantize(
     from nestc.quantization import quantize as quantize_model
 
     started = time.perf_counter()
+    searched = scheme.partition(":")[0] == "auto"
     shapes, dims = common.bindings(shape or [], dim or [])
     source = bind(load(model), shapes, dims)
     found: Dataset | None = None
@@ -144,7 +145,9 @@ def quantize(
     with common.progress() as step:
         quantized = quantize_model(
             source, profile, scheme,
-            overrides=overrides, tools=tool_names(tools), data=found, threads=threads, progress=step,
+            overrides=overrides, tools=tool_names(tools), data=found, threads=threads,
+            labels=found.labels if searched and found is not None else None,
+            accuracy_budget=accuracy_budget if searched else None, progress=step,
         )  # fmt: skip
         report = summary(quantized, scheme, destination)
         report["sqnr_db"], report["sqnr_data"] = sqnr(source, quantized, found, data, threads, step)
@@ -181,6 +184,7 @@ def calibrated(
 
     if budget is not None and data is None:
         raise QuantizationError("--accuracy-budget is checked on data; give --calibrate DATA")
+    searched = scheme.partition(":")[0] == "auto"
     found: Dataset | None = None
     if data is not None:
         found = open_data(data, source.inputs, preprocess=preprocess, labels=labels, split=split, limit=limit)
@@ -188,7 +192,9 @@ def calibrated(
         profile = None if found is None else calibrate(source, found, threads=threads, progress=step)
         quantized = quantize(
             source, profile, scheme,
-            overrides=overrides, tools=tool_names(tools), data=found, threads=threads, progress=step,
+            overrides=overrides, tools=tool_names(tools), data=found, threads=threads,
+            labels=found.labels if searched and found is not None else None,
+            accuracy_budget=budget if searched else None, progress=step,
         )  # fmt: skip
         report = summary(quantized, scheme, None)
         if budget is not None and found is not None:

@@ -1,0 +1,115 @@
+"""Scheme ``auto`` with nestc's own compiler: costs are measured on this machine where sizes are known."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nestc.driver import compile as compile_model
+from nestc.errors import QuantizationError
+from nestc.graph.model import Model, unbound_dims
+from nestc.quant.overrides import overrides_of, read_overrides
+from nestc.quant.prepare import prepare
+from nestc.quant.profile import Profile
+from nestc.quant.run import Batch, Progress
+from nestc.quant.scheme import WEIGHTED, Scheme, scheme_named
+from nestc.quant.score import Judge
+from nestc.quant.search import Costs, Found, search
+from nestc.quant.tools import Tool
+from nestc.quantization import checked, compiler, quantize
+from nestc.runtime.executable import Executable
+
+BUDGET = 0.01
+"""The accuracy budget if none is given: one sample in a hundred."""
+
+SENSITIVITY_BATCHES = 32
+"""Batches, at most, over which the noise of the nodes is summed: sums of squares over so many differ little."""
+
+RUNS = 9
+"""Runs of which the median is a kernel's time."""
+
+
+def auto(
+    model: Model,
+    profile: Profile | str | os.PathLike[str] | None,
+    scheme: str | Scheme = "int8",
+    data: Iterable[Batch] | None = None,
+    budget: float | None = None,
+    *,
+    labels: Sequence[int] | np.ndarray | None = None,
+    overrides: Mapping[str, str | Scheme | None] | str | os.PathLike[str] | None = None,
+    tools: Sequence[str | Tool] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Found:
+    """The fastest mix of `scheme` and float of a model (sizes bound) whose loss on `data` stays inside `budget`.
+
+    See `nestc.quant.search.search`. Costs are measured kernel by kernel on this machine; with open sizes they are
+    estimated from multiply-accumulates. `data` must allow to be read several times. Raises QuantizationError without
+    data or a profile, and if no mix holds the budget.
+    """
+    base = scheme_named(scheme) if isinstance(scheme, str) else scheme
+    if data is None:
+        raise QuantizationError("scheme auto is checked on data; give samples (--data)")
+    if profile is None:
+        raise QuantizationError("scheme auto needs a profile; make one with nestc calibrate")
+    seen = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
+    given = read_overrides(overrides) if isinstance(overrides, str | os.PathLike) else overrides_of(overrides or {})
+    prepared, run = prepare(model), compiler(threads)
+    seen.require(prepared.hash)
+    batches = checked(model, data)
+
+    def quantized(by: Profile, wanted: Scheme, mixed: Mapping[str, Scheme | None]) -> Model:
+        return quantize(model, by, wanted, overrides=mixed, tools=tools, data=data, threads=threads)
+
+    def measured(whole: Model) -> Costs:
+        return measure_costs(prepared, whole, threads)
+
+    found = search(
+        prepared,
+        seen,
+        base,
+        given,
+        BUDGET if budget is None else budget,
+        quantized,
+        run,
+        Judge(run(prepared), batches, None if labels is None else np.asarray(labels)),
+        itertools.islice(batches, SENSITIVITY_BATCHES),
+        None if unbound_dims(prepared) else measured,
+        progress,
+    )
+    found.model.ir.metadata_props["nestc.scheme"] = "auto"
+    found.model.notes.append(str(found))
+    return found
+
+
+def measure_costs(prepared: Model, quantized: Model, threads: int | None = None) -> Costs:
+    """Microseconds of each node of a model of known sizes on one thread, float and quantized, as median over some runs.
+
+    The time of a kernel goes to the product it computes, or else to the first node of the float model it computes;
+    that of reading and rounding what several nodes share goes to nobody.
+    """
+    names = {node.name or "": node.op_type for node in prepared.ir.graph}
+    times: list[dict[str, float]] = []
+    for model in (prepared, quantized):
+        executable = compile_model(model, threads=threads, bound=True)
+        assert isinstance(executable, Executable)
+        with executable:
+            spent = dict.fromkeys(names, 0.0)
+            for row in executable.profile(runs=RUNS):
+                owner = _owner(row, names)
+                if owner is not None:
+                    spent[owner] += row["us"]
+        times.append(spent)
+    return Costs("measured", {name: (times[0][name], times[1][name]) for name in names})
+
+
+def _owner(row: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
+    """The node that a kernel's time is counted for: `origin` lists ``operator:node``."""
+    computed = [each.partition(":")[2] for each in row.get("origin", ())]
+    known = [name for name in computed if name in names]
+    return next((name for name in known if names[name] in WEIGHTED), known[0] if known else None)
