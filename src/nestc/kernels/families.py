@@ -12,6 +12,7 @@ from nestc.kernels.conv_int8 import CONV_INT8
 from nestc.kernels.conv_transpose import CONV_TRANSPOSE
 from nestc.kernels.depthwise_int8 import DEPTHWISE_INT8
 from nestc.kernels.dequantize import DequantizeFamily
+from nestc.kernels.dynamic_quantize import DYNAMIC_QUANTIZE
 from nestc.kernels.gemm import GEMM
 from nestc.kernels.gemm_int8 import GEMM_INT8
 from nestc.kernels.generic import Generic
@@ -49,6 +50,7 @@ FAMILIES: tuple[Family, ...] = (
     SOFTMAX,
     NORMALIZATION,
     RECURRENT,
+    DYNAMIC_QUANTIZE,
     GENERIC,
 )
 """Families for regions without a prologue."""
