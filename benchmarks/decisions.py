@@ -13,12 +13,14 @@ Kind = Literal["class", "box", "text", "mask", "embedding"]
 TIE = 1e-3
 
 
-def same_decision(kind: Kind, reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> bool:
+def same_decision(
+    kind: Kind, reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray], cosine: float = 0.9999
+) -> bool:
     """True if `outputs` lead to what `reference` leads to. Judged on the first output.
 
     class: arg-max of the last axis. box: the classes of all boxes scoring above 0.2 and the best box (YOLO layout:
     batch, 4 + classes, boxes). text: CTC greedy string per sample. mask: above 0.5 element by element, ties aside.
-    embedding: cosine similarity of at least 0.9999.
+    embedding: cosine similarity of at least `cosine`.
     """
     a, b = reference[0], outputs[0]
     if a.shape != b.shape:
@@ -33,7 +35,7 @@ def same_decision(kind: Kind, reference: Sequence[np.ndarray], outputs: Sequence
         clear = np.abs(a - 0.5) > TIE
         return bool(np.array_equal((a > 0.5)[clear], (b > 0.5)[clear]))
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    return bool(x @ y >= 0.9999 * np.linalg.norm(x) * np.linalg.norm(y))
+    return bool(x @ y >= cosine * np.linalg.norm(x) * np.linalg.norm(y))
 
 
 def boxes(output: np.ndarray, threshold: float = 0.2) -> set[tuple[int, int, int]]:

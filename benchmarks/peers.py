@@ -45,6 +45,10 @@ FLOAT = "nestc fp32"
 """Our float32 among the engines of an int8 row."""
 
 
+COSINE = {"fp32": 0.9999, "int8": 0.999}
+"""How alike embeddings must be. In int8 a value at a tie may round to either side, in every layer."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What a row measures. `files`: the model of each engine, by its name."""
@@ -89,7 +93,7 @@ def measure(task: Task) -> dict[str, Any]:
             continue
         found = difference(reference, values)
         row.setdefault("differences", {})[key] = found.max_rel
-        row.setdefault("decisions", {})[key] = same_decision(model.decision, reference, values)
+        row.setdefault("decisions", {})[key] = same_decision(model.decision, reference, values, COSINE[task.precision])
     row["max_rel_diff"] = row.get("differences", {}).get("nestc")
     row["same_decision"] = row.get("decisions", {}).get("nestc")
     best = min(row["peers"].values(), default=None)
