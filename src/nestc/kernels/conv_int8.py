@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,8 @@ _FEW_CHANNELS = 4  # read as they come, interleaved while they are staged
 class IntegerConv:
     """One convolution of integers, as numbers.
 
-    ``x`` names the 8-bit input, ``zero`` is its zero point or the name of a value that holds it; ``weights`` are
-    int32 [O, I/group, *kernel] with their own zero points subtracted; ``bias`` is int32 (O,) and part of the sum.
+    ``x`` names the 8-bit input, ``zero`` is its zero point or the name of a value that holds it; ``read_weights``
+    gives int32 [O, I/group, *kernel] with their own zero points subtracted; ``bias`` is int32 (O,) and part of the sum.
     ``scale`` (float64, O or 1 elements) makes a real number of the sum, to which ``offset`` (O,) is added; both None
     where the int32 sum is itself the result.
     """
@@ -32,7 +32,7 @@ class IntegerConv:
     op: Op
     x: str
     zero: int | str
-    weights: np.ndarray
+    read_weights: Callable[[], np.ndarray]
     bias: np.ndarray | None
     scale: np.ndarray | None
     offset: np.ndarray | None
@@ -81,7 +81,7 @@ class ConvInt8Family:
         shape = conv_shape(found.op, region)
         lanes = machine.lanes("float32")
         together = _merged_groups(shape, lanes, layouts[found.x].block != 0)
-        weights = _spread_groups(found.weights, shape.group, together)
+        weights = _spread_groups(found.read_weights(), shape.group, together)
         merged = ConvShape(
             shape.batch,
             shape.group // together,
@@ -120,16 +120,27 @@ def _read_conv(region: Region, anchor: QuantizedAnchor) -> IntegerConv | str:
         return f"the weights of {op.name!r} have scales within an output channel"
     if x.name in region.constants:
         return f"the input of {op.name!r} is constant"
-    weights = region.constant(w.name)
-    if weights is None:
+    if w.name not in region.constants:
         return f"the weights of {op.name!r} are not constant"
-    zeros = w.zero_point.reshape(-1, *(1,) * (weights.ndim - 1)) if w.zero_point.ndim else w.zero_point
+    rank = len(region.types[op.inputs[1]].shape)
+    zeros = w.zero_point.reshape(-1, *(1,) * (rank - 1)) if w.zero_point.ndim else w.zero_point
     scale = x.scale.astype(np.float64) * w.scale.astype(np.float64)
     bias = _read_bias(region, op, anchor.operand(2), scale)
     if isinstance(bias, str):
         return bias
-    centred = weights.astype(np.int32) - zeros
-    return IntegerConv(op, x.name, int(x.zero_point), centred, *bias[:1], scale.reshape(-1), bias[1])
+    read = _centred(region, w.name, zeros)
+    return IntegerConv(op, x.name, int(x.zero_point), read, bias[0], scale.reshape(-1), bias[1])
+
+
+def _centred(region: Region, name: str, zeros: np.ndarray) -> Callable[[], np.ndarray]:
+    """Reader of a constant less its zero points."""
+
+    def read() -> np.ndarray:
+        array = region.constant(name)
+        assert array is not None
+        return array.astype(np.int32) - zeros
+
+    return read
 
 
 def _read_bias(
@@ -153,8 +164,7 @@ def _read_bias(
 
 def _read_integer(region: Region, op: Op) -> IntegerConv | str:
     x, w = op.inputs[0], op.inputs[1]
-    weights = region.constant(w)
-    if weights is None:
+    if w not in region.constants:
         return f"the weights of {op.name!r} are not constant"
     zeros = np.zeros((), np.int32)
     if op.input(3):
@@ -162,14 +172,14 @@ def _read_integer(region: Region, op: Op) -> IntegerConv | str:
         if given is None:
             return f"the zero point of the weights of {op.name!r} is not constant"
         zeros = given.astype(np.int32)
-        zeros = zeros.reshape(()) if zeros.size == 1 else zeros.reshape(-1, *(1,) * (weights.ndim - 1))
+        zeros = zeros.reshape(()) if zeros.size == 1 else zeros.reshape(-1, *(1,) * (len(region.types[w].shape) - 1))
     zero: int | str = 0
     if op.input(2):
         if region.types[op.input(2)].shape not in ((), (1,)):
             return f"the input of {op.name!r} has more than one zero point"
         given = region.constant(op.input(2))
         zero = op.input(2) if given is None else int(given.reshape(-1)[0])
-    return IntegerConv(op, x, zero, weights.astype(np.int32) - zeros, None, None, None)
+    return IntegerConv(op, x, zero, _centred(region, w, zeros), None, None, None)
 
 
 def _merged_groups(shape: ConvShape, lanes: int, blocked: bool) -> int:

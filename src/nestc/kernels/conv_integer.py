@@ -230,12 +230,14 @@ class IntegerConvolution:
     def unit_offsets(self, numbers: np.ndarray) -> np.ndarray:
         """Where the units of these numbers lie in the stage, from the first pixel of a tile on."""
         w, stage = self.window, self.stage
-        block, plane, row, tap, unit = np.unravel_index(numbers, (w.blocks, w.planes, w.rows, w.taps, self.units))
+        shape = (w.blocks, w.planes, w.rows, w.taps, self.units)
+        # The last unit of all lies farthest; it is asked for so that layers of one shape have one kernel.
+        block, plane, row, tap, unit = np.unravel_index(np.append(numbers, prod(shape) - 1), shape)
         line = plane * stage.rows_in + row * stage.row_axis.dilation
         column = tap * stage.column_axis.dilation * w.block
         offsets = block * stage.stride + line * stage.line + column + unit * self.group
-        self.farthest = int(offsets.max())
-        return offsets.astype(np.int64)
+        self.farthest = int(offsets[-1])
+        return offsets[:-1].reshape(numbers.shape).astype(np.int64)
 
     # -- how the work is cut
 

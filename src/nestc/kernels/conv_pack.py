@@ -80,28 +80,42 @@ def pack(weights: np.ndarray, shape: ConvShape, window: Window, pixels: int, mac
     if fits and machine.dot_dtypes != ("int16", "int16"):
         mr, nr = register_tile(vectors if shape.group == 1 else gcd(vectors, 2), pixels, registers)
         return Packed(machine.dot_dtypes, 0, mr, nr, _ordered(weights, shape, window, machine, 4, nr, 1), None, None)
-    best, best_cost = None, float("inf")
     # Of several groups each has whole tiles of vectors.
     whole = vectors if shape.group == 1 else gcd(vectors, 2)
+    single: dict[int, np.ndarray] = {}
+
+    def ordered(group: int, nr: int, multiple: int) -> np.ndarray:
+        return _ordered(weights, shape, window, machine, group, nr, multiple)
+
+    best, best_cost = (0, 0, 1, 1), float("inf")
     for (depth, together), time in WAYS.items():
         if depth and not (fits and machine.dot_bytes >= 32):
             continue
         if depth:
             mr, nr = sums_tile(whole, pixels, registers, depth, together)
+            units = ceil(window.length / (4 * depth)) * depth
+            if depth not in single:
+                single[depth] = exceeding(ordered(4, 1, depth), depth)
+            extra = _columns_together(single[depth], nr).sum(axis=1).max()
         else:
             mr, nr = pair_tile(whole, pixels, registers)
-        group = 4 if depth else 2
-        units = _ordered(weights, shape, window, machine, group, nr, max(1, depth))
-        extra, extra_weights = take_excess(units, depth) if depth else (None, None)
-        cost = time * int(np.prod(units.shape[1:6])) * group / 4
-        if extra is not None:
-            cost += _EXTRA * extra.shape[1]
-        cost *= ceil(vectors / nr) * nr
+            units, extra = window.length / 4, 0
+        runs = window.blocks * window.planes * window.rows * window.taps
+        cost = (time * runs * units + _EXTRA * extra) * ceil(vectors / nr) * nr
         if cost < best_cost:
-            pair = ("uint8", "int8") if depth else ("int16", "int16")
-            best, best_cost = Packed(pair, depth, mr, nr, units, extra, extra_weights), cost
-    assert best is not None
-    return best
+            best, best_cost = (depth, together, mr, nr), cost
+    depth, _, mr, nr = best
+    if not depth:
+        return Packed(("int16", "int16"), 0, mr, nr, ordered(2, nr, 1), None, None)
+    packed = ordered(4, nr, depth)
+    return Packed(("uint8", "int8"), depth, mr, nr, packed, *take_excess(packed, depth))
+
+
+def _columns_together(mask: np.ndarray, nr: int) -> np.ndarray:
+    """`mask` ([vectors][sums]) for register columns of `nr` vectors: whether one of them holds."""
+    padded = np.zeros((-(-mask.shape[0] // nr) * nr, mask.shape[1]), bool)
+    padded[: mask.shape[0]] = mask
+    return np.asarray(padded.reshape(-1, nr, mask.shape[1]).any(axis=1))
 
 
 def _ordered(
@@ -129,53 +143,78 @@ def _ordered(
     return np.ascontiguousarray(np.moveaxis(whole, 1, -2)).reshape(*whole.shape[:1], *whole.shape[2:-1], wide * group)
 
 
+def exceeding(units: np.ndarray, depth: int) -> np.ndarray:
+    """Which sums of `depth` units may saturate in some lane: bool [columns][units / depth], of int8
+    [columns][...][unit][lanes * 4]."""
+    flat = units.reshape(units.shape[0], -1, depth, units.shape[-1])
+    found = np.zeros(flat.shape[:2], bool)
+    for bound in (np.maximum, np.minimum):
+        part = bound(flat, 0).reshape(*flat.shape[:3], -1, 2)
+        total = part[..., 0].astype(np.int16)
+        total += part[..., 1]
+        sums = total[:, :, 0]
+        for d in range(1, depth):
+            sums = sums + total[:, :, d]
+        found |= (np.abs(sums) > _BOUND).any(axis=2)
+    return found
+
+
 def take_excess(units: np.ndarray, depth: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Reduce int8 `units` ([columns][...][unit][lanes * 4], in place) until no sum of `depth` `PairSum` can saturate.
 
     Gives the numbers of the units that what was taken off belongs to, and it as weights: each of them such that one
-    `PairSum` cannot saturate; both None if there is nothing.
+    `PairSum` cannot saturate; both None if there is nothing. Numbers of one column may repeat; columns with fewer than
+    others are filled up with weights of zero.
     """
-    columns, lanes = units.shape[0], units.shape[-1] // 4
-    flat = units.reshape(columns, -1, lanes, 4)
-    rest = _excess(flat, depth)
-    flat -= rest
-    found: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(columns)]
-    while rest.any():
-        later = _excess(rest, 1)
-        now = rest - later
-        for column, unit in np.argwhere(now.any(axis=(2, 3))):
-            found[column].append((int(unit), now[column, unit]))
-        rest = later
-    most = max(map(len, found))
-    if not most:
+    columns, wide = units.shape[0], units.shape[-1]
+    flat = units.reshape(columns, -1, depth, wide // 4, 4)
+    held = exceeding(units, depth)
+    column, place = np.nonzero(held)
+    if not column.size:
         return None, None
-    numbers = np.zeros((columns, most), np.int64)
-    extra = np.zeros((columns, most, lanes * 4), np.int8)
-    for column, entries in enumerate(found):
-        for place, (unit, values) in enumerate(entries):
-            numbers[column, place], extra[column, place] = unit, values.reshape(-1)
+    rest = _excess(flat[held])
+    flat[held] -= rest
+    column = np.repeat(column, depth)
+    number = (place[:, None] * depth + np.arange(depth)).reshape(-1)
+    rest = rest.reshape(-1, 1, wide // 4, 4)
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    while True:
+        live = rest.any(axis=(1, 2, 3))
+        column, number, rest = column[live], number[live], rest[live]
+        if not column.size:
+            break
+        later = _excess(rest)
+        found.append((column, number, (rest - later).reshape(-1, wide)))
+        rest = later
+    column, number, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.argsort(column, kind="stable")
+    column, number, values = column[order], number[order], values[order]
+    counts = np.bincount(column, minlength=columns)
+    place = np.arange(column.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    # Layers of one shape share a kernel more often if the number is one of few.
+    most = int(counts.max())
+    coarse = max(1, 1 << max(0, most.bit_length() - 3))
+    most = -(-most // coarse) * coarse
+    numbers, extra = np.zeros((columns, most), np.int64), np.zeros((columns, most, wide), np.int8)
+    numbers[column, place], extra[column, place] = number, values
     return numbers, extra
 
 
-def _excess(flat: np.ndarray, depth: int) -> np.ndarray:
-    """What has to be taken off int8 [columns][unit][lane][4], so that in each sum of `depth` units, over the elements
-    2p and 2p + 1 of each, positive and negative parts stay within the bound. Last elements give first."""
-    columns, count, lanes, _ = flat.shape
-    sums = flat.reshape(columns, count // depth, depth, lanes, 2, 2).transpose(0, 1, 3, 4, 2, 5)
-    values = sums.reshape(columns, count // depth, lanes, 2, 2 * depth)
+def _excess(sums: np.ndarray) -> np.ndarray:
+    """What has to be taken off int8 [sums][units][lanes][4], so that in each sum over its units, of the elements 2p
+    and 2p + 1 of each, positive and negative parts stay within the bound. Last elements give first."""
+    count, depth, lanes, _ = sums.shape
+    values = sums.reshape(count, depth, lanes, 2, 2).transpose(0, 2, 3, 1, 4).reshape(count, lanes, 2, 2 * depth)
     taken = np.zeros(values.shape, np.int8)
     for sign in (1, -1):
         part = np.maximum(sign * values.astype(np.int16), 0)
-        over = part.sum(-1) - _BOUND
-        if over.max(initial=0) <= 0:
-            continue
-        over = np.maximum(over, 0)
+        over = np.maximum(part.sum(-1, dtype=np.int16) - _BOUND, 0)
         for element in range(2 * depth - 1, -1, -1):
             give = np.minimum(part[..., element], over)
             taken[..., element] += (sign * give).astype(np.int8)
             over = over - give
-    back = taken.reshape(columns, count // depth, lanes, 2, depth, 2).transpose(0, 1, 4, 2, 3, 5)
-    return np.ascontiguousarray(back).reshape(flat.shape)
+    back = taken.reshape(count, lanes, 2, depth, 2).transpose(0, 3, 1, 2, 4)
+    return np.ascontiguousarray(back).reshape(sums.shape)
 
 
 def pair_tile(vectors: int, pixels: int, registers: int) -> tuple[int, int]:
