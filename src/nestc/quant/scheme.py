@@ -263,9 +263,10 @@ def _weight_method(scheme: Scheme, value: str) -> Scheme:
 
 
 def _known_method(value: str) -> str:
-    if value not in METHODS:
+    name, _, percent = value.partition(":")  # percentile:99.9
+    if name not in METHODS or (percent and name != "percentile"):
         raise QuantizationError(
-            f"there is no calibration method {value!r}{nearest(value, METHODS)}; choose {', '.join(METHODS)}"
+            f"there is no calibration method {value!r}{nearest(name, METHODS)}; choose {', '.join(METHODS)}"
         )
     return value
 
