@@ -431,12 +431,18 @@ def read_npy(path: Path) -> np.ndarray:
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name. Raises DataError if it cannot be read."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        # Opened here: numpy does not close a file that turns out to be no archive.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise DataError(f"there is no file {path}") from None
     except _UNREADABLE as error:
         raise DataError(f"{path} is not an .npz file that can be read: {error}") from error
+    # numpy gives what is no array as its bytes.
+    other = next((name for name, array in arrays.items() if not isinstance(array, np.ndarray)), None)
+    if other is not None:
+        raise DataError(f"{path} is not an .npz file that can be read: {other!r} in it is no array")
+    return arrays
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

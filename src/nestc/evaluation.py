@@ -143,8 +143,10 @@ def evaluate(
         raise DataError("preprocess, split and limit are for data in files; these batches are made already")
     else:
         batches = cast("Iterable[Batch]", data)
-    found = batches.labels if isinstance(batches, Dataset) else None
-    numbers = found if found is not None else None if labels is None else _labels(labels)
+    if isinstance(batches, Dataset) and (batches is not data or labels is None):
+        numbers = batches.labels
+    else:
+        numbers = None if labels is None else _labels(labels)
     if metric in ("top1", "top5") and numbers is None:
         raise DataError(f"{metric} needs labels; give them (labels, --labels)")
     total = batches.samples if isinstance(batches, Dataset) else None

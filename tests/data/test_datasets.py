@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,16 @@ class TestArchive:
         np.savez(tmp_path / "a.npz", **arrays)
         with pytest.raises(Error, match=said):
             list(open_data(tmp_path / "a.npz", ONE))
+
+    def test_files_that_are_no_archive_of_arrays(self, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+            archive.writestr("x", b"text")
+        (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-10])
+        np.save(tmp_path / "c.npy", VALUES)
+        (tmp_path / "c.npy").rename(tmp_path / "c.npz")
+        for name in "abc":
+            with pytest.raises(DataError, match=rf"{name}\.npz is not an \.npz file that can be read"):
+                open_data(tmp_path / f"{name}.npz", ONE)
 
     def test_arrays_of_different_lengths(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "a.npz", x=VALUES, y=VALUES[:5])

@@ -171,6 +171,18 @@ def test_a_bundle_on_files(demo_data: Path, demo_bundle: Path) -> None:
     assert len(seen) == 40 and seen == sorted(seen) and seen[-1] == 1.0
 
 
+def test_labels_given_go_before_those_of_the_data(demo_data: Path) -> None:
+    outputs = np.eye(3, dtype=np.float32)
+    data = nestc.open_data(write_indices(demo_data), {"x": ("int64", (1,))}, labels=[0, 1, 1])
+    assert evaluate(Table(outputs), data).value == pytest.approx(2 / 3)
+    assert evaluate(Table(outputs), data, [0, 1, 2]).value == 1.0
+
+
+def write_indices(folder: Path) -> Path:
+    np.savez(folder / "indices.npz", x=np.arange(3))
+    return folder / "indices.npz"
+
+
 def test_a_bundle_is_evaluated_without_the_compiler(demo_data: Path, demo_bundle: Path) -> None:
     script = (
         "import sys, nestc\n"
