@@ -1,4 +1,4 @@
-"""Scheme ``auto`` with nestc's own compiler: costs are measured on this machine where sizes are known."""
+"""The searches of the quantizer with nestc's own compiler: scheme ``auto``, and sampling of ways to quantize."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from nestc.quant.overrides import overrides_of, read_overrides
 from nestc.quant.prepare import prepare
 from nestc.quant.profile import Profile
 from nestc.quant.run import Batch, Progress
+from nestc.quant.sample import SPACE, Choice, Sampler, Trial, sample, scheme_of
 from nestc.quant.scheme import WEIGHTED, Scheme, scheme_named
-from nestc.quant.score import Judge
-from nestc.quant.search import Costs, Found, search
+from nestc.quant.score import Judge, Score
+from nestc.quant.search import Costs, Found, require_budget, search
 from nestc.quant.tools import Tool
 from nestc.quantization import checked, compiler, quantize
 from nestc.runtime.executable import Executable
@@ -59,12 +60,13 @@ def auto(
         raise QuantizationError("scheme auto needs a profile; make one with nestc calibrate")
     seen = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
     given = read_overrides(overrides) if isinstance(overrides, str | os.PathLike) else overrides_of(overrides or {})
+    wanted = require_budget(BUDGET if budget is None else budget)
     prepared, run = prepare(model), compiler(threads)
     seen.require(prepared.hash)
     batches = checked(model, data)
 
-    def quantized(by: Profile, wanted: Scheme, mixed: Mapping[str, Scheme | None]) -> Model:
-        return quantize(model, by, wanted, overrides=mixed, tools=tools, data=data, threads=threads)
+    def quantized(by: Profile, scheme: Scheme, mixed: Mapping[str, Scheme | None]) -> Model:
+        return quantize(model, by, scheme, overrides=mixed, tools=tools, data=data, threads=threads)
 
     def measured(whole: Model) -> Costs:
         return measure_costs(prepared, whole, threads)
@@ -74,7 +76,7 @@ def auto(
         seen,
         base,
         given,
-        BUDGET if budget is None else budget,
+        wanted,
         quantized,
         run,
         Judge(run(prepared), batches, None if labels is None else np.asarray(labels)),
@@ -113,3 +115,33 @@ def _owner(row: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
     computed = [each.partition(":")[2] for each in row.get("origin", ())]
     known = [name for name in computed if name in names]
     return next((name for name in known if names[name] in WEIGHTED), known[0] if known else None)
+
+
+def sample_ways(
+    model: Model,
+    profile: Profile | str | os.PathLike[str],
+    data: Iterable[Batch],
+    trials: int = 20,
+    *,
+    sampler: Sampler = "optuna",
+    space: Mapping[str, Sequence[str]] = SPACE,
+    labels: Sequence[int] | np.ndarray | None = None,
+    tools: Sequence[str | Tool] | None = (),
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[Trial]:
+    """Quantize a model (sizes bound) in different ways, run each on `data`, and return them in the order tried.
+
+    The ways are choices from `space`, as `nestc.quant.sample.sample` draws them; `best_of` tells the best, and
+    `scheme_of` its scheme. `data` must allow to be read several times; accuracy tools are off unless asked for.
+    """
+    seen = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
+    prepared, run = prepare(model), compiler(threads)
+    seen.require(prepared.hash)
+    judge = Judge(run(prepared), checked(model, data), None if labels is None else np.asarray(labels))
+
+    def objective(choice: Choice) -> Score:
+        return judge.score(run(quantize(model, seen, scheme_of(choice), tools=tools, data=data, threads=threads)))
+
+    return sample(objective, trials, sampler, space, seed, progress)

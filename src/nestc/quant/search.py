@@ -115,6 +115,13 @@ def macs(node: ir.Node) -> float:
     return elements * (data[0 if across else -1] if data else 1)
 
 
+def require_budget(budget: float) -> float:
+    """The budget as it is. Raises QuantizationError if it is no fraction."""
+    if not 0.0 <= budget <= 1.0:
+        raise QuantizationError(f"the accuracy budget is a fraction of the samples, 0 to 1, not {budget:g}")
+    return budget
+
+
 def search(
     prepared: Model,
     profile: Profile,
@@ -137,8 +144,7 @@ def search(
     `overrides` stand. `costs` are estimated if they are not given; a function gets the quantized model. Raises
     QuantizationError, with the best that was found, if no mix with a quantized product holds the budget.
     """
-    if not 0.0 <= budget <= 1.0:
-        raise QuantizationError(f"the accuracy budget is a fraction of the samples, 0 to 1, not {budget:g}")
+    require_budget(budget)
     tell = progress or _silent
     steps: list[Step] = []
     tried: list[tuple[Score, Profile, Model]] = []
