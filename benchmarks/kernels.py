@@ -2,32 +2,39 @@
 
     python benchmarks/kernels.py
     python benchmarks/kernels.py --models conv1x1,conv3x3 --threads 1
+    python benchmarks/kernels.py --precision int8
 
 The peak is measured on the spot (see peak.py): once for the record, and again beside every reading of a layer, since
 shared machines change their speed from second to second; the share is the median of the readings' own. A layer is
 compiled between two max-pools, which compute on the layout that the convolution wants, so that its figure holds no
 conversion of the model's inputs and outputs. The work counted is that of the direct algorithm; Winograd needs less,
-which is how a figure can exceed 100 %.
+which is how a figure can exceed 100 %. In int8 a layer stands between QuantizeLinear and DequantizeLinear, its weights
+are symmetric with a scale a channel, and the peak is that of the int8 instruction (see peak.py); on AVX2 a convolution
+may exceed it, since it multiplies bytes directly where the weights are small enough for that to be exact.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nestc.errors import Error
 from nestc.measure import context, pinned, usable_cores
 from netbuilder import NetBuilder, Value, save
-from peak import Meter, fp32_meter, peaks
+from peak import Meter, meter_of, peaks
 
 _RUNS_A_READING = 5
+_PRECISIONS = ("fp32", "int8")
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,13 @@ class Layer:
     stride: int = 1
     groups: int = 1
     note: str = ""
+    precision: str = "fp32"
 
     @property
     def label(self) -> str:
         """Name of the row."""
-        return f"{self.family} {self.note}".strip()
+        kind = "" if self.precision == "fp32" else f"{self.precision} "
+        return f"{kind}{self.family} {self.note}".strip()
 
     @property
     def text(self) -> str:
@@ -102,7 +111,9 @@ def build(layer: Layer, path: Path) -> None:
     def pool(value: Value) -> Value:
         return net.pool(value, "max", 3, 1, 1)
 
-    if len(layer.shape) == 2:
+    if layer.precision == "int8":
+        y = quantized_layer(net, layer, x, pool)
+    elif len(layer.shape) == 2:
         y = net.op("MatMul", [x, net.normal((layer.shape[1], layer.channels), 0.05)], (layer.shape[0], layer.channels))
         net.nodes[-1].name = "measured"
     else:
@@ -115,7 +126,40 @@ def build(layer: Layer, path: Path) -> None:
     save(net.model(), path)
 
 
-def measure(layer: Layer, threads: int, runs: int, meter: Meter, target: str = "cpu") -> dict[str, Any]:
+def quantized_layer(net: NetBuilder, layer: Layer, x: Value, pool: Callable[[Value], Value]) -> Value:
+    """The layer on uint8 maps and int8 weights, as QuantizeLinear and DequantizeLinear around it say."""
+    scale, zero = net.scalar(4 / 128), net.constant(np.array(128, np.uint8))
+
+    def rounded(value: Value) -> Value:
+        q = net.op("QuantizeLinear", [value, scale, zero], value.shape)
+        return net.op("DequantizeLinear", [q, scale, zero], value.shape)
+
+    def weights(shape: tuple[int, ...], fan_in: int, axis: int) -> Value:
+        real = net.random.standard_normal(shape, dtype=np.float32) / math.sqrt(fan_in)
+        others = tuple(d for d in range(len(shape)) if d != axis)
+        scales = np.abs(real).max(others, keepdims=True) / 127
+        codes = net.constant(np.rint(real / scales).astype(np.int8))
+        zeros = net.constant(np.zeros(shape[axis], np.int8))
+        return net.op("DequantizeLinear", [codes, net.constant(scales.reshape(-1)), zeros], shape, axis=axis)
+
+    if len(layer.shape) == 2:
+        rows, inputs = layer.shape
+        w = weights((inputs, layer.channels), inputs, 1)
+        y = net.op("MatMul", [rounded(x), w], (rows, layer.channels))
+        net.nodes[-1].name = "measured"
+        return rounded(y)
+    inputs, height, width = layer.shape
+    shape = (layer.channels, inputs // layer.groups, layer.kernel, layer.kernel)
+    w = weights(shape, shape[1] * layer.kernel**2, 0)
+    x = rounded(x) if inputs == 3 else rounded(pool(rounded(x)))
+    out = (1, layer.channels, -(-height // layer.stride), -(-width // layer.stride))
+    pads = [layer.kernel // 2] * 4
+    y = net.op("Conv", [x, w], out, strides=[layer.stride] * 2, pads=pads, group=layer.groups)
+    net.nodes[-1].name = "measured"
+    return rounded(pool(rounded(y)))
+
+
+def measure(layer: Layer, threads: int, runs: int, meter: Meter | None, target: str = "cpu") -> dict[str, Any]:
     """One row of the table. Raises nestc.Error where the layer does not compile to native code."""
     import nestc
 
@@ -127,20 +171,23 @@ def measure(layer: Layer, threads: int, runs: int, meter: Meter, target: str = "
         raise Error(f"{layer.label} {layer.text} is interpreted: {dict(executable.fallback_ops)}")
     readings: list[float] = []
     shares: list[float] = []
+    steps: list[dict[str, Any]] = []
     for _ in range(max(1, runs // _RUNS_A_READING)):
-        peak = meter.once()
+        peak = math.nan if meter is None else meter.once()
         steps = [step for step in executable.profile(runs=_RUNS_A_READING) if is_measured(step)]
         if not steps:
             raise Error(f"{layer.label} {layer.text} has no kernel that names its node")
         readings.append(sum(step["us"] if threads == 1 else step["team_us"] for step in steps) / 1e6)
-        shares.append(100 * layer.flops() / readings[-1] / 1e9 / ((peak + meter.once()) / 2))
+        after = math.nan if meter is None else meter.once()
+        shares.append(100 * layer.flops() / readings[-1] / 1e9 / ((peak + after) / 2))
     took = statistics.median(readings)
     return {
         "name": layer.label,
+        "precision": layer.precision,
         "shape": layer.text,
         "ms": took * 1e3,
         "gflops": layer.flops() / took / 1e9,
-        "percent_of_peak": statistics.median(shares),
+        "percent_of_peak": None if meter is None else statistics.median(shares),
         "kernels": [step["symbol"] for step in steps],
     }
 
@@ -158,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     families = tuple(dict.fromkeys(layer.family for layer in LAYERS))
     parser.add_argument("--models", help=f"comma-separated families of {', '.join(families)}; default: all")
+    parser.add_argument("--precision", default=",".join(_PRECISIONS), help="number formats (default fp32,int8)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
     parser.add_argument("--runs", type=int, default=30, help="runs, of which the median counts (default 30)")
     parser.add_argument("--target", default="cpu", help="target with options, e.g. cpu:option=value (default cpu)")
@@ -168,20 +216,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"error: no kernel family {unknown[0]!r}; there are {', '.join(families)}", file=sys.stderr)
         return 2
+    precisions = [name.strip() for name in options.precision.split(",")]
+    unknown = [name for name in precisions if name not in _PRECISIONS]
+    if unknown:
+        print(f"error: no precision {unknown[0]!r}; there are {', '.join(_PRECISIONS)}", file=sys.stderr)
+        return 2
     if not 1 <= options.threads <= len(usable_cores()):
         print(f"error: --threads must be between 1 and {len(usable_cores())} here", file=sys.stderr)
         return 2
     with pinned(options.threads):
         peak = peaks(options.threads)
-        meter = fp32_meter(options.threads)
         rows: list[dict[str, Any]] = []
-        for layer in LAYERS:
-            if layer.family not in wanted:
-                continue
-            try:
-                rows.append(measure(layer, options.threads, options.runs, meter, options.target))
-            except Error as error:
-                print(f"error: {error}", file=sys.stderr)
+        for precision in precisions:
+            meter = meter_of(precision, options.threads)
+            for layer in LAYERS:
+                if layer.family not in wanted:
+                    continue
+                layer = replace(layer, precision=precision)
+                try:
+                    rows.append(measure(layer, options.threads, options.runs, meter, options.target))
+                except Error as error:
+                    print(f"error: {error}", file=sys.stderr)
     result = {
         "peak_gflops": peak,
         "kernels": rows,
@@ -194,7 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("peak: " + ", ".join(f"{kind} {'-' if v is None else f'{v:.1f}'}" for kind, v in peak.items()) + " GFLOP/s")
     print(f"{'kernel':28}{'shape':26}{'ms':>9}{'GFLOP/s':>10}{'% of peak':>11}")
     for row in rows:
-        figures = f"{row['ms']:>9.4f}{row['gflops']:>10.1f}{row['percent_of_peak']:>11.1f}"
+        share = "-" if row["percent_of_peak"] is None else f"{row['percent_of_peak']:.1f}"
+        figures = f"{row['ms']:>9.4f}{row['gflops']:>10.1f}{share:>11}"
         print(f"{row['name']:28}{row['shape']:26}{figures}")
     return 0
 

@@ -1,7 +1,8 @@
 """Measures what one core (or several) can do at most: independent chains of one arithmetic instruction, no memory.
 
 fp32: fused multiply-add at the machine's vector width. bf16 (VDPBF16PS, BFMMLA) and int8 (VPDPBUSD, SMMLA/SDOT): None
-where the processor has no such instruction.
+where the processor has no such instruction; but with AVX2 alone int8 is what exact products of bytes widened to 16 bits
+reach, a VPMADDWD and a VPADDD at a time.
 """
 
 from __future__ import annotations
@@ -64,6 +65,9 @@ def probes(triple: str, features: Mapping[str, bool]) -> dict[str, Probe | None]
             int8 = Probe("<16 x i32>", 128, 24, ("vpdpbusd $3, $2, $0", constraint))
         elif has("avxvnni"):
             int8 = Probe("<8 x i32>", 64, 12, ("{vex} vpdpbusd $3, $2, $0", "=x,0,x,x"))
+        elif has("avx2"):
+            pair = "vpmaddwd $3, $2, %ymm15; vpaddd %ymm15, $0, $0"
+            int8 = Probe("<8 x i32>", 32, 12, (pair, "=x,0,x,x,~{ymm15}"))
         return {"fp32": fp32, "bf16": bf16, "int8": int8}
     if triple.startswith(("aarch64", "arm64")):
         constraint = "=w,0,w,w"
@@ -147,12 +151,12 @@ class Meter:
         return self.threads * self._rounds * self.probe.chains * self.probe.operations / took / 1e9
 
 
-def fp32_meter(threads: int = 1, seconds: float = 0.004) -> Meter:
-    """A meter of the fp32 peak that takes some milliseconds a reading."""
+def meter_of(kind: str, threads: int = 1, seconds: float = 0.004) -> Meter | None:
+    """A meter of the peak of a number format (``fp32``, ``bf16``, ``int8``) that takes some milliseconds a reading;
+    None where there is no such instruction."""
     triple, _, features = host()
-    probe = probes(triple, features)["fp32"]
-    assert probe is not None
-    return Meter(probe, threads, seconds)
+    probe = probes(triple, features)[kind]
+    return None if probe is None else Meter(probe, threads, seconds)
 
 
 def measure(probe: Probe, threads: int = 1) -> float:

@@ -12,6 +12,7 @@ X86 = "x86_64-unknown-linux-gnu"
         ("znver4", {"avx512bf16": True}, "bf16", "vdpbf16ps"),
         ("znver4", {"avx512vnni": True}, "int8", "vpdpbusd"),
         ("alderlake", {"avxvnni": True}, "int8", "vpdpbusd"),
+        ("znver3", {"avx2": True}, "int8", "vpmaddwd"),
         ("znver3", {"fma": True}, "fp32", "%ymm"),
     ],
 )
@@ -52,4 +53,5 @@ def test_layers_count_direct_work() -> None:
     assert Layer("depthwise", (144, 56, 56), 144, 3, 1, 144).flops() == 2 * 144 * 56 * 56 * 9
     assert Layer("conv3x3s2", (128, 56, 56), 128, 3, 2).flops() == 2 * 128 * 28 * 28 * 128 * 9
     assert Layer("matmul", (128, 768), 3072).flops() == 2 * 128 * 768 * 3072
+    assert Layer("matmul", (128, 768), 3072, precision="int8").label == "int8 matmul"
     assert is_measured({"origin": ("Conv:measured", "Relu:r")}) and not is_measured({"origin": ("MaxPool:p",)})
