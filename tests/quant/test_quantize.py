@@ -117,8 +117,8 @@ def test_each_scheme_is_near_float_and_ours_is_onnx_runtimes(scheme: str, tmp_pa
     ours = nestc.compile(path, threads=1).run(inputs)
     assert made.outputs == model.outputs
     np.testing.assert_allclose(ours["y"], expected["y"], rtol=1e-5, atol=1e-5)
-    # And it runs as ONNX Runtime runs quantized models, in its own integer kernels.
-    assert run(made, inputs, exact=False)["y"].shape == (1, 4)
+    # And ONNX Runtime's own integer kernels come to the same, but for roundings that fall otherwise.
+    assert decibels(expected["y"], run(made, inputs, exact=False)["y"]) > 35
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-symmetric", "int8-pow2", "int16"])
