@@ -202,9 +202,19 @@ def test_matmul_between_quantizers_on_other_machines(machine: CpuMachine, m: int
     within_one(lowered(region, feeds, machine, False), exact, float(feeds["sy"]), 3)
 
 
-@pytest.mark.parametrize("transposed", [(0, 0), (0, 1), (1, 0), (1, 1)])
-@pytest.mark.parametrize("addend", ["none", "float", "one", "int32"])
-@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize(
+    ("transposed", "addend", "constant"),
+    [
+        ((0, 0), "float", True),
+        ((0, 0), "none", False),
+        ((0, 1), "int32", True),
+        ((0, 1), "one", False),
+        ((1, 0), "one", True),
+        ((1, 0), "int32", False),
+        ((1, 1), "none", True),
+        ((1, 1), "float", False),
+    ],
+)
 def test_gemm_to_float(transposed: tuple[int, int], addend: str, constant: bool) -> None:
     m, k, n = 13, 18, 21
     a, b = ((k, m) if transposed[0] else (m, k)), ((n, k) if transposed[1] else (k, n))
