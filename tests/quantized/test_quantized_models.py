@@ -33,8 +33,10 @@ STATIC: dict[str, dict[str, Any]] = {
 WIDE = {"u16s8"}
 
 
-@pytest.mark.parametrize("name", STATIC)
-@pytest.mark.parametrize("net", ["vision", "text"])
+TEXT = ("u8s8", "s8s8 symmetric", "u16s8", "operators u8s8")
+
+
+@pytest.mark.parametrize(("net", "name"), [*(("vision", name) for name in STATIC), *(("text", name) for name in TEXT)])
 def test_quantized_tensors(net: str, name: str, tmp_path: Path) -> None:
     proto = quantized(net, tmp_path, **STATIC[name])
     inputs = feeds(proto, 0)
