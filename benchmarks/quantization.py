@@ -68,7 +68,7 @@ SINGLE_TOOL_SCHEMES = ("int8", "int8-pow2")
 
 def our_ways() -> tuple[Way, ...]:
     """Every scheme as it comes; of some without any tool, with each tool alone, and with each calibration method."""
-    ways = [Way(scheme, "nestc", "nestc") for scheme in SCHEMES]
+    ways = [Way(scheme, "nestc", "nestc") for scheme in (*SCHEMES, "auto")]
     for scheme in SINGLE_TOOL_SCHEMES:
         ways.append(Way(scheme, "nestc", "nestc plain", (("tools", ()),)))
         ways += [Way(scheme, "nestc", f"nestc {tool}", (("tools", (tool,)),)) for tool in TOOLS]
