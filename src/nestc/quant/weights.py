@@ -15,7 +15,8 @@ SMALLEST_SCALE = np.float32(2.0**-100)
 SHRINK = np.linspace(1.0, 0.4, 25)
 """Fractions of the largest magnitude that the search by squared error tries as threshold."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
+"""Weights that the search rounds at once, few enough to stay in the cache."""
 
 
 def weight_scales(values: Array, format: Format, axis: int, method: str) -> Array:
@@ -56,8 +57,11 @@ def _squared_errors(rows: Array, scale: NDArray[np.float64], format: Format) -> 
     safe = np.where(scale > 0, scale, 1.0).astype(np.float32)[:, None]
     for start in range(0, len(rows), step):
         part, by = rows[start : start + step], safe[start : start + step]
-        rounded = np.clip(np.rint(part / by), format.low, format.high) * by
-        errors[start : start + step] = np.square(rounded - part, dtype=np.float64).sum(axis=1)
+        error = part / by
+        np.clip(np.rint(error, out=error), format.low, format.high, out=error)
+        error *= by
+        error -= part
+        errors[start : start + step] = np.einsum("ij,ij->i", error, error)
     return errors
 
 
