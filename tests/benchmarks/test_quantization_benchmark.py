@@ -61,6 +61,27 @@ def small(tmp_path: Path) -> Path:
     return tmp_path / "small.onnx"
 
 
+def test_batch_norms_as_convolutions_compute_the_same(small: Path, tmp_path: Path) -> None:
+    import peers
+    import quantization
+    from nestc.errors import Error
+    from netbuilder import NetBuilder, save
+
+    random = np.random.default_rng(0)
+    net = NetBuilder("normed")
+    x = net.conv(net.input("x", (1, 3, 6, 6)), 4, 3)
+    parts = [random.uniform(0.5, 2, 4).astype(np.float32) for _ in range(4)]
+    net.output(net.batch_norm(x, *parts, epsilon=1e-3), "y")
+    save(net.model(), tmp_path / "normed.onnx")
+    quantization.unfold(tmp_path / "normed.onnx", tmp_path / "unfolded.onnx")
+    assert [node.op_type for node in onnx.load(str(tmp_path / "unfolded.onnx")).graph.node][:2] == ["Conv", "Conv"]
+    inputs = {"x": random.standard_normal((1, 3, 6, 6), dtype=np.float32)}
+    expected, found = (peers.exact_outputs(tmp_path / name, inputs)[0] for name in ("normed.onnx", "unfolded.onnx"))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(Error, match="no batch normalizations"):
+        quantization.unfold(small, tmp_path / "other.onnx")
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_onnxruntime_quantizes_as_it_is_called(small: Path, tmp_path: Path, symmetric: bool) -> None:
     import peers
