@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -228,6 +229,22 @@ def test_gemm_to_float(transposed: tuple[int, int], addend: str, constant: bool)
     region = quantized_region(feeds, (m, n), [], {}, fixed, attributes)
     exact = real(feeds, attributes)
     np.testing.assert_allclose(lowered(region, feeds, MACHINE, True), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fixed", [("a",), ("a", "b")])
+def test_a_constant_left_operand(fixed: tuple[str, ...]) -> None:
+    feeds = {"a": integers((9, 20), "int8"), "b": integers((20, 18), "uint8"), **parameters(18, "uint8", False)}
+    feeds["za"] = np.array(0, np.int8)
+    region = quantized_region(feeds, (9, 18), [], {}, (*NUMBERS, *fixed))
+    np.testing.assert_allclose(lowered(region, feeds, MACHINE, True), real(feeds), rtol=1e-5, atol=1e-4)
+
+
+def test_weights_of_4_bits() -> None:
+    narrow = (integers((20, 18), "int8") >> 4).astype(ml_dtypes.int4)
+    feeds = {"a": integers((9, 20), "uint8"), "b": narrow, **parameters(18, "int8", True)}
+    feeds["zb"] = np.zeros(18, ml_dtypes.int4)
+    region = quantized_region(feeds, (9, 18), [], {}, (*NUMBERS, "b"))
+    np.testing.assert_allclose(lowered(region, feeds, MACHINE, True), real(feeds), rtol=1e-5, atol=1e-4)
 
 
 def test_batched_scores_of_attention() -> None:
