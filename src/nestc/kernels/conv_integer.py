@@ -411,13 +411,18 @@ class IntegerConvolution:
     def narrow_view(self) -> Buffer | None:
         """The output as (image, block of channels, outer axes, bytes of a row), if it is one QuantizeLinear and every
         block is full: then several pixels are requantized and written together."""
-        name, channels = self.region.outputs[0], self.shape.out_channels
-        if not isinstance(self.tail, Requantize) or self.tail.fold is None:
+        channels = self.shape.out_channels
+        if not isinstance(self.tail, Requantize) or not self.tail.narrows:
             return None
-        if self.layouts[name].block != self.lanes or channels % self.lanes:
+        added = [] if self.tail.residual is None else [self.tail.residual.other]
+        names = [self.region.outputs[0], *added]
+        if any(self.layouts[name].block != self.lanes for name in names) or channels % self.lanes:
             return None
         s = self.shape
-        return self.operands.view(name, (s.batch, channels // self.lanes, *s.out[:-1], s.out[-1] * self.lanes))
+        shape = (s.batch, channels // self.lanes, *s.out[:-1], s.out[-1] * self.lanes)
+        out, *others = (self.operands.view(name, shape) for name in names)
+        self.bytes_added = others[0] if others else None
+        return out
 
     def finish_tile(self, tile: Tile, at: _At) -> None:
         """Store the tile's outputs, neighbouring pixels of a block together where they lie so."""
@@ -437,9 +442,12 @@ class IntegerConvolution:
                     # As many as one vector of bytes holds, and powers of two of what is left.
                     count = min(4, 1 << ((tile.width - done).bit_length() - 1))
                     sums = [load(self.acc, done + j, i, 0, lanes=lanes) for j in range(count)]
-                    value = self.tail.narrow(ix.mul(block, lanes), sums)
-                    column = ix.mul(ix.add(at.start, done), lanes)
-                    k.store(self.bytes_out, (at.n, block, *at.outer, at.row, column), value)
+                    columns = [ix.mul(ix.add(at.start, done + j), lanes) for j in range(count)]
+                    row = (at.n, block, *at.outer, at.row)
+                    added = self.bytes_added
+                    others = [] if added is None else [load(added, *row, column, lanes=lanes) for column in columns]
+                    value = self.tail.narrow(ix.mul(block, lanes), sums, others)
+                    k.store(self.bytes_out, (*row, columns[0]), value)
                     done += count
 
     def finish(self, j: int, i: int, at: _At) -> None:

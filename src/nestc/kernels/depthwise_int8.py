@@ -15,13 +15,12 @@ from nestc.graph.region import Region, TensorType
 from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered, to_layout
 from nestc.kernels.conv_shape import ConvShape, Tile, conv_shape, cut_row
 from nestc.kernels.operands import Operands
-from nestc.kernels.packing import PackedRows
 from nestc.kernels.quantized import Quantized, QuantizedAnchor, quantized_anchor
 from nestc.kernels.requantize import Requantize
 from nestc.kernels.tail import tail_refusal
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, constant, load, within
-from nestc.tensor.ir import Cast, Const, Dot, Expr, Load, Shuffle, Var
+from nestc.tensor.ir import Buffer, Cast, Const, Dot, Expr, Load, Shuffle, Var
 from nestc.tensor.vectorize import vectorize
 
 BYTES = ("int8", "uint8")
@@ -150,8 +149,9 @@ class _Depthwise:
         self.start = self.operands.buffer(f"{self.w.name}.start")
         self.input = self.operands.buffer(self.x.name)
         self.tail = Requantize(self.operands, self.region, self.op, scale, 1, real)
-        self.rows_out = PackedRows(self.tail, self.operands, lanes) if PackedRows.fits(self.tail, lanes) else None
-        (self.rows_out or self.tail).declare()
+        self.bytes_out, self.bytes_in = self.narrow_views()
+        if self.bytes_out is None:
+            self.tail.declare()
         tiles = cut_row(s.out[1], self.width, self.columns, s.strides[1], s.dilations[1], 0, self.widest)
         self.acc = k.regs("acc", (max(t.width for t in tiles),), lanes, "int32")
         self.wreg = k.regs("w", (min(self.columns, _UNROLLED_TAPS),), 2 * lanes, "int16")
@@ -270,14 +270,39 @@ class _Depthwise:
         for p in range(self.pairs):
             self.row(tile, (block, parity, ix.const(p)), (remainder, ix.add(pair, p)), start)
         outer = (row,) if self.rank == 2 else ()
-        if self.rows_out is not None:
-            self.rows_out.emit(k, (n, block, *outer), start, self.acc, tile.width)
+        if self.bytes_out is not None:
+            self.finish_row(tile, self.bytes_out, (n, block, *outer), start)
             return
         for j in range(tile.width):
             lane = Var(f"lane{j}", lanes)
             index = (n, ix.add(ix.mul(block, lanes), lane), *outer, ix.add(start, j))
             value = Load(self.acc, (ix.const(j), lane))
             k.emit(vectorize(self.tail.stores(index, value), lane, ix.const(0), lanes))
+
+    def narrow_views(self) -> tuple[Buffer | None, Buffer | None]:
+        """The output as (image, block of channels, outer axis, bytes of a row), if the tail ends in one quantization
+        and every block is full; and the map that the tail adds, in the same way."""
+        s, lanes = self.shape, self.lanes
+        other = None if self.tail.residual is None else self.tail.residual.other
+        names = [self.region.outputs[0], *([] if other is None else [other])]
+        if not self.tail.narrows or s.out_channels % lanes:
+            return None, None
+        if any(self.operands.layout(name).block != lanes for name in names):
+            return None, None
+        rows = s.out[:-1] if self.rank == 2 else ()
+        shape = (s.batch, s.out_channels // lanes, *rows, s.out[-1] * lanes)
+        views = [self.operands.view(name, shape) for name in names]
+        return views[0], None if other is None else views[1]
+
+    def finish_row(self, tile: Tile, out: Buffer, row: tuple[Expr, ...], start: Expr) -> None:
+        """Store a tile, four neighbouring pixels together; the last ones may be stored twice."""
+        k, lanes = self.builder, self.lanes
+        step = next(count for count in (4, 2, 1) if count <= tile.width)
+        for done in dict.fromkeys([*range(0, tile.width - step + 1, step), tile.width - step]):
+            places = [ix.mul(ix.add(start, done + j), lanes) for j in range(step)]
+            sums = [load(self.acc, done + j, 0, lanes=lanes) for j in range(step)]
+            others = [] if self.bytes_in is None else [load(self.bytes_in, *row, at, lanes=lanes) for at in places]
+            k.store(out, (*row, places[0]), self.tail.narrow(ix.mul(row[1], lanes), sums, others))
 
     def row(self, tile: Tile, taps: tuple[Expr, ...], staged: tuple[Expr, Expr], start: Expr) -> None:
         """One pair of kernel rows: each staged column is loaded once and multiplied into every output it reaches."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial, reduce
 
 import numpy as np
 
@@ -11,22 +11,13 @@ from nestc.graph.region import Op, Region, TensorType
 from nestc.kernels.elementwise import integer_range
 from nestc.kernels.operands import Index, Operands
 from nestc.kernels.tail import Tail, after
+from nestc.kernels.tail_fold import Fold, fold_of, one_scale, residual_of
 from nestc.tensor import index as ix
-from nestc.tensor.build import constant, splat
-from nestc.tensor.ir import Binary, Buffer, Cast, Expr, Load, Shuffle, Stmt, Unary
+from nestc.tensor.build import constant, splat, within
+from nestc.tensor.ir import Binary, Cast, Const, Expr, Fma, Load, Shuffle, Stmt, Unary
+from nestc.tensor.rewrite import binary
 
 _PADDING = 256  # channels behind the last one that a ragged tile of the widest machine may read
-_BYTES = frozenset({"int8", "uint8"})
-
-
-@dataclass(frozen=True)
-class _Fold:
-    """A tail of Relu and Clip that ends in QuantizeLinear: q = clamp(rint(v / scale), low, high) + zero."""
-
-    scale: float
-    low: float
-    high: float
-    zero: float
 
 
 class Requantize:
@@ -35,8 +26,9 @@ class Requantize:
     The anchor's real value is ``acc * scale[c] + bias[c]``, where c is the index along `channel_axis` (or nothing is
     indexed: a `scale` of one element holds everywhere). Where only Relu and Clip stand before a QuantizeLinear, scale
     and clamps are folded into it: ``q = clamp(rint(acc * (scale / q_scale)))``, which rounds once where the literal
-    definition rounds twice, so that an exact tie may fall to the other side. Any other tail is computed in float32
-    registers, where QuantizeLinear and DequantizeLinear with one scale multiply by a reciprocal.
+    definition rounds twice, so that an exact tie may fall to the other side. A sum with another 8-bit map is folded in
+    the same way (`tail_fold.Residual`). Any other tail is computed in float32 registers, where QuantizeLinear and
+    DequantizeLinear with one scale multiply by a reciprocal.
 
     All numbers come from constant parameters, so that layers of one shape share a kernel.
     """
@@ -55,22 +47,32 @@ class Requantize:
         self.anchor = anchor
         self.axis = channel_axis
         self.tail = _Tail(operands, anchor)
-        self.fold = _fold(region, anchor)
+        self.fold = fold_of(region, anchor)
+        self.residual = None if self.fold is not None else residual_of(region, anchor)
+        first = self.fold if self.residual is None else self.residual.first or self.residual.last
         # In float32, as ONNX Runtime divides: with the same factor the same sums round to the same integers.
-        divisor = np.float32(1.0 if self.fold is None else self.fold.scale)
+        divisor = np.float32(1.0 if first is None else first.scale)
         self.multiplier = self._constant("multiplier", np.asarray(scale, np.float32) / divisor)
         self.bias = None if bias is None else self._constant("offset", np.asarray(bias, np.float32) / divisor)
         self.output = operands.region.outputs[0]
-        if self.fold is not None:
-            clamps = np.array([self.fold.low, self.fold.high, self.fold.zero], np.float32)
-            self.clamps = self._define("clamps", clamps)
-            self.limits = self._limits(self.fold)
+        if self.residual is not None:
+            self._prepare_sum()
+        last = self.fold if self.residual is None else self.residual.last
+        if last is not None:
+            self._prepare_bytes(last)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether `narrow` may be called: everything after the sum ends in one quantization to 8 bits."""
+        return self.fold is not None or self.residual is not None
 
     def declare(self) -> None:
         """Declare constants and outputs as parameters now, so that their order does not depend on the loops."""
-        for name in (self.multiplier, self.bias, self.clamps if self.fold is not None else None):
-            if name is not None:
-                self.operands.buffer(name)
+        named = [self.multiplier, *([] if self.bias is None else [self.bias])]
+        if self.narrows:
+            named += [self.clamps, self.zero, self.range, *([] if self.residual is None else [self.sum])]
+        for name in named:
+            self.operands.buffer(name)
         self.tail.declare()
 
     def stores(self, index: Index, acc: Expr, mask: Expr | None = None) -> tuple[Stmt, ...]:
@@ -78,58 +80,92 @@ class Requantize:
         value: Expr = Binary("mul", Cast(acc, "float32"), self._channel(self.multiplier, index))
         if self.bias is not None:
             value = Binary("add", value, self._channel(self.bias, index))
-        if self.fold is None:
+        if not self.narrows:
             return self.tail.stores(index, value, mask)
-        low, high, zero = (Load(self.operands.buffer(self.clamps), (ix.const(i),)) for i in range(3))
-        name = self.region.outputs[0]
-        rounded = Unary("rint", Binary("min", Binary("max", value, low), high))
-        q = Cast(Binary("add", rounded, zero), self.region.types[name].dtype)
-        return self.operands.stores(name, index, q, mask)
+        other = None
+        if self.residual is not None:
+            shape = self.region.types[self.output].shape
+            valid = reduce(partial(binary, "and"), map(within, index, shape), mask or Const(True, "bool"))
+            other = self.operands.load(self.residual.other, index, valid)
+        return self.operands.stores(self.output, index, self._saturated(self._rounded(value, other)), mask)
 
-    def narrow(self, channel: Expr, sums: Sequence[Expr]) -> Expr:
+    def narrow(self, channel: Expr, sums: Sequence[Expr], others: Sequence[Expr] = ()) -> Expr:
         """The bytes of some pixels, one after another, as one vector: `sums` are int32 vectors, each of one pixel and
-        the channels from `channel` on. Only where `fold` is not None.
+        the channels from `channel` on. Only where `narrows`; `others` are the same places of ``residual.other``.
 
         Written so that saturating to bytes is the clamp of QuantizeLinear, which machines do while they pack.
         """
-        assert self.fold is not None
-        parts = [self._rounded(channel, each) for each in sums]
+        assert self.narrows
+        given = others or [None] * len(sums)
+        parts = [self._rounded(self._scaled(channel, x), other) for x, other in zip(sums, given, strict=True)]
         while len(parts) > 1:
             both = range(2 * parts[0].lanes)
             parts = [Shuffle(a, b, tuple(both)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        dtype = self.region.types[self.output].dtype
-        low, high = (constant(bound, "int32", parts[0].lanes) for bound in integer_range(dtype))
-        return Cast(Binary("min", Binary("max", parts[0], low), high), dtype)
+        return self._saturated(parts[0])
 
-    def _rounded(self, channel: Expr, total: Expr) -> Expr:
-        """Quotients of one pixel, rounded, with the zero point: int32, not yet limited to the output's range."""
+    def _scaled(self, channel: Expr, total: Expr) -> Expr:
+        """The sums of one pixel times their scales, with the bias."""
         lanes = total.lanes
-        multiplier, clamps = (self.operands.buffer(name) for name in (self.multiplier, self.clamps))
         along = ix.const(0) if self.axis is None else channel
 
-        def channels(buffer: Buffer) -> Expr:
-            return splat(Load(buffer, (along,), 1 if self.axis is None else lanes), lanes)
+        def channels(name: str) -> Expr:
+            return splat(Load(self.operands.buffer(name), (along,), 1 if self.axis is None else lanes), lanes)
 
-        value: Expr = Binary("mul", Cast(total, "float32"), channels(multiplier))
-        if self.bias is not None:
-            value = Binary("add", value, channels(self.operands.buffer(self.bias)))
-        for needed, op, place in zip(self.limits, ("max", "min"), (0, 1), strict=True):
-            if needed:
-                value = Binary(op, value, splat(Load(clamps, (ix.const(place),)), lanes))
-        zero = splat(Load(self.operands.buffer(self.zero), (ix.const(0),)), lanes)
-        return Binary("add", Cast(Unary("rint", value), "int32"), zero)
+        value: Expr = Binary("mul", Cast(total, "float32"), channels(self.multiplier))
+        return value if self.bias is None else Binary("add", value, channels(self.bias))
 
-    def _limits(self, fold: _Fold) -> tuple[bool, bool]:
-        """Whether quotients have to be clamped below and above before they are rounded to int32: where the bound is
-        not the output's own, or a quotient may not fit."""
-        self.zero = f"{self.anchor.outputs[0]}.zero"
-        self.operands.define(self.zero, TensorType("int32", (1,)))
-        self.operands.constants[self.zero] = np.array([fold.zero], np.int32)
+    def _rounded(self, value: Expr, other: Expr | None) -> Expr:
+        """Quotients, rounded, with the zero point: int32, not yet limited to the output's range."""
+        lanes = value.lanes
+        if other is not None:
+            assert self.residual is not None
+            low, high, a, b, c = (self._number(self.sum, i, lanes) for i in range(5))
+            moved = Fma(Cast(Cast(other, "int32"), "float32"), b, c)
+            if self.residual.first is None:
+                value = Binary("add", value, moved)
+            else:
+                value = Fma(Unary("rint", Binary("min", Binary("max", value, low), high)), a, moved)
+        if not self.fits:
+            low, high = (self._number(self.clamps, i, lanes) for i in range(2))
+            value = Binary("min", Binary("max", value, low), high)
+        return Binary("add", Cast(Unary("rint", value), "int32"), self._number(self.zero, 0, lanes))
+
+    def _saturated(self, value: Expr) -> Expr:
+        """int32 as bytes, limited to what the clamps leave of the output's range."""
+        dtype = self.region.types[self.output].dtype
+        low, high = (constant(bound, "int32", value.lanes) for bound in integer_range(dtype))
+        result: Expr = Cast(Binary("min", Binary("max", value, low), high), dtype)
+        if not self.limited:
+            return result
+        low, high = (self._number(self.range, i, value.lanes) for i in range(2))
+        return Binary("min", Binary("max", result, low), high)
+
+    def _number(self, name: str, place: int, lanes: int) -> Expr:
+        return splat(Load(self.operands.buffer(name), (ix.const(place),)), lanes)
+
+    def _prepare_sum(self) -> None:
+        """The numbers of a residual: what its first quantization is limited to, and the coefficients of the sum."""
+        assert self.residual is not None
+        first = self.residual.first
+        limits = (0.0, 0.0) if first is None else (first.low, first.high)
+        self.sum = self._define("sum", np.array([*limits, *self.residual.numbers], np.float32))
+
+    def _prepare_bytes(self, last: Fold) -> None:
+        """The numbers of the last quantization; whether its quotients fit int32 before they are limited, and whether it
+        is limited further than to the output's own range."""
         numbers = self.operands.constants
+        output = self.region.types[self.output].dtype
+        self.clamps = self._define("clamps", np.array([last.low, last.high], np.float32))
+        self.zero = self._define("zero", np.array([last.zero], np.int32))
+        bounds = np.array([last.low + last.zero, last.high + last.zero])
+        self.range = self._define("range", bounds.astype(output))
         fits = np.abs(numbers[self.multiplier]).max() <= 0.25
         fits = fits and (self.bias is None or bool(np.abs(numbers[self.bias]).max() < 1 << 28))
-        bottom, top = integer_range(self.region.types[self.output].dtype)
-        return (not fits or fold.low > bottom - fold.zero), (not fits or fold.high < top - fold.zero)
+        if self.residual is not None:
+            a, b, c = np.abs(self.residual.numbers)
+            fits = (fits or self.residual.first is not None) and bool(256 * (a + b) + c < 1 << 27)
+        self.fits = bool(fits)
+        self.limited = self.fits and tuple(bounds) != integer_range(output)
 
     def _constant(self, label: str, values: np.ndarray) -> str:
         """A vector over channels, padded so that whole vectors may be read, or one number."""
@@ -143,7 +179,7 @@ class Requantize:
 
     def _define(self, label: str, array: np.ndarray) -> str:
         name = f"{self.anchor.outputs[0]}.{label}"
-        self.operands.define(name, TensorType("float32", array.shape))
+        self.operands.define(name, TensorType(str(array.dtype), array.shape))
         self.operands.constants[name] = array
         return name
 
@@ -158,7 +194,7 @@ class _Tail(Tail):
         super().__init__(operands, anchor)
         self.numbers: dict[str, str] = {}
         for op in after(operands.region, anchor):
-            known = _one_scale(op, operands.region)
+            known = one_scale(op, operands.region)
             if known is None:
                 continue
             scale, zero = known
@@ -181,62 +217,3 @@ class _Tail(Tail):
             return Binary("mul", Binary("sub", Cast(value, "float32"), zero), factor)
         limited = Binary("min", Binary("max", Binary("mul", value, factor), low), high)
         return Cast(Binary("add", Unary("rint", limited), zero), self.region.types[op.outputs[0]].dtype)
-
-
-def _one_scale(op: Op, region: Region) -> tuple[float, int] | None:
-    """Scale and zero point of a QuantizeLinear or DequantizeLinear between float32 and 8 bits, if constant and one."""
-    if op.op_type not in ("QuantizeLinear", "DequantizeLinear") or op.domain:
-        return None
-    wide, narrow = op.inputs[0], op.outputs[0]
-    if op.op_type == "DequantizeLinear":
-        wide, narrow = narrow, wide
-    if region.types[wide].dtype != "float32" or region.types[narrow].dtype not in _BYTES:
-        return None
-    scale, zero = region.constant(op.inputs[1]), region.constant(op.input(2))
-    if scale is None or scale.size != 1 or (op.input(2) and zero is None):
-        return None
-    return float(scale.reshape(-1)[0]), 0 if zero is None else int(zero.reshape(-1)[0])
-
-
-def _fold(region: Region, anchor: Op) -> _Fold | None:
-    """The tail as one quantization, if it is Relu and Clip with constant bounds, then QuantizeLinear of one scale."""
-    chain = after(region, anchor)
-    if not chain or chain[-1].op_type != "QuantizeLinear" or region.outputs != chain[-1].outputs[:1]:
-        return None
-    known = _one_scale(chain[-1], region)
-    if known is None:
-        return None
-    scale, zero = known
-    bottom, top = integer_range(region.types[chain[-1].outputs[0]].dtype)
-    low, high = float(bottom - zero), float(top - zero)
-    value = anchor.outputs[0]
-    for op in chain:
-        if op.inputs[0] != value:
-            return None
-        value = op.outputs[0]
-        if op is chain[-1]:
-            break
-        bounds = _bounds(op, region)
-        if bounds is None:
-            return None
-        # Rounding is monotone, so a clamp before it is a clamp to the rounded bounds after it.
-        below, above = (float(np.rint(np.float32(b) / np.float32(scale))) for b in bounds)
-        low, high = min(max(low, below), above), min(max(high, below), above)
-    return _Fold(scale, low, high, float(zero))
-
-
-def _bounds(op: Op, region: Region) -> tuple[float, float] | None:
-    """Lower and upper bound that the operator clamps to; None if it does anything else."""
-    if op.domain:
-        return None
-    if op.op_type == "Relu":
-        return 0.0, np.inf
-    if op.op_type != "Clip":
-        return None
-    found: list[float] = []
-    for position, missing in ((1, -np.inf), (2, np.inf)):
-        bound = region.constant(op.input(position))
-        if op.input(position) and (bound is None or bound.size != 1):
-            return None
-        found.append(float(missing) if bound is None else float(bound.reshape(-1)[0]))
-    return found[0], found[1]
