@@ -1,0 +1,64 @@
+"""The benchmark of the search: trials are counted on a table of ways that are quantized and run once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+import nestc
+from nestc.quant.sample import SPACE, Trial
+from nestc.quant.score import Score
+
+
+def table() -> dict[tuple[str, ...], Trial]:
+    made: dict[tuple[str, ...], Trial] = {}
+    for number, values in enumerate(itertools.product(*SPACE.values())):
+        choice = dict(zip(SPACE, values, strict=True))
+        made[values] = Trial(choice, Score(10, 1.0 - abs(number - 30) / 100, 1.0, 20.0))
+    return made
+
+
+def test_trials_are_counted_to_the_best_and_to_the_best_twentieth() -> None:
+    import quantization_search
+
+    ways = table()
+    best, near = quantization_search.search(ways, "grid", 0)
+    assert (best, near) == (31, 30)
+    for sampler in ("random", "optuna"):
+        best, near = quantization_search.search(ways, sampler, 1)
+        assert 1 <= near <= best <= len(ways) == 72
+
+
+def test_rows_and_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import quantization_search
+
+    monkeypatch.setattr(quantization_search, "tabulate", lambda name, options, tell: table())
+    assert quantization_search.main(["--seeds", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["sampler"] for row in found["rows"]] == ["optuna", "random", "grid"]
+    assert found["rows"][2]["to_best"] == {"mean": 31.0, "median": 31.0, "worst": 31.0}
+    assert found["models"][0]["best"]["loss"] == 0.0 and "date" in found["context"]
+    assert quantization_search.main(["--seeds", "1"]) == 0
+    assert "demo: 72 ways, 10 samples each" in capsys.readouterr().out
+
+
+def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    import quantization_search
+
+    assert quantization_search.main(["--models", "efficientnet_lite0"]) == 2
+    assert "needs --data DIR" in capsys.readouterr().err
+    assert quantization_search.main(["--limit", "100"]) == 2
+    assert "must leave more" in capsys.readouterr().err
+
+
+def test_the_demo_is_split() -> None:
+    import quantization_search
+
+    class Options:
+        limit = 250
+
+    model, calibration, judged, labels = quantization_search.load("demo", Options())
+    assert isinstance(model, nestc.Model) and len(list(calibration)) == 1
+    assert [len(batch["image"]) for batch in judged] == [100, 50] and len(labels) == 150
