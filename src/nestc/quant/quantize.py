@@ -12,6 +12,7 @@ from nestc.quant.derive import derive
 from nestc.quant.prepare import prepare
 from nestc.quant.profile import Profile
 from nestc.quant.run import Batch, Compiler, Progress
+from nestc.quant.saturate import drop_saturated
 from nestc.quant.scheme import Scheme
 from nestc.quant.tools import Context, Stage, Tool
 
@@ -56,6 +57,8 @@ def quantize(
     context.parameters = derive(prepared, profile, context.assignment)
     profile = _run("weights", tools, prepared, profile, context)
     context.quantized = apply(prepared, context.assignment, context.parameters)
+    # Equalization gives every channel a bound of its own; most of them are wider than what the integers hold.
+    drop_saturated(context.quantized)
     _run("after", tools, prepared, profile, context)
     context.quantized.notes.extend(context.notes)
     return context.quantized

@@ -51,7 +51,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool of a name that users give, and the moment at which it runs.
+    """A tool of a name that users give, and the moment at which it runs; ``data``: whether it needs calibration data.
 
     ``run(prepared, profile, context)`` by stage:
 
@@ -66,3 +66,4 @@ class Tool:
     name: str
     stage: Stage
     run: Callable[[Model, Profile, Context], Profile]
+    data: bool = False
