@@ -198,6 +198,24 @@ def test_float_operands_are_limited_before_they_are_rounded():
     np.testing.assert_array_equal(found, values["q"])
 
 
+@pytest.mark.parametrize("scale", [0.0187, 0.25, 2.0**-20])
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_quantization_alone_divides(scale, dtype):
+    """As ONNX says, also next to ties, where a reciprocal would differ."""
+    rng = np.random.default_rng(0)
+    halves = (rng.integers(-600, 600, 500) + 0.5) * np.float32(scale)
+    far = [np.inf, -np.inf, 1e30, -1e30, 3e9, 0.0, -0.0, 1e-30]
+    x = f32([[*halves, *far, *rng.normal(scale=50 * scale, size=4001)]])
+    node = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])
+    values = {"x": x, "s": f32(scale), "z": np.array(-100 if dtype == "int8" else 100, dtype)}
+    values |= by_onnxruntime([node], values)
+    region = region_of([node], values, ["q"], ["s", "z"])
+    family, _ = choose(region)
+    for jit in (True, False):
+        found = run_lowered(region, family.lower(region, HOST, {}), values, HOST, jit=jit)["q"]
+        np.testing.assert_array_equal(found, values["q"])
+
+
 def test_whole_vectors_of_bytes():
     """Four vectors of int32 are narrowed at once; nothing is divided."""
     target = machine("avx2")

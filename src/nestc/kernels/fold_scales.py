@@ -13,7 +13,7 @@ from math import inf
 import numpy as np
 
 from nestc.kernels.elementwise import integer_range
-from nestc.tensor.ir import Binary, Cast, Const, Expr, Fma, Load, Select, Unary
+from nestc.tensor.ir import Binary, Cast, Const, Expr, Fma, Load, Unary
 from nestc.tensor.rewrite import rebuild
 
 _BYTES = ("int8", "uint8")
@@ -21,17 +21,16 @@ _SAFE = float(1 << 30)
 """Values up to here may be rounded to int32 and moved by a zero point."""
 
 
-def folded(e: Expr) -> Expr:
-    """`e` (scalar lanes) with every quantization to 8 bits in it folded; anything else is left as it is."""
-    found = _quantization(e)
-    if found is not None:
-        return found
-    if isinstance(e, Select):  # the channel padding of blocked layouts
-        return Select(e.cond, folded(e.a), folded(e.b))
-    return e
+def folded(e: Expr, exact: bool = False) -> Expr:
+    """`e` (scalar lanes) as a folded quantization to 8 bits; anything else is left as it is.
+
+    With `exact` the quotient is what the definition says, and only how it becomes a byte changes.
+    """
+    found = _quantization(e, exact)
+    return e if found is None else found
 
 
-def _quantization(e: Expr) -> Expr | None:
+def _quantization(e: Expr, exact: bool) -> Expr | None:
     """The pattern of `elementwise.quantize` with constant scale and zero point, folded."""
     if not isinstance(e, Cast) or e.dtype not in _BYTES or e.x.dtype != "float32":
         return None
@@ -51,12 +50,15 @@ def _quantization(e: Expr) -> Expr | None:
     scale = _number(y.x.b)
     if scale is None or not scale > 0:
         return None
-    value, least, most = _unclamped(scaled(y.x.a, 1.0 / scale), low - zero, high - zero)
+    if exact:
+        value, least, most = _quotient(y.x, scale), low - zero, high - zero
+    else:
+        value, least, most = _unclamped(scaled(y.x.a, 1.0 / scale), low - zero, high - zero)
     lowest, highest = interval(value)
+    if lowest < -_SAFE:  # NaN as well becomes the lowest
+        value = Binary("max", value, Const(-_SAFE, "float32"))
     if highest > _SAFE:
         value = Binary("min", value, Const(_SAFE, "float32"))
-    if lowest < -_SAFE:
-        value = Binary("max", value, Const(-_SAFE, "float32"))
     whole = isinstance(value, Cast) and value.x.dtype == "int32"  # equal scales: nothing to round
     rounded: Expr = value.x if isinstance(value, Cast) and whole else Cast(Unary("rint", value), "int32")
     if zero:
@@ -68,6 +70,12 @@ def _quantization(e: Expr) -> Expr | None:
     if most + zero < high:
         result = Binary("min", result, Const(most + zero, e.dtype))
     return result
+
+
+def _quotient(e: Binary, scale: float) -> Expr:
+    """A division by a constant; by a power of two it is a multiplication."""
+    exact = np.frexp(scale)[0] == 0.5 and 2.0**-100 < scale < 2.0**100
+    return Binary("mul", e.a, Const(1.0 / scale, "float32")) if exact else e
 
 
 def _unclamped(value: Expr, low: int, high: int) -> tuple[Expr, int, int]:

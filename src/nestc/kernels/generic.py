@@ -160,7 +160,8 @@ class _Lowering:
         self.temporaries: dict[str, TensorType] = {}
         self.cycles: float | None = None  # a number: only estimate, see `estimated`
         # QuantizeLinear alone divides, as its definition says.
-        self.folds = len(self.region.ops) > 1 and any(op.op_type == "QuantizeLinear" for op in self.region.ops)
+        self.folds = any(op.op_type == "QuantizeLinear" for op in self.region.ops)
+        self.exact = len(self.region.ops) == 1
 
     def estimated(self) -> float:
         """Rough cycles of the region in these layouts; kernels written by hand know plain values only."""
@@ -296,7 +297,7 @@ class _Lowering:
                 result = holder if compute.finish is None else compute.finish
             result = params.resolve(substitute(result, names), valid)
             if self.folds:
-                result = folded(result)
+                result = folded(result, self.exact)
             if valid is not None:
                 result = rewrite.select(valid, result, constant(0, result.dtype))
             place, _ = params.position(value.name, [ix.add(i, o) for i, o in zip(logical, offset)])

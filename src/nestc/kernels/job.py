@@ -156,11 +156,11 @@ def vector_lanes(job: Job, machine: CpuMachine) -> int:
 
 
 def byte_lanes(job: Job, extent: int, machine: CpuMachine) -> int:
-    """Lanes of bytes where a job only reads and writes bytes and computes little in between, so that whole vectors are
-    read, widened, narrowed and written; 0 where that is not so, or where `extent` has no room for such a vector."""
+    """Lanes of bytes where a job reads bytes or float32, computes little and writes bytes, so that whole vectors are
+    narrowed and written; 0 where that is not so, or where `extent` has no room for such a vector."""
     read = [n for e in job.expressions() for n in nodes(e) if isinstance(n, Load) and n.index]
     lanes = machine.lanes("uint8")
-    if any(n.dtype not in BYTES for n in read) or any(s.buffer.dtype not in BYTES for s in job.stores):
+    if any(n.dtype not in (*BYTES, "float32") for n in read) or any(s.buffer.dtype not in BYTES for s in job.stores):
         return 0
     return lanes if not job.reduce and extent >= lanes and job.cost <= _BYTE_COST else 0
 
