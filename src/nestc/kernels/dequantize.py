@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from nestc.graph.region import Op, Region, TensorType
 from nestc.kernels.api import PLAIN, CpuMachine, Family, Launch, Layout, Lowered, physical_shape
 from nestc.kernels.generic import Generic
-from nestc.kernels.quantized import float_region, prologue
+from nestc.kernels.quantized import float_region, prologue, readable
 
 Choose = Callable[[Region], "tuple[Family | None, Mapping[str, str]]"]
 
@@ -26,8 +26,8 @@ class DequantizeFamily:
         if not before:
             return "its operands need not be widened"
         for op in before:
-            if op.inputs[0] in region.constants and not self._readable(op, region):
-                return f"the parameters of {op.op_type} (node {op.name!r}) are not constant"
+            if op.inputs[0] in region.constants and not readable(op, region):
+                return f"the constant operand of {op.op_type} (node {op.name!r}) is not known in float32"
             refusal = Generic().refusal(_single(op, region))
             if refusal is not None:
                 return refusal
@@ -72,10 +72,6 @@ class DequantizeFamily:
         family = self.choose(inner)[0]
         assert family is not None
         return family
-
-    def _readable(self, op: Op, region: Region) -> bool:
-        """Whether a constant can be widened when compiling."""
-        return op.op_type == "Cast" or all(name in region.constants for name in op.inputs[1:] if name)
 
 
 def _narrow(region: Region) -> dict[str, str]:

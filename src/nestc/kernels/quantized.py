@@ -130,6 +130,12 @@ def float_region(region: Region) -> Region:
     )
 
 
+def readable(op: Op, region: Region) -> bool:
+    """Whether a prologue operator on a constant can be computed when compiling: its parameters are constant too, and
+    it gives float32."""
+    return op.op_type == "Cast" or _dequantized(op, region) is not None
+
+
 def _widened(op: Op, region: Region) -> Callable[[], np.ndarray]:
     """Reader of a constant that the prologue widens."""
 
