@@ -262,10 +262,14 @@ def test_no_sum_can_saturate(seed: int, columns: int, depth: int, count: int, bi
     np.testing.assert_array_equal(total, units)
 
 
+@pytest.mark.parametrize("way", [(0, 0), (1, 1), (2, 2)])
 @pytest.mark.parametrize("name", ["1x1", "3x3", "first layer"])
-def test_machine_code_does_what_the_interpreter_does(name: str) -> None:
+def test_machine_code_does_what_the_interpreter_does(
+    name: str, way: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv_pack, "WAYS", {way: 1.0})
     x, w, attributes = LAYERS[name]
-    x = (1, min(x[1], 10), 6, 7)
+    x = (1, min(x[1], 6), 4, 5)
     w = (9, x[1], *w[2:])
     check(*quantized_case(1, x, w, **attributes), "yq", jit=False)
 
@@ -301,11 +305,11 @@ def test_what_is_for_others() -> None:
     assert "are not constant" in str(CONV_INT8.refusal(region))
 
 
-def hot_loops(name: str, arch: str) -> list[str]:
+def hot_loops(name: str, arch: str, bits: int = 8) -> list[str]:
     """The assembly of a layer for a machine: the basic blocks that add products, up to the jump at their end."""
     x, w, attributes = LAYERS[name]
     target = machine(arch)
-    nodes, feeds, values = quantized_case(0, x, w, **attributes)
+    nodes, feeds, values = quantized_case(0, x, w, bits=bits, **attributes)
     region = region_of(nodes, {**feeds, **values}, ["yq"], [n for n in feeds if n != "xq"], "Conv")
     layouts = dict(CONV_INT8.layouts(region, target, dict.fromkeys(region.inputs, PLAIN)))
     blocks: list[str] = []
@@ -332,6 +336,16 @@ def test_dots_without_spills(name: str, arch: str, instruction: str) -> None:
     for loop in loops:
         assert not re.search(r"\tvmovdq[au]\S*\t(%[yz]mm\d+, -?\d*\(%rsp\)|-?\d*\(%rsp\), %[yz]mm\d+)", loop)
         assert not re.search(r"\t(ld|st)[rpu]+\tq\d+,.*\[sp", loop)
+
+
+@pytest.mark.parametrize(("arch", "register"), [("avx2", "ymm"), ("avx512", "zmm")])
+@pytest.mark.parametrize("name", ["1x1", "3x3"])
+def test_small_weights_multiply_as_bytes(name: str, arch: str, register: str) -> None:
+    loops = [loop for loop in hot_loops(name, arch, bits=5) if "vpmaddubsw" in loop]
+    assert loops
+    for loop in loops:
+        assert re.search(rf"\tvpmaddubsw\t.*%{register}", loop) and re.search(rf"\tvpaddw\t.*%{register}", loop)
+        assert len(re.findall(r"\(%rsp\)", loop)) <= 2
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([16, 32]))

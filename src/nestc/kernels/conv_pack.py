@@ -21,7 +21,7 @@ from nestc.tensor.ir import DOT_GROUPS
 _BOUND = 128  # of the positive, and of the negative, weights of one 16-bit sum: 255 * 128 = 32640
 # Ways of multiplying, as (`PairSum` added in 16 bits, vectors of outputs of a tile; 0 is as many as fit), with the time
 # of four channels and one accumulator, relative to the second: 3x3 layers of ResNet-50 on one core of a Zen 3.
-WAYS = {(0, 0): 1.25, (1, 1): 1.0, (1, 2): 0.96, (2, 1): 0.85, (2, 2): 0.81}
+WAYS = {(0, 0): 1.22, (1, 1): 1.0, (1, 2): 0.97, (2, 1): 0.87, (2, 2): 0.8}
 _EXTRA = 1.1  # of an extra unit
 
 

@@ -53,7 +53,8 @@ def _is_view(region: Region) -> bool:
 
 
 class CpuTarget:
-    """Generated machine code for CPUs. Options: ``arch`` (`native`, `avx512`, `avx2`, `sse2`, `neon`)."""
+    """Generated machine code for CPUs. Option: ``arch`` (`native`, `avx512_vnni`, `avx512`, `avx2`, `sse2`, `neon`,
+    `neon_dotprod`)."""
 
     name = "cpu"
 
