@@ -107,6 +107,36 @@ def text() -> onnx.ModelProto:
     return net.model({"x": (1, 12, 32)}, "y", (1, 12, 32))
 
 
+def exported() -> onnx.ModelProto:
+    """As PyTorch exports training with quantization: weights are floats that the graph quantizes, biases are floats."""
+    net = Net(3, 17)
+
+    def activation(x: str, scale: float, zero: int) -> str:
+        parameters = [net.constant(f"{x}_s", np.float32(scale)), net.constant(f"{x}_z", np.int8(zero))]
+        q = net.op("QuantizeLinear", [x, *parameters], f"{x}_q")
+        return net.op("DequantizeLinear", [q, *parameters], f"{x}_d")
+
+    def weight(name: str, *shape: int) -> str:
+        values = (net.random.standard_normal(shape) * 0.3).astype(np.float32)
+        scales = np.abs(values).max(axis=tuple(range(1, len(shape)))) / np.float32(127)
+        parameters = [net.constant(f"{name}_s", scales), net.constant(f"{name}_z", np.zeros(shape[0], np.int8))]
+        q = net.op("QuantizeLinear", [net.constant(name, values), *parameters], f"{name}_q", axis=0)
+        return net.op("DequantizeLinear", [q, *parameters], f"{name}_d", axis=0)
+
+    x = activation("x", 0.03, 3)
+    inputs = [x, weight("w1", 8, 3, 3, 3), net.weight("b1", 8, spread=0.1)]
+    x = activation(net.op("Relu", [net.op("Conv", inputs, "c1", pads=[1] * 4)], "r1"), 0.05, -128)
+    x = net.op("MaxPool", [x], "p1", kernel_shape=[2, 2], strides=[2, 2])
+    inputs = [x, weight("w2", 8, 8, 1, 1), net.weight("b2", 8, spread=0.1)]
+    y = activation(net.op("Conv", inputs, "c2"), 0.08, 10)
+    x = activation(net.op("Relu", [net.op("Add", [x, y], "a1")], "r2"), 0.07, -128)
+    x = activation(net.op("ReduceMean", [x], "m1", axes=[2, 3], keepdims=0), 0.023, -128)
+    turned = net.op("Transpose", [weight("w3", 10, 8)], "w3_t", perm=[1, 0])
+    x = net.op("MatMul", [x, turned], "f1")
+    net.op("Add", [x, net.weight("b3", 10, spread=0.1)], "y")
+    return net.model({"x": (1, 3, 8, 8)}, "y", (1, 10))
+
+
 NETS = {"vision": vision, "text": text}
 
 
@@ -207,7 +237,7 @@ def exposed(proto: onnx.ModelProto) -> onnx.ModelProto:
     for node in model.graph.node:
         place = _ZERO_POINTS.get(node.op_type)
         if place is None or len(node.input) <= place or node.input[0] in types or node.output[0] in given:
-            continue
+            continue  # no tensor, a weight, or shown already
         model.graph.output.append(helper.make_tensor_value_info(node.output[0], types[node.input[place]], None))
     return model
 
