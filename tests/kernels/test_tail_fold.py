@@ -8,7 +8,7 @@ from onnx import helper
 
 from nestc.kernels.api import Layout
 from nestc.kernels.families import choose
-from nestc.kernels.tail_fold import fold_of, residual_of
+from nestc.kernels.tail_fold import fold_of, lookup_of, residual_of
 from nestc.kernels.testing import host_machine, region_of, run_lowered
 
 HOST = host_machine()
@@ -85,6 +85,41 @@ def test_sums_with_another_map(depthwise, channels, inner, dtype):
             found = run_lowered(region, lowered, values, HOST, layouts, jit)["q"]
             off = np.abs(found.astype(int) - values["q"].astype(int))
             assert off.max() <= 1 and off.sum() <= 1  # float32 next to a tie
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("channels", [16, 19])
+@pytest.mark.parametrize("dtypes", [("uint8", "uint8"), ("int8", "uint8"), ("uint8", "int8")])
+def test_functions_of_the_quantized_value(depthwise, channels, dtypes):
+    """Swish between two quantizations: what a kernel of its own would give, in a table."""
+    region, values = case_of(channels, depthwise, True, False, dtype=dtypes[0])
+    nodes = [
+        helper.make_node("Sigmoid", ["y2"], ["t"]),
+        helper.make_node("Mul", ["t", "y2"], ["r"]),
+        helper.make_node("QuantizeLinear", ["r", "s3", "z3"], ["q"]),
+    ]
+    real = (values["y1"].astype(np.float64) - 7) * values["s1"].astype(np.float64)
+    info = np.iinfo(dtypes[1])
+    result = np.rint(real / (1 + np.exp(-real)) / values["s3"].astype(np.float64)) + 5
+    values = {**values, "z3": np.array(5, dtypes[1]), "q": np.clip(result, info.min, info.max).astype(dtypes[1])}
+    made = {"r": values["r"], "t": values["t"]}
+    tail = region_of(nodes, {**values, **made}, ["q"], ["s3", "z3"])
+    place = next(i for i, op in enumerate(region.ops) if op.outputs[0] == "y2")
+    ops = (*region.ops[: place + 1], *tail.ops)
+    whole = type(region)(
+        region.name, "Conv", ops, ("x",), ("q",), {**region.types, **tail.types},
+        {**region.constants, **tail.constants},
+    )  # fmt: skip
+    anchor = next(op for op in whole.ops if op.op_type == "Conv")
+    assert lookup_of(whole, anchor) is not None and fold_of(whole, anchor) is None
+    family, _ = choose(whole)
+    assert family is not None
+    layouts = family.layouts(whole, HOST, dict.fromkeys(whole.inputs, Layout(HOST.lanes("float32"))))
+    lowered = family.lower(whole, HOST, layouts)
+    for jit in (True, False):
+        found = run_lowered(whole, lowered, values, HOST, layouts, jit)["q"]
+        off = np.abs(found.astype(int) - values["q"].astype(int))
+        assert off.max() <= 1 and off.sum() <= 1
 
 
 def test_numbers():

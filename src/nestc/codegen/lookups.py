@@ -27,7 +27,9 @@ def table_index(e: Load, machine: CpuMachine) -> Expr | None:
     index = e.index[0]
     if not isinstance(index, Cast) or index.x.dtype != "uint8" or index.dtype != "int64":
         return None
-    return index.x if _step(machine) and e.lanes % _step(machine) == 0 else None
+    step = _step(machine)
+    whole = bool(step) and (e.lanes % step == 0 or 8 <= e.lanes < step)
+    return index.x if whole else None
 
 
 def _step(machine: CpuMachine) -> int:
@@ -50,6 +52,11 @@ class Lookup:
         one = self.neon if self.lanes == 16 else self.x86
         if lanes == self.lanes:
             return one(x)
+        if lanes < self.lanes:
+            picks = ", ".join(f"i32 {i if i < lanes else 'poison'}" for i in range(self.lanes))
+            kind = f"<{lanes} x i8>"
+            padded = self.emit(f"shufflevector {kind} {x}, {kind} poison, <{self.lanes} x i32> <{picks}>")
+            return self.shuffled(one(padded), "poison", self.lanes, 0, lanes)
         parts = [one(self.shuffled(x, "poison", lanes, start, self.lanes)) for start in range(0, lanes, self.lanes)]
         width = self.lanes
         while len(parts) > 1:

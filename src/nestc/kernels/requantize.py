@@ -9,12 +9,13 @@ import numpy as np
 
 from nestc.graph.region import Op, Region, TensorType
 from nestc.kernels.elementwise import integer_range
+from nestc.kernels.lookup import table
 from nestc.kernels.operands import Index, Operands
 from nestc.kernels.tail import Tail, after
-from nestc.kernels.tail_fold import Fold, fold_of, one_scale, residual_of
+from nestc.kernels.tail_fold import Fold, fold_of, lookup_of, one_scale, residual_of
 from nestc.tensor import index as ix
 from nestc.tensor.build import constant, splat, within
-from nestc.tensor.ir import Binary, Cast, Const, Expr, Fma, Load, Shuffle, Stmt, Unary
+from nestc.tensor.ir import Binary, Bitcast, Cast, Const, Expr, Fma, Load, Shuffle, Stmt, Unary
 from nestc.tensor.rewrite import binary
 
 _PADDING = 256  # channels behind the last one that a ragged tile of the widest machine may read
@@ -27,8 +28,8 @@ class Requantize:
     indexed: a `scale` of one element holds everywhere). Where only Relu and Clip stand before a QuantizeLinear, scale
     and clamps are folded into it: ``q = clamp(rint(acc * (scale / q_scale)))``, which rounds once where the literal
     definition rounds twice, so that an exact tie may fall to the other side. A sum with another 8-bit map is folded in
-    the same way (`tail_fold.Residual`). Any other tail is computed in float32 registers, where QuantizeLinear and
-    DequantizeLinear with one scale multiply by a reciprocal.
+    the same way (`tail_fold.Residual`); what is a function of the quantized value alone becomes a table. Any other tail
+    is computed in float32 registers, where QuantizeLinear and DequantizeLinear with one scale multiply by a reciprocal.
 
     All numbers come from constant parameters, so that layers of one shape share a kernel.
     """
@@ -49,12 +50,18 @@ class Requantize:
         self.tail = _Tail(operands, anchor)
         self.fold = fold_of(region, anchor)
         self.residual = None if self.fold is not None else residual_of(region, anchor)
+        self.output = operands.region.outputs[0]
+        self.bytes, self.table = region.types[self.output].dtype, ""
+        looked_up = None if self.narrows else lookup_of(region, anchor)
+        if looked_up is not None:
+            self.fold, function = looked_up
+            self.bytes = region.types[function.inputs[0]].dtype
+            self.table = self._define("table", table(function))
         first = self.fold if self.residual is None else self.residual.first or self.residual.last
         # In float32, as ONNX Runtime divides: with the same factor the same sums round to the same integers.
         divisor = np.float32(1.0 if first is None else first.scale)
         self.multiplier = self._constant("multiplier", np.asarray(scale, np.float32) / divisor)
         self.bias = None if bias is None else self._constant("offset", np.asarray(bias, np.float32) / divisor)
-        self.output = operands.region.outputs[0]
         if self.residual is not None:
             self._prepare_sum()
         last = self.fold if self.residual is None else self.residual.last
@@ -71,6 +78,7 @@ class Requantize:
         named = [self.multiplier, *([] if self.bias is None else [self.bias])]
         if self.narrows:
             named += [self.clamps, self.zero, self.range, *([] if self.residual is None else [self.sum])]
+            named += [self.table] if self.table else []
         for name in named:
             self.operands.buffer(name)
         self.tail.declare()
@@ -132,13 +140,15 @@ class Requantize:
 
     def _saturated(self, value: Expr) -> Expr:
         """int32 as bytes, limited to what the clamps leave of the output's range."""
-        dtype = self.region.types[self.output].dtype
-        low, high = (constant(bound, "int32", value.lanes) for bound in integer_range(dtype))
-        result: Expr = Cast(Binary("min", Binary("max", value, low), high), dtype)
-        if not self.limited:
+        low, high = (constant(bound, "int32", value.lanes) for bound in integer_range(self.bytes))
+        result: Expr = Cast(Binary("min", Binary("max", value, low), high), self.bytes)
+        if self.limited:
+            low, high = (self._number(self.range, i, value.lanes) for i in range(2))
+            result = Binary("min", Binary("max", result, low), high)
+        if not self.table:
             return result
-        low, high = (self._number(self.range, i, value.lanes) for i in range(2))
-        return Binary("min", Binary("max", result, low), high)
+        code = result if self.bytes == "uint8" else Bitcast(result, "uint8")
+        return Load(self.operands.buffer(self.table), (Cast(code, "int64"),), code.lanes)
 
     def _number(self, name: str, place: int, lanes: int) -> Expr:
         return splat(Load(self.operands.buffer(name), (ix.const(place),)), lanes)
@@ -154,18 +164,17 @@ class Requantize:
         """The numbers of the last quantization; whether its quotients fit int32 before they are limited, and whether it
         is limited further than to the output's own range."""
         numbers = self.operands.constants
-        output = self.region.types[self.output].dtype
         self.clamps = self._define("clamps", np.array([last.low, last.high], np.float32))
         self.zero = self._define("zero", np.array([last.zero], np.int32))
         bounds = np.array([last.low + last.zero, last.high + last.zero])
-        self.range = self._define("range", bounds.astype(output))
+        self.range = self._define("range", bounds.astype(self.bytes))
         fits = np.abs(numbers[self.multiplier]).max() <= 0.25
         fits = fits and (self.bias is None or bool(np.abs(numbers[self.bias]).max() < 1 << 28))
         if self.residual is not None:
             a, b, c = np.abs(self.residual.numbers)
             fits = (fits or self.residual.first is not None) and bool(256 * (a + b) + c < 1 << 27)
         self.fits = bool(fits)
-        self.limited = self.fits and tuple(bounds) != integer_range(output)
+        self.limited = self.fits and tuple(bounds) != integer_range(self.bytes)
 
     def _constant(self, label: str, values: np.ndarray) -> str:
         """A vector over channels, padded so that whole vectors may be read, or one number."""

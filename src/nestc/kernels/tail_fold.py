@@ -1,4 +1,4 @@
-"""Tails of integer kernels that are clamps around one quantization, or the sum with another 8-bit map in between."""
+"""Tails of integer kernels that are one quantization: with clamps, after a sum with an 8-bit map, before a table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from nestc.graph.region import Op, Region
 from nestc.kernels.elementwise import integer_range
+from nestc.kernels.lookup import LOOKUP
 from nestc.kernels.tail import after
 
 _BYTES = frozenset({"int8", "uint8"})
@@ -70,6 +71,24 @@ def fold_of(region: Region, anchor: Op) -> Fold | None:
     if not chain or region.outputs != chain[-1].outputs[:1]:
         return None
     return _fold(chain, anchor.outputs[0], region)
+
+
+def lookup_of(region: Region, anchor: Op) -> tuple[Fold, Region] | None:
+    """The tail as one quantization to 8 bits and a function of that one value (a region of its own), if it is that."""
+    chain = after(region, anchor)
+    for place, op in enumerate(chain[:-1]):
+        fold = _fold(chain[: place + 1], anchor.outputs[0], region) if op.op_type == "QuantizeLinear" else None
+        if fold is None:
+            continue
+        rest = chain[place + 1 :]
+        made = {name for each in rest for name in each.outputs}
+        read = dict.fromkeys(name for each in rest for name in each.inputs if name and name not in made)
+        constants = {name: region.constants[name] for name in read if name in region.constants}
+        inputs = tuple(name for name in read if name not in constants)
+        function = Region(region.name, None, rest, inputs, region.outputs, region.types, constants)
+        if inputs == op.outputs[:1] and LOOKUP.refusal(function) is None:
+            return fold, function
+    return None
 
 
 def residual_of(region: Region, anchor: Op) -> Residual | None:
