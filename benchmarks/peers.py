@@ -31,6 +31,7 @@ from nestc.measure import (
     PEERS,
     Engine,
     NestcEngine,
+    OnnxRuntimeEngine,
     context,
     difference,
     interleave,
@@ -43,6 +44,9 @@ from peak import peaks
 
 FLOAT = "nestc fp32"
 """Our float32 among the engines of an int8 row."""
+
+EXACT = "onnxruntime exact"
+"""onnxruntime on its int8 model with sums that do not saturate, as ours do not: told, but not among the peers."""
 
 
 COSINE = {"fp32": 0.9999, "int8": 0.999}
@@ -73,6 +77,8 @@ def measure(task: Task) -> dict[str, Any]:
             try:
                 if engine in PEERS:
                     engines[engine] = open_peer(engine, path, inputs, threads)
+                elif engine == EXACT:
+                    engines[engine] = OnnxRuntimeEngine(path, inputs, threads, exact=True)
                 else:
                     engines[engine] = _open_nestc(path, inputs, threads, row if engine == "nestc" else {})
             except Exception as error:  # noqa: BLE001 - the table shows what failed and goes on
@@ -98,6 +104,8 @@ def measure(task: Task) -> dict[str, Any]:
     row["same_decision"] = row.get("decisions", {}).get("nestc")
     best = min(row["peers"].values(), default=None)
     row["ratio_to_best"] = best / row["nestc_ms"] if best and row["nestc_ms"] else None
+    if EXACT in timings:
+        row["onnxruntime_exact_ms"] = timings[EXACT].median_ms
     if FLOAT in timings:
         row["nestc_fp32_ms"] = timings[FLOAT].median_ms
         row["speedup_over_fp32"] = row["nestc_fp32_ms"] / row["nestc_ms"] if row["nestc_ms"] else None
@@ -105,12 +113,8 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def exact_outputs(path: Path, inputs: Mapping[str, Any]) -> list[Any]:
-    """onnxruntime's outputs with sums of bytes that do not saturate (it lets them on processors without VNNI)."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    return list(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, dict(inputs)))
+    """onnxruntime's outputs with sums of bytes that do not saturate."""
+    return OnnxRuntimeEngine(path, inputs, 1, exact=True).outputs()
 
 
 def files_of(
@@ -127,6 +131,8 @@ def files_of(
             files[engine] = quantized_zoo.path(name, engine)
         except Error as error:
             errors[engine] = str(error)
+    if "onnxruntime" in files:
+        files[EXACT] = files["onnxruntime"]
     return files | ({FLOAT: zoo.path(name)} if with_nestc else {}), errors
 
 
@@ -182,6 +188,8 @@ def print_table(result: Mapping[str, Any], peers: Sequence[str]) -> None:
         cells.append(f"{'-' if same is None else 'same' if same else 'DIFFERS':>10}")
         cells.append(_number(row.get("compile_s"), 11, 2))
         print(f"{row['model']:20}{row['precision']:6}{row['threads']:>8}" + "".join(cells))
+        if row.get("onnxruntime_exact_ms"):
+            print(f"    onnxruntime, sums that do not saturate: {row['onnxruntime_exact_ms']:.3f} ms")
         if row.get("speedup_over_fp32"):
             print(f"    nestc fp32 {row['nestc_fp32_ms']:.3f} ms: int8 is {row['speedup_over_fp32']:.2f} times as fast")
         for engine, error in row["errors"].items():
