@@ -458,10 +458,12 @@ class _Direct:
         vectors = ceil(per_group / lanes)
         group, chunk = ix.floordiv(at.oc, self.group_chunks), ix.mod(at.oc, self.group_chunks)
         vector = ix.add(ix.mul(chunk, self.nr), i)
+        # Of a ragged chunk only what is there: then no lane of full blocks needs a mask.
+        there = binary("min", vector, ix.const(vectors - 1))
         lane = Var(f"lane{j}_{i}", lanes)
         index = (
             at.n,
-            ix.add(ix.mul(group, per_group), ix.mul(vector, lanes), lane),
+            ix.add(ix.mul(group, per_group), ix.mul(there, lanes), lane),
             *self.pixel((*at.outer, ix.add(at.start, j))),
         )
         value = Load(self.acc, (ix.const(j), ix.const(i), lane))

@@ -454,8 +454,10 @@ class IntegerConvolution:
         """Store one vector of output channels through the tail."""
         k, lanes, s = self.builder, self.lanes, self.shape
         vector = ix.add(ix.mul(at.chunk, self.nr), i)
+        # Of a ragged chunk only what is there: then no lane of full blocks needs a mask.
+        there = binary("min", vector, ix.const(self.vectors - 1))
         lane = Var(f"lane{j}_{i}", lanes)
-        channel = ix.add(ix.mul(at.group, s.out_channels // s.group), ix.mul(vector, lanes), lane)
+        channel = ix.add(ix.mul(at.group, s.out_channels // s.group), ix.mul(there, lanes), lane)
         pixel = self.pixel((*at.outer, at.row, ix.add(at.start, j)))
         value = Load(self.acc, (ix.const(j), ix.const(i), lane))
         with k.when(less(vector, self.vectors)):
