@@ -13,8 +13,11 @@ from nestc.commands import common
 from nestc.errors import Error, QuantizationError, ShapeError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from nestc.datasets import Dataset
     from nestc.graph.model import Model
+    from nestc.quant.profile import Profile
 
 SQNR_SAMPLES = 32
 """So many samples of --data, at most, are run through both models for the report."""
@@ -131,12 +134,14 @@ def quantize(
     from nestc.datasets import open_data
     from nestc.graph.bind import bind
     from nestc.importers.onnx import load
+    from nestc.quant.profile import Profile
     from nestc.quantization import quantize as quantize_model
 
     started = time.perf_counter()
     searched = scheme.partition(":")[0] == "auto"
     shapes, dims = common.bindings(shape or [], dim or [])
     source = bind(load(model), shapes, dims)
+    seen = None if profile is None else Profile.load(profile)
     found: Dataset | None = None
     if data is not None:
         found = open_data(
@@ -144,13 +149,13 @@ def quantize(
         )
     with common.progress() as step:
         quantized = quantize_model(
-            source, profile, scheme,
+            source, seen, scheme,
             overrides=overrides, tools=tool_names(tools), data=found, threads=threads,
             labels=found.labels if searched and found is not None else None,
             accuracy_budget=accuracy_budget if searched else None, progress=step,
         )  # fmt: skip
         report = summary(quantized, scheme, destination)
-        report["sqnr_db"], report["sqnr_data"] = sqnr(source, quantized, found, data, threads, step)
+        report["sqnr_db"], report["sqnr_data"] = sqnr(source, quantized, seen, found, data, threads, step)
         if accuracy_budget is not None and found is not None:
             report["loss"] = require_budget(source, quantized, found, scheme, accuracy_budget, threads, step)
         quantized.save(destination)
@@ -227,12 +232,16 @@ def summary(quantized: Model, scheme: str, destination: Path | None) -> dict[str
 def sqnr(
     source: Model,
     quantized: Model,
+    profile: Profile | None,
     data: Dataset | None,
     path: Path | None,
     threads: int | None,
     progress: Callable[[str, float], None],
 ) -> tuple[dict[str, float | None], str]:
-    """dB of each output against the float model, and on what: samples of the data, else one random input, seed 0."""
+    """dB of each output against the float model, and on what: samples of the data, else one random input, seed 0.
+
+    Random numbers are spread as the profile has seen each input's, without one normally.
+    """
     from itertools import islice
 
     from nestc.driver import compile as compile_model
@@ -244,13 +253,33 @@ def sqnr(
         batches, what = list(islice(data, used)), f"{min(SQNR_SAMPLES, data.samples)} samples of {path}"
     else:
         try:
-            batches, what = [common.random_inputs(source.inputs)], "a random input, seed 0"
+            drawn = common.random_inputs(source.inputs)
+            if profile is not None:
+                drawn |= _as_seen(drawn, profile)
+            batches, what = [drawn], "a random input, seed 0"
         except ShapeError as error:
             return {}, f"nothing: {error}"
     before = compile_model(source, threads=threads)
     after = compile_model(quantized, threads=threads)
     judged = evaluate(after, batches, None, "sqnr", before, progress=progress).to_json()
     return {name: None if value is None else round(value, 2) for name, value in judged["outputs"].items()}, what
+
+
+def _as_seen(inputs: dict[str, np.ndarray], profile: Profile) -> dict[str, np.ndarray]:
+    """Random inputs of the same shapes whose numbers are spread as in the profile's histograms; seed 0."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    drawn: dict[str, np.ndarray] = {}
+    for name, like in inputs.items():
+        stats = profile.tensors.get(name)
+        if stats is None or stats.histogram.total == 0 or like.dtype.kind != "f":
+            continue
+        histogram = stats.histogram
+        bins = random.choice(len(histogram.counts), like.shape, p=histogram.counts / histogram.total)
+        values = histogram.edges[bins] + random.random(like.shape) * histogram.width
+        drawn[name] = np.clip(values, stats.min, stats.max).astype(like.dtype)
+    return drawn
 
 
 def require_budget(
