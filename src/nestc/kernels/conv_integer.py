@@ -427,16 +427,17 @@ class IntegerConvolution:
     def finish_tile(self, tile: Tile, at: _At) -> None:
         """Store the tile's outputs, neighbouring pixels of a block together where they lie so."""
         k, lanes = self.builder, self.lanes
-        if self.bytes_out is None:
-            for j in range(tile.width):
-                for i in range(self.nr):
-                    self.finish(j, i, at)
-            return
-        assert isinstance(self.tail, Requantize)
         for i in range(self.nr):
             vector = ix.add(ix.mul(at.chunk, self.nr), i)
-            block = ix.add(ix.mul(at.group, self.vectors), vector)
+            # Of a ragged chunk only what is there: with the limit said, no lane of full blocks needs a mask.
+            there = binary("min", vector, ix.const(self.vectors - 1))
             with k.when(less(vector, self.vectors)):
+                if self.bytes_out is None:
+                    for j in range(tile.width):
+                        self.finish(j, i, there, at)
+                    continue
+                assert isinstance(self.tail, Requantize)
+                block = ix.add(ix.mul(at.group, self.vectors), there)
                 done = 0
                 while done < tile.width:
                     # As many as one vector of bytes holds, and powers of two of what is left.
@@ -450,18 +451,14 @@ class IntegerConvolution:
                     k.store(self.bytes_out, (*row, columns[0]), value)
                     done += count
 
-    def finish(self, j: int, i: int, at: _At) -> None:
+    def finish(self, j: int, i: int, vector: Expr, at: _At) -> None:
         """Store one vector of output channels through the tail."""
         k, lanes, s = self.builder, self.lanes, self.shape
-        vector = ix.add(ix.mul(at.chunk, self.nr), i)
-        # Of a ragged chunk only what is there: then no lane of full blocks needs a mask.
-        there = binary("min", vector, ix.const(self.vectors - 1))
         lane = Var(f"lane{j}_{i}", lanes)
-        channel = ix.add(ix.mul(at.group, s.out_channels // s.group), ix.mul(there, lanes), lane)
+        channel = ix.add(ix.mul(at.group, s.out_channels // s.group), ix.mul(vector, lanes), lane)
         pixel = self.pixel((*at.outer, at.row, ix.add(at.start, j)))
         value = Load(self.acc, (ix.const(j), ix.const(i), lane))
-        with k.when(less(vector, self.vectors)):
-            k.emit(vectorize(self.tail.stores((at.n, channel, *pixel), value), lane, ix.const(0), lanes))
+        k.emit(vectorize(self.tail.stores((at.n, channel, *pixel), value), lane, ix.const(0), lanes))
 
     def pixel(self, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
         """Spatial index in the tensor's own axes."""
