@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from nestc.errors import QuantizationError
@@ -203,7 +204,7 @@ def _operand_refusal(node: ir.Node, scheme: Scheme) -> str | None:
         if len(constants) == 2:
             return "all its operands are constants"
         values = [array(operand(node, index)) for index in constants]
-        if any(each is not None and not _finite(each) for each in values):
+        if any(each is not None and not np.isfinite(each).all() for each in values):
             return "its weight holds NaN or infinite values"
         return None
     if node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") != "nearest":
@@ -215,12 +216,6 @@ def _operand_refusal(node: ir.Node, scheme: Scheme) -> str | None:
     if node.op_type == "MaxPool" and len(node.outputs) > 1:
         return "it gives indices of elements"
     return None
-
-
-def _finite(values: object) -> bool:
-    import numpy as np
-
-    return bool(np.isfinite(np.asarray(values)).all())
 
 
 def _may_be_tail(node: ir.Node) -> bool:
