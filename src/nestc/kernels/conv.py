@@ -359,8 +359,8 @@ class _Direct:
                     value = load(self.acc, j, i, 0, lanes=lanes)
                     k.store(self.partial, (at.row, ix.add(at.start, j), i * lanes), value)
         with k.when(binary("eq", at.chunk, ix.const(self.block_chunks - 1))):
-            for j, i in places:
-                self.finish(j, i, at)
+            for i in range(self.nr):
+                self.finish(tile, i, at)
 
     def kernel_rows(
         self, tile: Tile, at: _At, ib: Expr, step: int, taps: tuple[Expr, ...], places: tuple[Expr, ...]
@@ -451,24 +451,25 @@ class _Direct:
         position = ix.add(ix.mul(index[0], self.shape.out[1]), index[1])
         return ix.unflatten(position, self.original.out)
 
-    def finish(self, j: int, i: int, at: _At) -> None:
-        """Store one vector of output channels through the tail."""
+    def finish(self, tile: Tile, i: int, at: _At) -> None:
+        """Store one vector of output channels of every output of the tile through the tail."""
         k, lanes = self.builder, self.lanes
         per_group = self.shape.out_channels // self.shape.group
         vectors = ceil(per_group / lanes)
         group, chunk = ix.floordiv(at.oc, self.group_chunks), ix.mod(at.oc, self.group_chunks)
         vector = ix.add(ix.mul(chunk, self.nr), i)
-        # Of a ragged chunk only what is there: then no lane of full blocks needs a mask.
+        # Of a ragged chunk only what is there: with the limit said, no lane of full blocks needs a mask.
         there = binary("min", vector, ix.const(vectors - 1))
-        lane = Var(f"lane{j}_{i}", lanes)
-        index = (
-            at.n,
-            ix.add(ix.mul(group, per_group), ix.mul(there, lanes), lane),
-            *self.pixel((*at.outer, ix.add(at.start, j))),
-        )
-        value = Load(self.acc, (ix.const(j), ix.const(i), lane))
         with k.when(binary("lt", vector, ix.const(vectors))):
-            k.emit(vectorize(self.tail.stores(index, value), lane, ix.const(0), lanes))
+            for j in range(tile.width):
+                lane = Var(f"lane{j}_{i}", lanes)
+                index = (
+                    at.n,
+                    ix.add(ix.mul(group, per_group), ix.mul(there, lanes), lane),
+                    *self.pixel((*at.outer, ix.add(at.start, j))),
+                )
+                value = Load(self.acc, (ix.const(j), ix.const(i), lane))
+                k.emit(vectorize(self.tail.stores(index, value), lane, ix.const(0), lanes))
 
 
 def _spread_groups(weights: np.ndarray, groups: int) -> np.ndarray:
