@@ -23,7 +23,7 @@ POSITIONS = 64
 SAMPLES = 128
 """Samples used at the most: more rows than a layer has inputs, in time that does not grow with the data."""
 
-ITERATIONS = 100
+ITERATIONS = 40
 """Steps of Adam, 10 000 in the paper. They see all rows at once, through the Gram matrix, and `settle` follows them."""
 
 ZETA, GAMMA = 1.1, -0.1
@@ -39,7 +39,7 @@ WARMUP = 0.2
 """Part of the steps without the regulariser."""
 
 RATE = 0.2
-"""Of Adam; 0.01 in the paper, for as many more steps."""
+"""Of Adam; the paper has 0.01, for many more steps."""
 
 SWEEPS = 4
 """Most passes of single changes over the weights afterwards."""

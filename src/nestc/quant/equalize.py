@@ -23,21 +23,18 @@ from nestc.quant.tools import Context, Tool
 
 Floats = NDArray[np.float64]
 
-SPREAD = 64.0
-"""A channel is scaled as if its range were at least the largest over this: the data may have missed what it can be."""
-
-POWERS = (
-    (0.25, 0.0, 0.75), (0.5, 0.0, 0.5), (0.75, 0.0, 0.25), (1.0, 0.0, 0.0),
-    (0.0, 0.5, 0.5), (1 / 3, 1 / 3, 1 / 3), (0.5, 0.5, 0.0), (0.0, 1.0, 0.0),
-)  # fmt: skip
-"""Exponents (a, v, w) that are tried. The first four are SmoothQuant's family (arXiv 2211.10438, section 4) and all
-that can help where weights have a scale a channel; the fifth is equation 11 of Nagel et al."""
+POWERS = ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.5, 0.5), (0.5, 0.0), (1.0, 0.0))
+"""Exponents (v, w) that are tried. The fourth is equation 11 of Nagel et al.; the first three are all that can help
+where weights have a scale a channel, since these do not mind how large they are as a whole."""
 
 ROUNDED = 0.5
 """Error of weights relative to that of rounding to the nearest: other tools round them better afterwards."""
 
 ROUNDS = 3
 """Passes over the network."""
+
+SMALLEST = 1.0 / 64.0
+"""Least relative range of weights that counts."""
 
 FACTORS = 2.0 ** (np.arange(16) / 16)
 """Common factors of a tensor that are tried where scales are powers of two; a whole power of two changes nothing."""
@@ -164,9 +161,13 @@ def scalable_groups(model: Model) -> list[Group]:
 def channel_factors(groups: list[Group], profile: Profile, names: frozenset[str], scheme: Scheme) -> list[Floats]:
     """The factor of each channel of each group.
 
-    With A the range of a channel's activations, V that of the weights that make it and W that of the weights that read
-    it, those of W^w / (A^a V^v) that `POWERS` lists are tried, and 1; what leaves the layers that read the group the
-    least error is taken. Factors of neighbours change each other's weights, hence the rounds.
+    With V the range of the weights that make a channel and W that of the weights that read it, those of W^w / V^v that
+    `POWERS` lists are tried, and 1; what leaves the layers that read the group the least error is taken. Factors of
+    neighbours change each other's weights, hence the rounds.
+
+    Ranges of single channels of activations are left alone: bringing those that calibration has seen to one range cuts
+    off what it has not seen. With 30 images on EfficientNet-Lite0 (int8-pow2, activations only) that gave 23.4 dB on
+    these images, and 10.8 dB on others, where activations scaled as a whole have 21.8 and 22.6 dB.
     """
     state = _State(profile, names, scheme)
     factors = [np.ones(group.channels) for group in groups]
@@ -189,11 +190,14 @@ class _Weights:
 
 @dataclass
 class _Range:
-    """Lowest and highest value and mean square of each channel of a tensor."""
+    """Of each channel of a tensor: the largest magnitude that it may have, and the mean square.
 
-    low: Floats
-    high: Floats
+    ``width`` is the range of the tensor over its largest magnitude: 1 if it has one sign, 2 if both sides are alike.
+    """
+
+    reach: Floats
     powers: Floats
+    width: float
 
 
 class _State:
@@ -217,15 +221,14 @@ class _State:
         active = [found for value in group.tensors if (found := self._range(value)) is not None]
         if not readers or not active:
             return same
-        sizes = [np.maximum(np.abs(each.low), np.abs(each.high)) for each in active]
-        ranges = _floored(np.max([size / max(size.max(), 1e-30) for size in sizes], axis=0))
-        read = _floored(np.max([self._columns(node) for node in readers], axis=0))
-        made = _floored(np.max([self._rows(node) for node in group.makers], axis=0))
+        reach = np.max([each.reach / each.reach.max() for each in active], axis=0)
+        read = np.maximum(np.max([self._columns(node) for node in readers], axis=0), SMALLEST)
+        made = np.maximum(np.max([self._rows(node) for node in group.makers], axis=0), SMALLEST)
         usual = [max(self._error(group, node, same), 1e-30) for node in readers]
         chosen, least = same, 1.0
-        for a, v, w in POWERS[: 4 if self._weight.per_channel else None]:
-            factor = read**w / (ranges**a * made**v)
-            factor /= (factor * ranges).max()
+        for v, w in POWERS[: 3 if self._weight.per_channel else None]:
+            factor = read**w / made**v
+            factor /= (factor * reach).max()
             errors = [self._error(group, node, factor) for node in readers]
             relative = float(np.mean(np.divide(errors, usual)))
             if relative < least:
@@ -245,17 +248,14 @@ class _State:
         for value in group.tensors:
             found = self._range(value)
             if found is not None:
-                self._ranges[value] = _Range(found.low * factor, found.high * factor, found.powers * factor**2)
+                self._ranges[value] = _Range(found.reach * factor, found.powers * factor**2, found.width)
 
     def _error(self, group: Group, node: ir.Node, factor: Floats) -> float:
         """The squared error summed over a reader's outputs if the group's channels were multiplied by `factor`."""
         source, weights = self._range(operand(node, 0)), self._of(node)
         assert source is not None
-        low, high = float((source.low * factor).min()), float((source.high * factor).max())
-        if self._format.symmetric:
-            step = max(-low, high) / self._format.high
-        else:
-            step = (max(high, 0.0) - min(low, 0.0)) / self._format.levels
+        reach = float((source.reach * factor).max())
+        step = reach / self._format.high if self._format.symmetric else reach * source.width / self._format.levels
         noise = step**2
         if not self._weight.per_channel:
             noise += sum(self._making(maker, factor) for maker in group.makers)
@@ -321,11 +321,15 @@ def _range(stats: TensorStats, channels: int | None) -> _Range | None:
     """A tensor's channels; their mean squares are taken to go with the squares of their ranges."""
     if stats.channel_axis != 1 or stats.channel_max.size != channels or not stats.histogram.total:
         return None
-    squared = np.square(np.maximum(np.abs(stats.channel_min), np.abs(stats.channel_max)))
+    sizes = np.maximum(np.abs(stats.channel_min), np.abs(stats.channel_max))
+    if not sizes.max() > 0:
+        return None
+    squared = np.square(sizes)
     edges = stats.histogram.edges
     power = float(np.square((edges[1:] + edges[:-1]) / 2) @ stats.histogram.counts) / stats.histogram.total
     powers = squared * power / max(float(squared.mean()), 1e-30)
-    return _Range(stats.channel_min, stats.channel_max, powers)
+    width = (max(stats.max, 0.0) - min(stats.min, 0.0)) / float(sizes.max())
+    return _Range(np.full(sizes.shape, sizes.max()), powers, width)
 
 
 def rescale(model: Model, groups: list[Group], factors: list[Floats]) -> int:
@@ -448,12 +452,6 @@ def _same_shapes(node: ir.Node) -> bool:
     return all(value is not None and not is_constant(value) for value in node.inputs) and all(
         value is not None and value.shape is not None and value.shape == node.outputs[0].shape for value in node.inputs
     )
-
-
-def _floored(ranges: Floats) -> Floats:
-    """Ranges relative to the largest, none less than `SPREAD` times smaller; all 1 where there is nothing."""
-    most = float(ranges.max(initial=0.0))
-    return np.ones_like(ranges) if most <= 0 else np.maximum(ranges / most, 1.0 / SPREAD)
 
 
 def _scale_weights(model: Model, node: ir.Node, rows: Floats | None, columns: Floats | None) -> None:
