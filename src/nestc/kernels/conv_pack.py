@@ -99,7 +99,7 @@ def pack(weights: np.ndarray, shape: ConvShape, window: Window, pixels: int, mac
             extra = _columns_together(single[depth], nr).sum(axis=1).max()
         else:
             mr, nr = pair_tile(whole, pixels, registers)
-            units, extra = window.length / 4, 0
+            units, extra = ceil(window.length / 2) / 2, 0
         runs = window.blocks * window.planes * window.rows * window.taps
         cost = (time * runs * units + _EXTRA * extra) * ceil(vectors / nr) * nr
         if cost < best_cost:
