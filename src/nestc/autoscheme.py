@@ -21,7 +21,7 @@ from nestc.quant.scheme import WEIGHTED, Scheme, scheme_named
 from nestc.quant.score import Judge, Score
 from nestc.quant.search import Costs, Found, require_budget, search
 from nestc.quant.tools import Tool
-from nestc.quantization import checked, compiler, quantize
+from nestc.quantization import checked, compiler, quantize, require_repeatable
 from nestc.runtime.executable import Executable
 
 BUDGET = 0.01
@@ -56,6 +56,7 @@ def auto(
     base = scheme_named(scheme) if isinstance(scheme, str) else scheme
     if data is None:
         raise QuantizationError("scheme auto is checked on data; give samples (--data)")
+    require_repeatable(data)
     if profile is None:
         raise QuantizationError("scheme auto needs a profile; make one with nestc calibrate")
     seen = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
@@ -136,6 +137,7 @@ def sample_ways(
     The ways are choices from `space`, as `nestc.quant.sample.sample` draws them; `best_of` tells the best, and
     `scheme_of` its scheme. `data` must allow to be read several times; accuracy tools are off unless asked for.
     """
+    require_repeatable(data)
     seen = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
     prepared, run = prepare(model), compiler(threads)
     seen.require(prepared.hash)

@@ -83,6 +83,7 @@ def quantize(
 
     Raises QuantizationError, also for a budget that cannot be met, and ModelError for a profile of another model.
     """
+    require_repeatable(data)
     bound = bind(model if isinstance(model, Model) else load(model), shapes, dims)
     if isinstance(scheme, str) and scheme.partition(":")[0].strip() == "auto":
         from nestc.autoscheme import auto  # it needs this module
@@ -107,6 +108,12 @@ def quantize(
         bound, seen, wanted, given, chosen,
         batches=batches, compiler=run, calibrate=None if batches is None else again, progress=progress,
     )  # fmt: skip
+
+
+def require_repeatable(data: Iterable[Batch] | None) -> None:
+    """Raise DataError for an iterator, which is used up after one pass over the data."""
+    if isinstance(data, Iterator):
+        raise DataError("the data can be read only once, and are needed several times; give a list or a data set")
 
 
 def compiler(threads: int | None = None) -> Compiler:

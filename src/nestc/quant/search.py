@@ -26,7 +26,7 @@ Quantizer = Callable[[Profile, Scheme, Mapping[str, Scheme | None]], Model]
 METHODS = ("mse", "minmax", "percentile:99.99", "entropy")
 """Ways to choose ranges that are tried, besides the profile's own, before any node goes back to float."""
 
-TRIALS = 6
+TRIALS = 8
 """Mixes of quantized and float nodes that are run on the data."""
 
 ESTIMATED_SPEEDUP = 2.0
@@ -138,9 +138,9 @@ def search(
     """The fastest mix of `scheme` and float whose loss on the judge's data is at most `budget` (a fraction, 0 to 1).
 
     First everything is quantized, by one method of choosing ranges after the other, until one holds the budget; all of
-    these cost the same. If none does, nodes go back to float from the best: those that add most noise for the time that
+    these cost the same. If none does, nodes of the best go back to float: those that add most noise for the time that
     they save (`sensitivity`, on `batches`), as many as a loss in proportion to the noise asks for. The mix is run on
-    the data; what it loses narrows the share of the noise that may stay, between one that held and one that did not.
+    the data; after that their number is halved between one that held and one that did not.
     `overrides` stand. `costs` are estimated if they are not given; a function gets the quantized model. Raises
     QuantizationError, with the best that was found, if no mix with a quantized product holds the budget.
     """
@@ -174,36 +174,33 @@ def search(
         return Found(model, score, scheme, profile.method, {}, known, ends[1], *ends, tuple(steps))
 
     tell("auto: sensitivity of the nodes", 0.4)
-    ranking = sensitivity(prepared, profile, choose(prepared, scheme, overrides, profile), compiler, batches)
-    worst, held = score, None
-    allowed, low, high = budget / score.loss, 0.0, 1.0  # the share of the noise that may stay; between held and not
-    for trial in range(TRIALS):
-        floats = restore(ranking, known, allowed)
+    whole = choose(prepared, scheme, overrides, profile)
+    ranking = sensitivity(prepared, profile, whole, compiler, batches)
+    order = restore_order(ranking, known)
+    # Loss falls as more of the order goes back to float, so the least that holds the budget is found by halving between
+    # what failed (at first nothing back) and what held (at first all products back, which is no quantized model).
+    failed, holding = 0, max(place for place, name in enumerate(order, 1) if name in set(products))
+    count, worst, held = _predicted_count(order, ranking, budget / score.loss), score.loss, None
+    for _ in range(TRIALS):
+        if holding - failed < 2:
+            break
+        count = min(max(count, failed + 1), holding - 1)
+        floats = order[:count]
         mixed: Overrides = {**overrides, **dict.fromkeys(floats, None)}
         quantized = _products(choose(prepared, scheme, mixed, profile))
-        if not quantized:
-            low = allowed
-            if held is not None or trial == TRIALS - 1 or high - low < 1e-3:
-                break
-            allowed = (low + high) / 2
-            continue
-        tell(f"auto: {len(floats)} nodes in float", (len(steps) + 1) / (TRIALS + len(METHODS) + 1))
+        tell(f"auto: {count} nodes in float", (len(steps) + 1) / (TRIALS + len(METHODS) + 1))
         model = quantizer(profile, scheme, mixed)
         score = judge.score(compiler(model))
         cost = known.total(everything - set(floats))
-        steps.append(Step(profile.method, len(quantized), worst.loss * allowed, score, cost))
-        tried.append((score, profile, model))
+        steps.append(Step(profile.method, len(quantized), worst * _noise_left(ranking, floats), score, cost))
         if score.loss <= budget:
+            holding = count
             if held is None or cost < held.cost:
-                added = {name: scheme for name, scheme in mixed.items() if name not in overrides}
+                added: Overrides = dict.fromkeys((name for name in floats if name not in overrides), None)
                 held = Found(model, score, scheme, profile.method, added, known, cost, *ends, tuple(steps))
-            low = allowed
         else:
-            high = allowed
-        if high - low < 0.02:
-            break
-        # Once it has held, halve what is between; before, shrink as far as the loss measured says, and a bit more.
-        allowed = (low + high) / 2 if held is not None else allowed * min(0.7, 0.8 * budget / score.loss)
+            failed = count
+        count = (failed + holding) // 2
     if held is None:
         best = min(steps, key=lambda step: step.score.loss)
         raise QuantizationError(
@@ -214,28 +211,31 @@ def search(
     return dataclasses.replace(held, steps=tuple(steps))
 
 
-def restore(ranking: Sequence[Sensitivity], costs: Costs, allowed: float) -> list[str]:
-    """The nodes to keep in float so that at most the share `allowed` of the noise added stays, at the least cost.
+def restore_order(ranking: Sequence[Sensitivity], costs: Costs) -> list[str]:
+    """All nodes of the ranking in the order in which they go back to float.
 
-    A knapsack, filled greedily: most noise for the time lost first, then whatever turned out not to be needed is taken
-    back, the most expensive first. Nodes that quantizing makes slower are always among them.
+    First those that quantizing makes slower, which cost nothing; then those that add most noise for the time they save:
+    the greedy order of a knapsack.
     """
-    total = sum(each.added for each in ranking)
+
+    def worth(each: Sensitivity) -> float:
+        return each.added / max(costs.saved(each.node), 1e-9)
+
     slower = [each for each in ranking if costs.saved(each.node) < 0.0]
-    chosen = {each.node: each for each in slower}
-    excess = total * (1.0 - allowed) - sum(each.added for each in slower)
-    candidates = [each for each in ranking if each.node not in chosen]
-    candidates.sort(key=lambda each: -each.added / max(costs.saved(each.node), 1e-9))
-    for each in candidates:
-        if excess <= 1e-12 * total:
-            break
-        chosen[each.node] = each
-        excess -= each.added
-    for each in sorted(chosen.values(), key=lambda each: -costs.saved(each.node)):
-        if costs.saved(each.node) > 0.0 and each.added <= -excess:
-            del chosen[each.node]
-            excess += each.added
-    return [each.node for each in ranking if each.node in chosen]
+    others = [each for each in ranking if costs.saved(each.node) >= 0.0]
+    return [each.node for each in (*slower, *sorted(others, key=worth, reverse=True))]
+
+
+def _predicted_count(order: Sequence[str], ranking: Sequence[Sensitivity], allowed: float) -> int:
+    """How many of the order have to go back so that at most a share of the noise stays."""
+    return next((n for n in range(len(order)) if _noise_left(ranking, order[:n]) <= allowed), len(order))
+
+
+def _noise_left(ranking: Sequence[Sensitivity], floats: Sequence[str]) -> float:
+    """The share of the noise added by nodes that stay quantized; loss is predicted in proportion to it."""
+    total = sum(each.added for each in ranking)
+    gone = set(floats)
+    return sum(each.added for each in ranking if each.node not in gone) / total if total > 0.0 else 0.0
 
 
 def _products(assignment: Assignment) -> list[str]:
