@@ -33,7 +33,7 @@ def test_the_float_function_stays(scheme: str, calibrate: bool) -> None:
     after = results(prepared, data(model))
     assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
     changed.require(prepared.hash)
-    assert "groups of tensors between layers scaled" in context.notes[-1]
+    assert "of 4 sets of tensors between layers scaled channel by channel" in context.notes[-1]
 
 
 def test_groups_are_what_must_be_scaled_alike() -> None:

@@ -71,7 +71,9 @@ def equalize(prepared: Model, profile: Profile, context: Context) -> Profile:
     groups = scalable_groups(prepared)
     factors = channel_factors(groups, profile, names, scheme)
     scaled = rescale(prepared, groups, factors)
-    if context.calibrate is not None:
+    if not scaled:
+        profile = dataclasses.replace(profile, model_hash=prepared.hash)
+    elif context.calibrate is not None:
         profile = context.calibrate(prepared)
     else:
         changed = {
@@ -85,9 +87,12 @@ def equalize(prepared: Model, profile: Profile, context: Context) -> Profile:
     if scheme.activation.pow2:
         groups = scalable_groups(prepared)
         whole = [np.full(group.channels, fitting_factor(group, profile, names, scheme)) for group in groups]
-        rescale(prepared, groups, whole)
+        fitted = rescale(prepared, groups, whole)
         profile = _scaled_profile(prepared, profile, groups, whole)
-    context.notes.append(f"equalize: {scaled} groups of tensors between layers scaled, channel by channel")
+        context.notes.append(f"equalize: {fitted} of {len(groups)} sets of tensors between layers fit powers of two")
+    context.notes.append(
+        f"equalize: {scaled} of {len(groups)} sets of tensors between layers scaled channel by channel"
+    )
     return profile
 
 
@@ -542,7 +547,7 @@ def _stretch(stats: TensorStats, factor: Floats) -> TensorStats:
     width = max(max(abs(least), abs(most)) / len(middles), 1e-30)
     reach = np.maximum(np.abs(low), np.abs(high)) / magnitude
     bins = np.floor(np.clip(middles[None, :] * reach[:, None], least, most) / width).astype(np.int64)
-    counts = np.broadcast_to(stats.histogram.counts / len(factor), bins.shape)
+    counts = np.broadcast_to(stats.histogram.counts, bins.shape)
     sums = np.bincount((bins - bins.min()).reshape(-1), weights=counts.reshape(-1))
     histogram = Histogram(width, int(bins.min()), np.rint(sums).astype(np.int64))
     return dataclasses.replace(stats, min=least, max=most, histogram=histogram, channel_min=low, channel_max=high)

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from nestc.errors import DataError
 from nestc.graph.kinds import is_constant
 from nestc.graph.model import Model
 from nestc.graph.passes.rewrite import array, ints, operand
@@ -178,7 +179,7 @@ def input_moments(
     """Moments of the inputs of layers, by the layer's node, over the first `samples` samples run through `model`.
 
     `sources` gives the tensor of `model` that each layer reads. Of each sample at most `limit` positions are taken, by
-    a generator of `seed`; memory is that of one batch and of the moments.
+    a generator of `seed`; memory is that of one batch and of the moments. Raises DataError if there are no data.
     """
     given = set(model.inputs)
     runner = compiler(with_outputs(model, sorted({sources[layer.node] for layer in layers} - given)))
@@ -196,6 +197,8 @@ def input_moments(
             progress(label, min(seen / max(total, 1), 1.0))
         if seen >= samples:
             break
+    if not moments:
+        raise DataError("the calibration data hold no sample, or can be read only once; give a list or a data set")
     for each in moments.values():
         each.mean /= max(each.rows, 1)
         if each.gram is not None:

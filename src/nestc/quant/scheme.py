@@ -73,7 +73,7 @@ class Scheme:
 
     ``activation`` None: only weights are quantized. ``method`` None: thresholds of activations by the profile's own
     method; ``weight_method``: those of weights. ``ops``: the operators that the scheme computes in its format.
-    ``tools``: the accuracy tools that run unless others are asked for.
+    ``tools``: the accuracy tools that run unless others are asked for, those that need calibration data only with them.
     """
 
     name: str
@@ -124,7 +124,7 @@ SCHEMES: Mapping[str, Scheme] = {
             _WEIGHT8,
             INTEGER_OPS,
             "weights int8, symmetric per channel; activations uint8, asymmetric per tensor",
-            tools=("squant",),
+            tools=("squant", "bias-correction"),
         ),
         Scheme(
             "int8-symmetric",
@@ -132,7 +132,7 @@ SCHEMES: Mapping[str, Scheme] = {
             _WEIGHT8,
             INTEGER_OPS,
             "weights int8, symmetric per channel; activations int8, symmetric per tensor",
-            tools=("squant",),
+            tools=("squant", "bias-correction"),
         ),
         Scheme(
             "int8-pow2",
@@ -142,7 +142,7 @@ SCHEMES: Mapping[str, Scheme] = {
             "int8-symmetric with scales that are powers of two, chosen by least squared error",
             method="mse",
             weight_method="mse",
-            tools=("squant",),
+            tools=("equalize", "squant", "bias-correction"),
         ),
         # Weights of 16 bits too: with 8 they would limit the result to what int8 reaches (EfficientNet-Lite0: 20.0 dB
         # with int16 activations, 19.1 dB with uint8). ONNX Runtime runs both. Hardware that multiplies 16 by 8 bits
