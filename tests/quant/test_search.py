@@ -192,5 +192,6 @@ def test_scores() -> None:
     same = Judge(exact, data).score(exact)
     assert same == Score(4, 1.0, 1.0, math.inf) and same.loss == 0.0 and "decisions" in same.measure
     assert Score(1, None, 0.9, 3.0).loss == pytest.approx(0.1)
+    assert Score(40, 0.95, 1.0, 15.0).loss <= 0.05  # although 1 - 0.95 is above in binary
     with pytest.raises(nestc.Error, match="2 labels for 4 samples"):
         Judge(exact, data, np.array([0, 1]))

@@ -305,7 +305,7 @@ def require_budget(
         loss, of = judged.disagreements / judged.samples, "the float model's decisions"
     else:
         raise QuantizationError("--accuracy-budget needs a model whose first output is scores of classes")
-    if loss > budget:
+    if round(loss, 9) > budget:  # 1 - 0.95 is not above a budget of 0.05
         raise QuantizationError(
             f"scheme {scheme} loses {loss:.4f} of {of} on {judged.samples} samples, more than the budget of "
             f"{budget:g}; give --scheme auto, a finer scheme, or --overrides"

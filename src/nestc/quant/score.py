@@ -33,8 +33,8 @@ class Score:
     def loss(self) -> float:
         """The fraction of samples lost: of top-1 with labels, else decisions that differ, else 1 - cosine."""
         if self.top1 is not None and self.top1_float is not None:
-            return self.top1_float - self.top1
-        return 1.0 - (self.cosine if self.agreement is None else self.agreement)
+            return _fraction(self.top1_float - self.top1)
+        return _fraction(1.0 - (self.cosine if self.agreement is None else self.agreement))
 
     @property
     def measure(self) -> str:
@@ -101,6 +101,11 @@ def sqnr_db(signal: float, noise: float) -> float:
     if noise <= 0.0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
+def _fraction(value: float) -> float:
+    """Without the last digits, so that 1 - 0.95 is not above a budget of 0.05."""
+    return round(value, 9)
 
 
 def _samples(outputs: Mapping[str, np.ndarray]) -> int:
