@@ -23,6 +23,7 @@ from nestc.quant.search import Costs, Found, require_budget, search
 from nestc.quant.tools import Tool
 from nestc.quantization import checked, compiler, quantize, require_repeatable
 from nestc.runtime.executable import Executable
+from nestc.targets.cpu.machine import host_machine
 
 BUDGET = 0.01
 """The accuracy budget if none is given: one sample in a hundred."""
@@ -48,6 +49,8 @@ def auto(
     progress: Progress | None = None,
 ) -> Found:
     """The fastest mix of `scheme` and float of a model (sizes bound) whose loss on `data` stays inside `budget`.
+
+    Where this machine has no instruction for sums of byte products, weights of 7 bits are faster, and are tried first.
 
     See `nestc.quant.search.search`. Costs are measured kernel by kernel on this machine; with open sizes they are
     estimated from multiply-accumulates. `data` must allow to be read several times. Raises QuantizationError without
@@ -84,10 +87,22 @@ def auto(
         itertools.islice(batches, SENSITIVITY_BATCHES),
         None if unbound_dims(prepared) else measured,
         progress,
+        _faster(base, prepared),
     )
     found.model.ir.metadata_props["nestc.scheme"] = "auto"
     found.model.notes.append(str(found))
     return found
+
+
+def _faster(scheme: Scheme, prepared: Model) -> tuple[Scheme, ...]:
+    """The scheme with weights of 7 bits, if convolutions sum byte products in 16 bits here (`kernels/conv_pack.py`)."""
+    weight = scheme.weight
+    if all(node.op_type != "Conv" for node in prepared.ir.graph):
+        return ()
+    if host_machine().dot_dtypes != ("int16", "int16") or not scheme.integer or weight.dtype != "int8" or weight.bits:
+        return ()
+    name = f"{scheme.name}{',' if ':' in scheme.name else ':'}weight-bits=7"
+    return (scheme_named(name),)
 
 
 def measure_costs(prepared: Model, quantized: Model, threads: int | None = None) -> Costs:

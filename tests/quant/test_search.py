@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from quant_nets import batches, chain, parsed
 
 import nestc
 from nestc.autoscheme import auto, measure_costs
+from nestc.demo.data import INPUT, labelled_images, model_path
 from nestc.graph.bind import bind
 from nestc.quant.choose import choose
 from nestc.quant.prepare import prepare
@@ -18,6 +20,7 @@ from nestc.quant.score import Judge, Score
 from nestc.quant.search import Costs, estimate_costs, restore_order
 from nestc.quant.sensitivity import Sensitivity, sensitivity
 from nestc.quantization import calibrate, compiler, quantize
+from nestc.targets.cpu.machine import machine
 
 FRAGILE = """
 <ir_version: 8, opset_import: ["": 17]>
@@ -116,6 +119,21 @@ def test_a_generous_budget_quantizes_everything() -> None:
     assert found.overrides == {} and len(found.steps) == 1 and found.cost == found.cost_quantized
     assert "estimated cost 0.50 of float" in str(found)
     assert found.model.notes[-1] == str(found)
+
+
+def test_convolutions_get_weights_of_7_bits_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nestc.load(model_path(), shapes={INPUT: [1, 1, 28, 28]})
+    images, labels = labelled_images()
+    data = [{INPUT: image[None]} for image in images[:60]]
+    profile = calibrate(model, data[:20], "minmax")
+    machines = {"avx2": "int8:weight-bits=7", "avx512_vnni": "int8"}
+    for arch, scheme in machines.items():
+        monkeypatch.setattr("nestc.autoscheme.host_machine", lambda arch=arch: machine(arch))
+        found = auto(model, profile, "int8", data, 0.05, labels=labels[:60], tools=[])
+        assert found.scheme.name == scheme and found.score.loss <= 0.05 and found.costs.kind == "measured"
+        weights = [np.abs(value.const_value.numpy()).max() for value in found.model.ir.graph.initializers.values()
+                   if value.dtype == ir.DataType.INT8 and value.const_value.numpy().ndim > 1]  # fmt: skip
+        assert max(weights) == (63 if "=7" in scheme else 127)
 
 
 def test_the_mix_holds_the_budget_and_spares_the_fragile_node() -> None:

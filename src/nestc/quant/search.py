@@ -134,8 +134,11 @@ def search(
     batches: Iterable[Batch],
     costs: Costs | Callable[[Model], Costs] | None = None,
     progress: Progress | None = None,
+    faster: Sequence[Scheme] = (),
 ) -> Found:
     """The fastest mix of `scheme` and float whose loss on the judge's data is at most `budget` (a fraction, 0 to 1).
+
+    Schemes that run `faster` on the machine, fastest first, are tried before it, with everything quantized.
 
     First everything is quantized, by one method of choosing ranges after the other, until one holds the budget; all of
     these cost the same. If none does, nodes of the best go back to float: those that add most noise for the time that
@@ -154,6 +157,19 @@ def search(
         raise QuantizationError(
             "scheme auto finds no product that could be quantized; nestc quantize tells why of each"
         )
+
+    for quick in faster:
+        tell(f"auto: all of {quick.name}, ranges by {profile.method}", 0.0)
+        model = quantizer(profile, quick, overrides)
+        score = judge.score(compiler(model))
+        steps.append(Step(f"{profile.method} ({quick.name})", len(products), None, score, math.nan))
+        if score.loss <= budget:
+            known = costs(model) if callable(costs) else costs or estimate_costs(prepared, assignment)
+            float_cost, cost = known.total(set()), known.total(set(known.nodes))
+            steps = [dataclasses.replace(step, cost=cost) for step in steps]
+            return Found(
+                model, score, quick, profile.method, {}, known, cost, float_cost, cost, tuple(steps)
+            )  # fmt: skip
 
     # Every method gives a model of the same speed, so the first that holds the budget is as good as any.
     for method in dict.fromkeys((profile.method, *METHODS)) if scheme.method is None else (scheme.method,):
