@@ -25,13 +25,22 @@ SAMPLES = 16
 MODELS = ("resnet50", "mobilenetv2", "minilm")
 """What is measured in int8 where no models are named."""
 
-SUFFIX = {"nestc": ".onnx", "onnxruntime": ".onnx", "openvino": ".xml"}
+SCHEMES = {"nestc": "int8", "nestc-7": "int8:weight-bits=7"}
+"""What our own quantizer is asked for, by the name of the file."""
 
-_PACKAGES = {"nestc": ("nestc",), "onnxruntime": ("onnxruntime",), "openvino": ("openvino", "nncf")}
+SUFFIX = {"nestc": ".onnx", "nestc-7": ".onnx", "onnxruntime": ".onnx", "openvino": ".xml"}
+
+_PACKAGES = {
+    "nestc": ("nestc",),
+    "nestc-7": ("nestc",),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino", "nncf"),
+}
 
 
 def path(name: str, engine: str, timeout: float = 1800.0) -> Path:
-    """The int8 form of a zoo model for an engine: nestc's, onnxruntime's static QDQ, openvino's by NNCF.
+    """The int8 form of a zoo model for an engine: nestc's (also with weights of 7 bits), onnxruntime's static QDQ,
+    openvino's by NNCF.
 
     Raises Error if it cannot be made.
     """
@@ -57,7 +66,7 @@ def _key(name: str, engine: str) -> str:
     digest.update(f"{SAMPLES} {[importlib.metadata.version(package) for package in _PACKAGES[engine]]}".encode())
     home = Path(nestc.__file__).parent
     ours = [*home.glob("quant*/**/*.py"), *home.glob("graph/**/*.py"), *home.glob("quant*.py")]
-    for file in [Path(__file__), Path(quantizers.__file__), *(sorted(ours) if engine == "nestc" else ())]:
+    for file in [Path(__file__), Path(quantizers.__file__), *(sorted(ours) if engine in SCHEMES else ())]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -82,9 +91,9 @@ def _make(task: tuple[str, str, str]) -> str:
 def _quantize(name: str, engine: str, target: Path) -> None:
     batches = [zoo.inputs(name, seed) for seed in range(1, SAMPLES + 1)]
     transformer = any(node.op_type == "Softmax" for node in onnx.load(str(zoo.path(name))).graph.node)
-    if engine == "nestc":
+    if engine in SCHEMES:
         model = nestc.load(zoo.path(name), shapes={key: list(shape) for key, shape in zoo.get(name).shapes.items()})
-        nestc.quantize(model, nestc.calibrate(model, batches), scheme="int8").save(target)
+        nestc.quantize(model, nestc.calibrate(model, batches), scheme=SCHEMES[engine]).save(target)
     elif engine == "onnxruntime":
         prepared = target.with_name("prepared.onnx")
         quantizers.onnxruntime_prepare(zoo.path(name), batches[0], prepared)

@@ -173,7 +173,7 @@ def check(nodes: list[Any], feeds: Arrays, values: Arrays, output: str, which: s
     assert found.shape == expected.shape and found.dtype == expected.dtype
     if output == "yq":
         difference = np.abs(found.astype(np.int32) - expected.astype(np.int32))
-        assert difference.max() <= 1 and np.mean(difference > 0) < 0.01
+        assert difference.max() <= 1 and np.count_nonzero(difference) <= max(1, difference.size // 100)
     else:
         np.testing.assert_array_equal(found, expected)
 
