@@ -64,13 +64,16 @@ PEER_WAYS = (
     Way("int8-symmetric", "nncf", "nncf performance", (("preset", "performance"),)),
 )
 
+NARROW = "int8:weight-bits=7"
+"""What x86 without VNNI multiplies fastest."""
+
 SINGLE_TOOL_SCHEMES = ("int8", "int8-pow2")
 """Schemes of which every accuracy tool, and every way to choose thresholds, is shown alone."""
 
 
 def our_ways() -> tuple[Way, ...]:
     """Every scheme as it comes; of some without any tool, with each tool alone, and with each calibration method."""
-    ways = [Way(scheme, "nestc", "nestc") for scheme in (*SCHEMES, "auto")]
+    ways = [Way(scheme, "nestc", "nestc") for scheme in (*SCHEMES, NARROW, "auto")]
     for scheme in SINGLE_TOOL_SCHEMES:
         ways.append(Way(scheme, "nestc", "nestc plain", (("tools", ()),)))
         ways.append(Way(scheme, "nestc", "nestc plain, no bn-fold", (("tools", ()), ("unfolded", True))))
