@@ -355,3 +355,36 @@ def test_a_tile_fits_the_registers(vectors: int, pixels: int, registers: int) ->
     for depth, together in ((1, 1), (1, 2), (2, 1), (2, 2)):
         mr, nr = sums_tile(vectors, pixels, registers, depth, together)
         assert 1 <= mr <= pixels and 1 <= nr <= vectors and mr * nr + depth * nr + depth + 2 <= registers
+
+
+def widest_case(channels: int, bias: int, group: int = 1) -> tuple[Any, Arrays]:
+    """The region of a 1x1 Conv whose inputs are all 255 and weights 127, with one int32 bias; and its input."""
+    x, w = np.full((1, channels, 1, 2), 255, np.uint8), np.full((8, channels // group, 1, 1), 127, np.int8)
+    one, sy = np.asarray(1, np.float32), np.asarray(1e8, np.float32)
+    feeds = {"xq": x, "wq": w, "bq": np.full(8, bias, np.int32), "s": one, "sy": sy, "zy": np.asarray(100, np.uint8)}
+    nodes = [helper.make_node("DequantizeLinear", [name + "q", "s"], [name]) for name in "xwb"]
+    nodes.append(helper.make_node("Conv", ["x", "w", "b"], ["y"], name="conv", group=group))
+    nodes.append(helper.make_node("QuantizeLinear", ["y", "sy", "zy"], ["yq"]))
+    values = {name: feeds[name + "q"].astype(np.float32) for name in "xwb"}
+    values |= {"y": np.zeros((1, 8, 1, 2), np.float32), "yq": np.zeros((1, 8, 1, 2), np.uint8)}
+    constants = [name for name in feeds if name != "xq"]
+    return region_of(nodes, {**feeds, **values}, ["yq"], constants, "Conv"), {"xq": x}
+
+
+@pytest.mark.parametrize("bias", [2**31 - 1, -(2**31), 2**31 - 1 - 255 * 127 * 8, 5])
+@pytest.mark.parametrize("group", [1, 8])
+def test_a_bias_that_leaves_no_room_for_the_sum(bias: int, group: int) -> None:
+    region, feeds = widest_case(8, bias, group)
+    family, _ = choose(region)
+    assert family is not None and family.name == ("conv_int8" if group == 1 else "depthwise_int8")
+    layouts = dict(family.layouts(region, HOST, dict.fromkeys(region.inputs, PLAIN)))
+    found = run_lowered(region, family.lower(region, HOST, layouts), feeds, HOST, layouts)["yq"]
+    exact = round((255 * 127 * 8 // group + bias) / 1e8) + 100
+    np.testing.assert_array_equal(found, exact)
+
+
+def test_sums_that_do_not_fit_are_left_to_float() -> None:
+    region, _ = widest_case(66400, 0)
+    assert "do not fit in 32 bits" in str(CONV_INT8.refusal(region))
+    region, _ = widest_case(66300, 0)
+    assert CONV_INT8.refusal(region) is None

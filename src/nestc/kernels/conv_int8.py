@@ -11,7 +11,7 @@ from nestc.graph.region import Op, Region
 from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered
 from nestc.kernels.conv_integer import IntegerConvolution
 from nestc.kernels.conv_shape import ConvShape, conv_shape
-from nestc.kernels.quantized import Quantized, QuantizedAnchor, quantized_anchor
+from nestc.kernels.quantized import Quantized, QuantizedAnchor, quantized_anchor, sums_fit
 from nestc.kernels.tail import tail_refusal
 
 _BYTES = frozenset({"int8", "uint8"})
@@ -122,12 +122,16 @@ def _read_conv(region: Region, anchor: QuantizedAnchor) -> IntegerConv | str:
         return f"the input of {op.name!r} is constant"
     if w.name not in region.constants:
         return f"the weights of {op.name!r} are not constant"
+    if not sums_fit(region, x, w):
+        return f"sums of {op.op_type} (node {op.name!r}) do not fit in 32 bits"
     rank = len(region.types[op.inputs[1]].shape)
     zeros = w.zero_point.reshape(-1, *(1,) * (rank - 1)) if w.zero_point.ndim else w.zero_point
     scale = x.scale.astype(np.float64) * w.scale.astype(np.float64)
     bias = _read_bias(region, op, anchor.operand(2), scale)
     if isinstance(bias, str):
         return bias
+    if bias[0] is not None and not sums_fit(region, x, w, bias[0]):
+        bias = None, bias[0] * np.broadcast_to(scale, bias[0].shape)
     read = _centred(region, w.name, zeros)
     return IntegerConv(op, x.name, int(x.zero_point), read, bias[0], scale.reshape(-1), bias[1])
 

@@ -15,7 +15,7 @@ from nestc.graph.region import Region, TensorType
 from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered, to_layout
 from nestc.kernels.conv_shape import ConvShape, Tile, conv_shape, cut_row
 from nestc.kernels.operands import Operands
-from nestc.kernels.quantized import Quantized, QuantizedAnchor, quantized_anchor
+from nestc.kernels.quantized import Quantized, QuantizedAnchor, quantized_anchor, sums_fit
 from nestc.kernels.requantize import Requantize
 from nestc.kernels.tail import tail_refusal
 from nestc.tensor import index as ix
@@ -55,6 +55,8 @@ class DepthwiseInt8Family:
         shape = conv_shape(op, region)
         if not shape.group == shape.in_channels == shape.out_channels > 1:
             return f"Conv (node {op.name!r}) is not depthwise"
+        if not sums_fit(region, x, w):
+            return f"sums of Conv (node {op.name!r}) do not fit in 32 bits"
         return tail_refusal(region, op)
 
     def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
@@ -88,13 +90,16 @@ def bias_values(found: QuantizedAnchor, region: Region) -> np.ndarray | None:
 
 
 def int32_bias(found: QuantizedAnchor, region: Region, scale: np.ndarray) -> np.ndarray | None:
-    """The bias (operand 2) in units of `scale` (float64, one or a channel) if it is one of int32 in these units."""
-    quantized = found.operand(2)
+    """The bias (operand 2) in units of `scale` (float64, one or a channel) if it is one of int32 in these units, small
+    enough to be part of the sum."""
+    x, w, quantized = (found.operand(i) for i in range(3))
     if quantized is None or quantized.dtype != "int32" or np.any(quantized.zero_point):
         return None
     if not np.allclose(quantized.scale.astype(np.float64), scale, rtol=1e-5, atol=0):
         return None
-    return region.constant(quantized.name)
+    bias = region.constant(quantized.name)
+    assert x is not None and w is not None
+    return bias if bias is not None and sums_fit(region, x, w, bias) else None
 
 
 class _Depthwise:

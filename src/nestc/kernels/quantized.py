@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -86,6 +87,22 @@ def quantized_anchor(region: Region) -> QuantizedAnchor | None:
         found[op.outputs[0]] = operand
     anchor = region.ops[place]
     return QuantizedAnchor(anchor, tuple(found.get(name) for name in anchor.inputs), region.ops[place + 1 :])
+
+
+def sums_fit(region: Region, x: Quantized, weights: Quantized, bias: np.ndarray | None = None) -> bool:
+    """Whether 8-bit `x` times constant `weights`, summed over all axes but their first, and an integer `bias` added,
+    always fit in int32. `x` has one zero point, `weights` one or one for each index of the first axis."""
+    limits, zero = np.iinfo(x.dtype), int(x.zero_point)
+    reach = max(limits.max - zero, zero - limits.min)
+    room = (1 << 31) - 1
+    if bias is not None and bias.size:
+        room -= int(np.abs(bias.astype(np.int64)).max())
+    if prod(region.types[weights.name].shape[1:]) * 255 * reach <= room:
+        return True
+    array = region.constant(weights.name)
+    assert array is not None
+    centred = array.astype(np.int64).reshape(array.shape[0], -1) - weights.zero_point.reshape(-1, 1)
+    return int(np.abs(centred).sum(axis=1).max(initial=0)) * reach <= room
 
 
 def _dequantized(op: Op, region: Region) -> Quantized | None:

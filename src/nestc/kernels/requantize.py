@@ -207,6 +207,8 @@ class _Tail(Tail):
             if known is None:
                 continue
             scale, zero = known
+            if scale * float(np.finfo(np.float32).max) < 1.0:
+                continue  # its reciprocal is no float32
             narrow = operands.region.types[op.outputs[0] if op.op_type == "QuantizeLinear" else op.inputs[0]].dtype
             low, high = integer_range(narrow)
             factor = 1.0 / scale if op.op_type == "QuantizeLinear" else scale
