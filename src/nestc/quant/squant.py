@@ -56,10 +56,14 @@ def balanced(real: Floats, low: int, high: int) -> Floats:
         error -= moves
         rounded += moves
     if kernels > 1:
-        # One element of each kernel may move: that whose error is largest in the direction of the channel's sum.
-        sums = error.sum(axis=(1, 2))
-        best = (error * np.sign(sums)[:, None, None]).argmax(axis=2)[..., None]
+        # One element of each kernel may move: that whose error is largest in the direction of the channel's sum, where
+        # the kernel's own sum has that direction too, so that it stays below one.
+        own = error.sum(axis=2)
+        sums = own.sum(axis=1)
+        sign = np.sign(sums)[:, None]
+        best = (error * sign[..., None]).argmax(axis=2)[..., None]
         errors, integers = (np.take_along_axis(each, best, 2)[..., 0] for each in (error, rounded))
+        errors = np.where(own * sign > 0, errors, np.float32(0))
         moves = _moves(errors, integers, low, high, sums)
         np.put_along_axis(rounded, best, (integers + moves)[..., None], 2)
     return rounded
