@@ -388,3 +388,22 @@ def test_sums_that_do_not_fit_are_left_to_float() -> None:
     assert "do not fit in 32 bits" in str(CONV_INT8.refusal(region))
     region, _ = widest_case(66300, 0)
     assert CONV_INT8.refusal(region) is None
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_ties_go_to_the_even_integer(group: int) -> None:
+    x = np.arange(128, dtype=np.uint8).reshape(1, 8, 1, 16)
+    w = np.ones((8, 1, 1, 1), np.int8) if group == 8 else np.eye(8, dtype=np.int8).reshape(8, 8, 1, 1)
+    feeds = {"xq": x, "wq": w, "s": np.asarray(1, np.float32), "sy": np.asarray(2, np.float32)}
+    feeds["zy"] = np.asarray(3, np.uint8)
+    nodes = [helper.make_node("DequantizeLinear", [name + "q", "s"], [name]) for name in "xw"]
+    nodes.append(helper.make_node("Conv", ["x", "w"], ["y"], name="conv", group=group))
+    nodes.append(helper.make_node("QuantizeLinear", ["y", "sy", "zy"], ["yq"]))
+    expected = np.rint(x / 2).astype(np.uint8) + 3
+    values = {"x": x.astype(np.float32), "w": w.astype(np.float32), "y": x.astype(np.float32), "yq": expected}
+    region = region_of(nodes, {**feeds, **values}, ["yq"], ["wq", "s", "sy", "zy"], "Conv")
+    family, _ = choose(region)
+    assert family is not None and family.name == ("conv_int8" if group == 1 else "depthwise_int8")
+    layouts = dict(family.layouts(region, HOST, dict.fromkeys(region.inputs, PLAIN)))
+    found = run_lowered(region, family.lower(region, HOST, layouts), {"xq": x}, HOST, layouts)["yq"]
+    np.testing.assert_array_equal(found, expected)
