@@ -86,7 +86,12 @@ def status(arguments: Sequence[str]) -> int:
     """Run a command and give its exit status; failures are printed on stderr, in one sentence."""
     debug = "--debug" in arguments
     try:
-        result = app(list(arguments), prog_name="nestc", standalone_mode=False)
+        try:
+            result = app(list(arguments), prog_name="nestc", standalone_mode=False)
+        except SystemExit:
+            # Typer leaves by itself, with 1, where the reader of our output has; nothing else of it does.
+            raise BrokenPipeError from None
+        sys.stdout.flush()
         # A bare `nestc` has printed its help.
         return result if isinstance(result, int) else DONE
     except typer.Exit as leaving:

@@ -375,9 +375,12 @@ def _fit(array: np.ndarray, name: str, dtype: str, shape: tuple[int | str, ...],
         raise DataError(f"sample {sample}: {name!r} contains {kind}")
     if array.dtype == wanted:
         return array
-    converted = array.astype(wanted) if _convertible(array, wanted) else None
-    if converted is None:
+    if not _convertible(array, wanted):
         raise ShapeError(f"sample {sample}: {name!r} is {array.dtype}, but the input takes {dtype}")
+    with np.errstate(over="ignore"):
+        converted = array.astype(wanted)
+    if array.dtype.kind == "f" and not np.isfinite(converted).all():
+        raise DataError(f"sample {sample}: {name!r} holds {np.abs(array).max():.3g}, which is infinite in {dtype}")
     return converted
 
 
@@ -432,6 +435,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name. Raises DataError if it cannot be read."""
     try:
         # Opened here: numpy does not close a file that turns out to be no archive.
+        if not zipfile.is_zipfile(path):  # numpy takes anything else for a pickle
+            raise zipfile.BadZipFile("it is cut, or of another kind" if path.stat().st_size else "it is empty")
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from .conftest import write
 from .test_bad_input import expect
@@ -126,4 +130,49 @@ def test_models_that_quantize_refuses(nestc, mlp: Path, open_mlp: Path, profile:
     expect(nestc("quantize", out, "--profile", profile), "the model is quantized already")
     expect(nestc("quantize", open_mlp, "--profile", profile), "another model")
     expect(nestc("compile", mlp, "--calibrate", profile), "--calibrate and --accuracy-budget are for --quantize")
-    expect(nestc("compile", mlp, "--quantize", "int8"), "scheme int8 needs a profile")
+
+
+def test_a_batch_left_open_is_one_in_reports(nestc, open_mlp: Path) -> None:
+    out = open_mlp.with_name("q.onnx")
+    report = json.loads(nestc("quantize", open_mlp, "--scheme", "weight-int8", "-o", out, "--json").out)
+    assert report["sqnr_data"] == "a random input, seed 0 (batch = 1)" and len(report["sqnr_db"]) == 1
+    result = nestc("explain", out)
+    assert result.status == 0 and "for one sample a call: batch = 1" in result.out
+
+
+def test_what_compile_needs_is_said_before_calibrating(nestc, mlp: Path, open_mlp: Path, data: Path) -> None:
+    expect(nestc("compile", mlp, "--quantize", "int8"), "needs data to calibrate on; give --calibrate DATA")
+    # A file that is not there would be missed first if it were opened before the rest is looked at.
+    missing = ("--calibrate", data.with_name("none.npz"), "--quantize")
+    expect(nestc("compile", open_mlp, *missing, "int8"), "--dim batch=SIZE")
+    expect(nestc("compile", mlp, *missing, "int9"), "there is no scheme 'int9'")
+    expect(nestc("compile", mlp, *missing, "auto:auto"), "a search for a whole model")
+
+
+def test_data_that_are_no_archive_or_too_large(nestc, mlp: Path, data: Path) -> None:
+    data.write_text("hello", encoding="utf-8")
+    expect(nestc("calibrate", mlp, "--data", data), "not an .npz file that can be read: it is cut, or of another kind")
+    data.write_bytes(b"")
+    expect(nestc("calibrate", mlp, "--data", data), "it is empty")
+    np.savez(data, x=np.full((2, 4), 1e300))
+    expect(nestc("calibrate", mlp, "--data", data), "holds 1e+300, which is infinite in float32")
+
+
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose"])
+def test_channels_that_a_convolution_has_no_weights_for(nestc, tmp_path: Path, op: str) -> None:
+    node = helper.make_node(op, ["x", "w"], ["y"], name="stem")
+    x, y = (("x", TensorProto.FLOAT, ["N", "C", 5, 5]), ("y", TensorProto.FLOAT, ["N", 2, "H", "W"]))
+    model = write(tmp_path / "c.onnx", [node], [x], [y], [("w", np.ones((2, 2, 3, 3), np.float32))])
+    result = nestc("compile", model, "--shape", "x=1,3,5,5")
+    expect(result, f"{op} 'stem': its weights are for 2 channels, but its input 'x' has 3")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_left_is_no_error(unbuffered: str) -> None:
+    read, written = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "from nestc.cli import main; main(['--help'])"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with os.fdopen(written, "wb") as stdout:
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

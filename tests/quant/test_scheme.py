@@ -35,7 +35,8 @@ def test_options_change_a_scheme() -> None:
     ("text", "said"),
     [
         ("int9", "there is no scheme 'int9', did you mean 'int8'?"),
-        ("nonsense", "choose int8, int8-symmetric"),
+        ("nonsense", "weight-int8, weight-int4, auto"),
+        ("auto", "scheme auto is a search for a whole model"),
         ("int8:granularty=tensor", "did you mean 'granularity'?"),
         ("int8:granularity=row", "choose tensor, channel or block:SIZE"),
         ("int8:granularity=block:32", "use weight-int8 or weight-int4"),

@@ -95,10 +95,13 @@ def compile_(
         raise Error("--calibrate and --accuracy-budget are for --quantize SCHEME, which is missing")
     if scheme is not None:
         from nestc.graph.bind import bind
+        from nestc.graph.model import require_static
         from nestc.importers.onnx import load
 
+        bound = bind(load(model), shapes, dims)
+        require_static(bound)  # a bundle has fixed shapes; said before minutes of calibration, not after
         source, told = quantize.calibrated(
-            bind(load(model), shapes, dims), scheme, calibrate,
+            bound, scheme, calibrate,
             overrides=overrides, tools=tools, labels=labels, split=split, preprocess=preprocess, limit=limit,
             budget=accuracy_budget, threads=threads,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -109,6 +110,7 @@ def show(found: Evaluation, model: str, against: str) -> None:
     if found.accuracy is not None and found.reference is not None:
         print(f"  loss: {100 * (found.reference.value - found.accuracy.value):.2f} points")
     for name, value in (found.outputs or {}).items():
-        print(f"  {name}: {value:.2f} dB" if found.metric == "sqnr" else f"  {name}: {value:.6f}")
+        decibels = "equal" if value == math.inf else f"{value:.2f} dB"
+        print(f"  {name}: {decibels if found.metric == 'sqnr' else f'{value:.6f}'}")
     if found.disagreements is not None:
         print(f"  {found.disagreements} samples are decided otherwise than by {against}")

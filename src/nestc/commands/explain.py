@@ -32,7 +32,8 @@ def explain(
 
     Example: `nestc explain resnet50.onnx --dim batch=1`
 
-    A float model is quantized first with `--quantize SCHEME --calibrate DATA`; nothing else is compiled.
+    A batch that the model leaves open is taken as 1. A float model is quantized first with `--quantize SCHEME
+    --calibrate DATA`; nothing else is compiled.
     """
     common.require_file(model)
     words: list[str] = []
@@ -44,7 +45,7 @@ def explain(
         notes: list[str] = []
     else:
         from nestc.driver import explain as explain_model
-        from nestc.graph.bind import bind
+        from nestc.graph.bind import bind, bind_batch
         from nestc.importers.onnx import load
         from nestc.quant.explain import in_words, reasons
 
@@ -58,7 +59,10 @@ def explain(
         found = reasons(source)
         words = in_words(found)
         told = {each.node: {"op": each.op, "scheme": each.scheme, "reason": each.reason} for each in found}
-        plan, notes = explain_model(source, targets=target or ["cpu"])
+        one, sizes = bind_batch(source)
+        plan, notes = explain_model(one, targets=target or ["cpu"])
+        if sizes:
+            notes = [f"for one sample a call: {sizes}; --dim NAME=SIZE (or --shape) explains another size", *notes]
     if json:
         report = {**plan.to_json(), "fallback_ops": plan.fallback_ops, "passes": notes}
         common.print_json({**report, "quantized": told} if told else report)

@@ -185,11 +185,16 @@ def calibrated(
     Raises QuantizationError where the scheme needs data and there are none.
     """
     from nestc.datasets import open_data
+    from nestc.quant.scheme import AUTO, scheme_named
     from nestc.quantization import calibrate, quantize
 
     if budget is not None and data is None:
         raise QuantizationError("--accuracy-budget is checked on data; give --calibrate DATA")
-    searched = scheme.partition(":")[0] == "auto"
+    searched = scheme.partition(":")[0].strip() == AUTO
+    # Before the data are read: calibrating may take minutes.
+    wanted = scheme_named(scheme.partition(":")[2] or "int8" if searched else scheme)
+    if data is None and (searched or wanted.integer):
+        raise QuantizationError(f"scheme {scheme} needs data to calibrate on; give --calibrate DATA")
     found: Dataset | None = None
     if data is not None:
         found = open_data(data, source.inputs, preprocess=preprocess, labels=labels, split=split, limit=limit)
@@ -240,12 +245,14 @@ def sqnr(
 ) -> tuple[dict[str, float | None], str]:
     """dB of each output against the float model, and on what: samples of the data, else one random input, seed 0.
 
-    Random numbers are spread as the profile has seen each input's, without one normally.
+    A batch that is left open is 1 then. Random numbers are spread as the profile has seen each input's, without one
+    normally.
     """
     from itertools import islice
 
     from nestc.driver import compile as compile_model
     from nestc.evaluation import evaluate
+    from nestc.graph.bind import bind_batch
 
     batches: Iterable[Any]
     if data is not None:
@@ -253,10 +260,11 @@ def sqnr(
         batches, what = list(islice(data, used)), f"{min(SQNR_SAMPLES, data.samples)} samples of {path}"
     else:
         try:
-            drawn = common.random_inputs(source.inputs)
+            one, bound = bind_batch(source)
+            drawn = common.random_inputs(one.inputs)
             if profile is not None:
                 drawn |= _as_seen(drawn, profile)
-            batches, what = [drawn], "a random input, seed 0"
+            batches, what = [drawn], f"a random input, seed 0{f' ({bound})' if bound else ''}"
         except ShapeError as error:
             return {}, f"nothing: {error}"
     before = compile_model(source, threads=threads)

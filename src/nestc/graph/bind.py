@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nestc.errors import ShapeError
-from nestc.graph.model import Model, element_name, shape_of
+from nestc.graph.model import Model, element_name, shape_of, unbound_dims
 
 
 def bind(
@@ -42,6 +42,19 @@ def bind(
             else:
                 _substitute(value, sizes)
     return bound
+
+
+def bind_batch(model: Model) -> tuple[Model, str]:
+    """The model with the first axes that are open bound to 1, and in words what was bound (``"N = 1"``, or empty).
+
+    A model with another open dimension comes back as it is: no size would be right for that by itself.
+    """
+    found = unbound_dims(model)
+    if not found or any(axis != 0 for _, axis, _ in found):
+        return model, ""
+    shapes = {name: [1, *(int(size) for size in model.inputs[name][1][1:])] for name, _, _ in found}
+    names = dict.fromkeys(dim if dim not in ("", "?") else f"the first axis of {name!r}" for name, _, dim in found)
+    return bind(model, shapes), ", ".join(f"{each} = 1" for each in names)
 
 
 def _named(inputs: Mapping[str, ir.Value], name: str) -> ir.Value:

@@ -38,6 +38,8 @@ class InferShapes(ir.passes.InPlacePass):
             for value in node.outputs:
                 if value.name in found:
                     modified |= _merge(value, found[value.name].type)
+            if node.op_type in ("Conv", "ConvTranspose") and node.domain == "":
+                _require_channels(node)
         return ir.passes.PassResult(model, modified)
 
 
@@ -63,6 +65,24 @@ def _better(old: int | ir.SymbolicDim, new: ir.SymbolicDim) -> bool:
         return True
     # onnx calls a size that it cannot compute unk__N.
     return old.value is not None and (new.value is None or new.value.startswith("unk__"))
+
+
+def _require_channels(node: ir.Node) -> None:
+    """Raise `ShapeError` where a convolution's input has other channels than its weights; onnx does not look there."""
+    x, w = (value.shape if value is not None else None for value in node.inputs[:2])
+    if x is None or w is None or len(x) < 2 or len(w) < 2:
+        return
+    group = node.attributes.get_int("group", 1)
+    transposed = node.op_type == "ConvTranspose"
+    given, held = x[1], w[0] if transposed else w[1]
+    if not isinstance(given, int) or not isinstance(held, int):
+        return
+    wanted = held if transposed else held * group
+    if given != wanted:
+        raise ShapeError(
+            f"{node.op_type} {node.name or node.outputs[0].name!r}: its weights are for {wanted} channels, but its "
+            f"input {node.inputs[0].name if node.inputs[0] else ''!r} has {given}"
+        )
 
 
 def _reason(text: str) -> str:

@@ -180,6 +180,9 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 """The schemes by name, most exact integers first; ``auto`` (a search over them) is not one of these."""
 
+AUTO = "auto"
+"""The search, where a scheme for the whole model is named."""
+
 FLOAT = "float"
 """In overrides: the node stays as it is."""
 
@@ -195,7 +198,11 @@ def scheme_named(text: str) -> Scheme:
     name, _, options = text.strip().partition(":")
     if name not in SCHEMES:
         listed = ", ".join(SCHEMES)
-        raise QuantizationError(f"there is no scheme {name!r}{nearest(name, (*SCHEMES, 'auto'))}; choose {listed}")
+        if name == AUTO:
+            raise QuantizationError(f"scheme auto is a search for a whole model, over a scheme of these: {listed}")
+        raise QuantizationError(
+            f"there is no scheme {name!r}{nearest(name, (*SCHEMES, AUTO))}; choose {listed}, {AUTO}"
+        )
     scheme = SCHEMES[name]
     for option in filter(None, (part.strip() for part in options.split(","))):
         key, _, value = (part.strip() for part in option.partition("="))
