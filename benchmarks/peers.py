@@ -132,15 +132,13 @@ def files_of(
         return dict.fromkeys(engines, zoo.path(name)), {}
     files: dict[str, Path] = {}
     errors: dict[str, str] = {}
-    for engine in engines:
+    for engine in (*engines, *([NARROW] if with_nestc else [])):
         try:
             files[engine] = quantized_zoo.path(name, engine)
         except Error as error:
             errors[engine] = str(error)
     if "onnxruntime" in files:
         files[EXACT] = files["onnxruntime"]
-    if with_nestc:
-        files[NARROW] = quantized_zoo.path(name, NARROW)
     return files | ({FLOAT: zoo.path(name)} if with_nestc else {}), errors
 
 

@@ -118,7 +118,8 @@ def test_peers_rows_and_their_files(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(quantized_zoo, "path", path)
     monkeypatch.setattr(peers.zoo, "path", lambda name: tmp_path / "float")
     files, errors = peers.files_of("magika", "int8", ["onnxruntime", "openvino"], True)
-    assert list(files) == ["nestc", "onnxruntime", peers.EXACT, peers.FLOAT] and files[peers.FLOAT].name == "float"
+    assert list(files) == ["nestc", "onnxruntime", peers.NARROW, peers.EXACT, peers.FLOAT]
+    assert files[peers.FLOAT].name == "float" and files[peers.EXACT] == files["onnxruntime"]
     assert errors == {"openvino": "nncf is not installed"}
     files, errors = peers.files_of("magika", "fp32", ["onnxruntime"], True)
     assert set(files.values()) == {tmp_path / "float"} and not errors
