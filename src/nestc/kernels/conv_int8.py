@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -82,18 +82,7 @@ class ConvInt8Family:
         lanes = machine.lanes("float32")
         together = _merged_groups(shape, lanes, layouts[found.x].block != 0)
         weights = _spread_groups(found.read_weights(), shape.group, together)
-        merged = ConvShape(
-            shape.batch,
-            shape.group // together,
-            shape.in_channels,
-            shape.out_channels,
-            shape.size,
-            shape.out,
-            shape.kernel,
-            shape.strides,
-            shape.dilations,
-            shape.pads_begin,
-        )
+        merged = replace(shape, group=shape.group // together)
         return IntegerConvolution(region, found, merged, weights, machine, layouts).lower()
 
 
