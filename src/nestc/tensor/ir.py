@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
 
-Memory = Literal["param", "regs", "stack", "scratch"]
+Memory = Literal["param", "regs", "stack", "scratch", "vta.inp", "vta.wgt", "vta.acc"]
 LoopKind = Literal["serial", "parallel", "unroll"]
 
 UNARY = frozenset(

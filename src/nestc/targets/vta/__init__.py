@@ -1,0 +1,1 @@
+"""The target ``vta``: quantized regions become tiles, instructions and micro-ops of the VTA accelerator."""
