@@ -24,10 +24,20 @@ def _head(net: NetBuilder, x: Value, classes: int = 1000) -> onnx.ModelProto:
 
 def resnet18(batch: int = 1) -> onnx.ModelProto:
     """ResNet-18 (He et al. 2016, arXiv:1512.03385)."""
-    net, x = _start("resnet18", 224, batch)
+    return _basic_blocks("resnet18", (2, 2, 2, 2), batch)
+
+
+def resnet34(batch: int = 1) -> onnx.ModelProto:
+    """ResNet-34 (He et al. 2016, arXiv:1512.03385)."""
+    return _basic_blocks("resnet34", (3, 4, 6, 3), batch)
+
+
+def _basic_blocks(name: str, blocks: tuple[int, int, int, int], batch: int) -> onnx.ModelProto:
+    """A residual network of so many blocks of two 3x3 convolutions in each stage."""
+    net, x = _start(name, 224, batch)
     x = net.pool(net.conv(x, 64, 7, 2, activation="relu"), "max", 3, 2, 1)
-    for stage, channels in enumerate((64, 128, 256, 512)):
-        for block in range(2):
+    for stage, (channels, count) in enumerate(zip((64, 128, 256, 512), blocks, strict=True)):
+        for block in range(count):
             stride = 2 if stage and not block else 1
             y = net.conv(x, channels, 3, stride, activation="relu")
             y = net.conv(y, channels, 3, gain=0.5)

@@ -21,6 +21,7 @@ import onnx
 from onnx import numpy_helper
 
 import nets_attention
+import nets_preactivation
 import nets_pretrained
 import nets_vision
 from decisions import Kind
@@ -94,7 +95,8 @@ class ZooModel:
     """One model: where it comes from, the shapes it runs with, and how its answer is judged.
 
     `build` gives the model itself; with `file` it gets the fetched file's path, and without `build` the file is the
-    model. `fixed` turns inputs into constants (a sample rate, say). `decision` is judged on the first output.
+    model. `fixed` turns inputs into constants (a sample rate, say). `decision` is judged on the first output. `usual`:
+    taken where no models are named.
     """
 
     name: str
@@ -107,6 +109,7 @@ class ZooModel:
     file: PackageFile | None = None
     fixed: Mapping[str, int] = field(default_factory=dict)
     precision: str = "fp32"
+    usual: bool = True
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -114,10 +117,12 @@ class ZooModel:
         return {name: shape for name, (shape, _) in self.inputs.items()}
 
 
-def _vision(build: Callable[[int], onnx.ModelProto], note: str, size: int = 224, batch: int = 1) -> ZooModel:
+def _vision(
+    build: Callable[[int], onnx.ModelProto], note: str, size: int = 224, batch: int = 1, usual: bool = True
+) -> ZooModel:
     name = build.__name__ if batch == 1 else f"{build.__name__}_b{batch}"
     inputs = {"input": ((batch, 3, size, size), _normal)}
-    return ZooModel(name, inputs, "class", "ours (random weights)", note, build=lambda: build(batch))
+    return ZooModel(name, inputs, "class", "ours (random weights)", note, build=lambda: build(batch), usual=usual)
 
 
 def _text(length: int = 128) -> dict[str, tuple[tuple[int, ...], Generate]]:
@@ -149,6 +154,12 @@ MODELS: tuple[ZooModel, ...] = (
     _vision(nets_vision.vgg16, "3x3 convolutions and 494 MB of fully connected weights"),
     _vision(nets_vision.googlenet, "inception modules"),
     _vision(nets_vision.inception_v3, "asymmetric kernels", size=299),
+    # Networks of which cycle counts of VTA hardware are published.
+    _vision(nets_vision.resnet34, "as the benchmark of VTA takes it", usual=False),
+    _vision(nets_preactivation.resnet18_v2, "pre-activation, as the benchmark of VTA takes it", usual=False),
+    _vision(nets_preactivation.resnet34_v2, "pre-activation, as the benchmark of VTA takes it", usual=False),
+    _vision(nets_preactivation.resnet50_v2, "pre-activation, as the benchmark of VTA takes it", usual=False),
+    _vision(nets_preactivation.resnet101_v2, "pre-activation, as the benchmark of VTA takes it", usual=False),
     ZooModel(
         "vit_s16", {"input": ((1, 3, 224, 224), _normal)}, "class", "ours (random weights)", "vision transformer",
         build=nets_attention.vit_s16,
@@ -261,8 +272,10 @@ def get(name: str) -> ZooModel:
 
 
 def select(names: str | None) -> tuple[ZooModel, ...]:
-    """Models of a comma-separated list; all where it is None."""
-    return MODELS if names is None else tuple(get(name.strip()) for name in names.split(",") if name.strip())
+    """Models of a comma-separated list; the usual ones where it is None."""
+    if names is None:
+        return tuple(model for model in MODELS if model.usual)
+    return tuple(get(name.strip()) for name in names.split(",") if name.strip())
 
 
 def path(name: str) -> Path:
@@ -338,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Models for benchmarks and tests.",
         epilog="example: python benchmarks/zoo.py --models magika --fetch",
     )
-    parser.add_argument("--models", help="comma-separated names; default: all")
+    parser.add_argument("--models", help="comma-separated names; default: the usual ones (with --list: all)")
     parser.add_argument("--list", action="store_true", help="print the models without fetching them")
     parser.add_argument("--fetch", action="store_true", help="build or download the models and print their files")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -347,7 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("say --list or --fetch")
     rows: list[dict[str, Any]] = []
     try:
-        for model in select(options.models):
+        listed = MODELS if options.list and not options.fetch and options.models is None else select(options.models)
+        for model in listed:
             row = describe(model)
             if options.fetch:
                 file = path(model.name)
