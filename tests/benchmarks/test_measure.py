@@ -16,6 +16,19 @@ class Doubler:
     def run(self, inputs):
         return {"y": inputs["x"] * np.float32(2)}
 
+    def timeline(self):
+        return [{"device": "cpu", "region": "cpu_0", "start_us": 0.0, "end_us": 1.0, "kind": "measured"}]
+
+
+class Simulated(Doubler):
+    """Says that one second of each run is modelled, and half a second before it measured."""
+
+    def timeline(self):
+        return [
+            {"device": "cpu", "region": "cpu_0", "start_us": 0.0, "end_us": 5e5, "kind": "measured"},
+            {"device": "npu", "region": "npu_1", "start_us": 5e5, "end_us": 1.5e6, "kind": "modelled"},
+        ]
+
 
 @pytest.fixture
 def model(tmp_path):
@@ -45,6 +58,14 @@ def test_bench_against_onnxruntime(model) -> None:
     assert peer["ratio"] == pytest.approx(peer["median_ms"] / result["nestc"]["median_ms"])
     assert result["max_abs_diff"] == 0 and result["max_rel_diff"] == 0
     assert result["model"] == "double.onnx"
+
+
+def test_modelled_time_is_named_and_not_compared(model) -> None:
+    result = bench(Simulated(), INPUTS, model, vs=["onnxruntime"], runs=3)
+    assert result["nestc"] == {"median_ms": 1500.0, "min_ms": 1500.0, "runs": 3, "modelled_ms": {"npu": 1000.0}}
+    peer = result["vs"]["onnxruntime"]
+    assert peer["ratio"] is None and peer["median_ms"] > 0 and result["max_abs_diff"] == 0
+    assert bench(Simulated(), INPUTS, runs=2)["nestc"]["runs"] == 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,8 @@ from nestc.bundle.bundle import Bundle, BundlePartition, TensorSpec
 from nestc.codegen.main import Step
 from nestc.errors import BundleError, ShapeError, TargetError
 from nestc.runtime import Executable, arrays, open
+from nestc.runtime.devices import device_for
+from nestc.runtime.session import modelled_ms
 
 WRITES = (False, False, True)
 X = np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4)
@@ -279,6 +282,37 @@ def test_devices_of_other_packages_are_found(monkeypatch: pytest.MonkeyPatch):
             "modelled",
             pytest.approx(1e3),
         )
+
+
+class _Slow(_Doubling):
+    """A simulator that takes far longer than what it models."""
+
+    def __call__(self, inputs, outputs):
+        time.sleep(0.05)
+        return super().__call__(inputs, outputs)
+
+
+def test_the_time_of_a_simulator_is_in_no_timeline(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "nestc.runtime.session.device_for", lambda kind: _Slow() if kind == "doubling" else device_for(kind)
+    )
+    artifact = Artifact("doubling", {}, {}, {})
+    parts = (
+        BundlePartition("d", "npu", ("x",), specs({"y": f32(24)}), artifact),
+        BundlePartition("e", "npu", ("y",), specs({"t": f32(24)}), artifact),
+        mixed_bundle().partitions[1],
+    )
+    outputs = (TensorSpec("kept", "float32", (None,)),)
+    with Executable(Bundle("three", specs({"x": f32(24)}), outputs, parts)) as executable:
+        executable(X.reshape(-1))
+        first, second, third = executable.timeline()
+        assert [mark["kind"] for mark in (first, second, third)] == ["modelled", "modelled", "measured"]
+        assert first["end_us"] <= second["start_us"] and second["end_us"] <= third["start_us"]
+        assert third["start_us"] < 40e3  # two runs of the simulator take 100e3
+        assert modelled_ms(executable.timeline()) == {"npu": pytest.approx(2.0)}
+        rows = executable.profile(X.reshape(-1), runs=2)
+        assert [row.get("kind") for row in rows] == ["modelled", "modelled", None]
+        assert rows[0]["us"] == pytest.approx(1e3)
 
 
 def test_addresses_and_alignment():

@@ -36,6 +36,8 @@ def bench(
     """Time a bundle (or a model, compiled on the spot), and other runtimes in turns with it on the same cores.
 
     Example: `nestc bench resnet50.onnx --dim batch=1 --threads 2 --vs onnxruntime --vs openvino`
+
+    What a simulated device runs counts with its modelled time, and is named; no ratio to a measured time is given then.
     """
     if model is not None:
         common.require_file(model)
@@ -71,9 +73,12 @@ def show(report: dict[str, Any]) -> None:
     own = report["nestc"]
     print(f"{report['model']}, {report['threads']} threads, medians over {own['runs']} blocks")
     print(f"  nestc        {own['median_ms']:10.4f} ms   fastest {own['min_ms']:.4f} ms")
+    for device, took in own.get("modelled_ms", {}).items():
+        print(f"    of which {took:.4f} ms on {device} are modelled by its simulator, not measured")
     for peer, measured in report["vs"].items():
-        said = f"{measured['median_ms']:10.4f} ms   {measured['ratio']:.2f} x nestc's time   {measured['version']}"
-        print(f"  {peer:12s} {said}")
+        ratio = measured["ratio"]
+        beside = "measured, which compares with no modelled time" if ratio is None else f"{ratio:.2f} x nestc's time"
+        print(f"  {peer:12s} {measured['median_ms']:10.4f} ms   {beside}   {measured['version']}")
     if report["vs"]:
         print(f"  outputs differ by {report['max_abs_diff']:.3g}, relative to their scale {report['max_rel_diff']:.3g}")
     print(f"  loaded in {report['load_ms']:.1f} ms, peak memory {report['peak_rss_mb']:.0f} MiB")

@@ -133,12 +133,18 @@ def compile_(
 def summary(executable: Executable | Specialised, destination: Path, seconds: float) -> dict[str, Any]:
     """The JSON object of ``nestc compile --json``."""
     plan, stats = executable.plan, executable.stats()
+    simulated = {part.name: part.artifact.metadata.get("timing") for part in executable.bundle.partitions}
     return {
         "bundle": str(destination),
         "seconds": round(seconds, 3),
         "regions": len(plan.regions),
         "partitions": [
-            {"device": partition.device, "regions": len(partition.regions), "ops": plan.ops(partition)}
+            {
+                "device": partition.device,
+                "regions": len(partition.regions),
+                "ops": plan.ops(partition),
+                **({"simulated": simulated[partition.name]} if simulated.get(partition.name) else {}),
+            }
             for partition in plan.partitions
         ],
         "fallback_ops": plan.fallback_ops,

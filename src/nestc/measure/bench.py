@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ from nestc.errors import Error
 from nestc.measure.compare import Difference, difference
 from nestc.measure.engines import Engine, Executable, NestcEngine, open_peer
 from nestc.measure.machine import peak_rss_mb, pinned, usable_cores
-from nestc.measure.timing import interleave
+from nestc.measure.timing import Timing, interleave
+from nestc.runtime.session import modelled_ms
+
+SIMULATING_SECONDS = 20.0
+"""No further run of an executable with a simulated device is begun after so long: the modelled part never varies."""
 
 
 def bench(
@@ -31,6 +36,9 @@ def bench(
     times are medians over `runs` blocks, `ratio` is the peer's median over ours, differences are the largest against
     any peer (None without one), ``peak_rss_mb`` is this process's peak before any peer was loaded, and ``load_ms`` is
     what the caller measured. Raises Error where a peer is missing or there are too few cores.
+
+    Where a simulated device takes part, ``nestc`` holds ``modelled_ms`` by device, which is part of its times (the time
+    that the simulator takes is not), and no ratio is given: the peers' times are measured ones.
     """
     if runs < 1 or threads < 1:
         raise Error("the numbers of runs and of threads must be at least 1")
@@ -48,17 +56,28 @@ def bench(
             assert model_path is not None
             engines[peer] = open_peer(peer, model_path, inputs, threads)
             apart.append(difference(engines[peer].outputs(), outputs))
-        timings = interleave({key: engine.run for key, engine in engines.items()}, runs)
-    own = timings[ours.name]
+        modelled = modelled_ms(executable.timeline())
+        if modelled:
+            del engines[ours.name]
+            own = _modelled_timing(executable, ours, runs)
+            timings = interleave({key: engine.run for key, engine in engines.items()}, runs) if engines else {}
+        else:
+            timings = interleave({key: engine.run for key, engine in engines.items()}, runs)
+            own = timings[ours.name]
     return {
         "model": name or (model_path.name if model_path is not None else ""),
         "threads": threads,
-        "nestc": {"median_ms": own.median_ms, "min_ms": own.min_ms, "runs": runs},
+        "nestc": {
+            "median_ms": own.median_ms,
+            "min_ms": own.min_ms,
+            "runs": len(own.samples_ms),
+            **({"modelled_ms": modelled} if modelled else {}),
+        },
         "vs": {
             peer: {
                 "version": engines[peer].version,
                 "median_ms": timings[peer].median_ms,
-                "ratio": timings[peer].median_ms / own.median_ms,
+                "ratio": None if modelled else timings[peer].median_ms / own.median_ms,
             }
             for peer in vs
         },
@@ -67,3 +86,13 @@ def bench(
         "peak_rss_mb": peak,
         "load_ms": load_ms,
     }
+
+
+def _modelled_timing(executable: Executable, engine: Engine, runs: int) -> Timing:
+    """Times of an executable with a simulated device: when its timeline ends, in which the simulator's work is not."""
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while not samples or (len(samples) < runs and time.perf_counter() - begin < SIMULATING_SECONDS):
+        engine.run()
+        samples.append(max(mark["end_us"] for mark in executable.timeline()) / 1e3)
+    return Timing(tuple(samples), min(samples))

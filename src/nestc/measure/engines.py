@@ -23,6 +23,10 @@ class Executable(Protocol):
         """Run with named arrays."""
         ...
 
+    def timeline(self) -> list[dict[str, Any]]:
+        """The last run, partition by partition."""
+        ...
+
 
 class Engine(Protocol):
     """One side of a comparison. `run` computes into wherever the engine likes; `outputs` gives copies of one run."""

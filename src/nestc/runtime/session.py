@@ -26,7 +26,11 @@ class _Stage:
 
 
 Mark = tuple[str, str, float, float, str]
-"""Device, partition, begin and end (seconds since the call began), measured or modelled."""
+"""Device, partition, begin and end (seconds since the call began), measured or modelled.
+
+Where a partition runs on a simulator, its end is modelled and what follows begins there: the time that the simulator
+itself takes is left out.
+"""
 
 
 class Session:
@@ -75,15 +79,19 @@ class Session:
         self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray | None]
     ) -> tuple[Sequence[np.ndarray], tuple[Mark, ...]]:
         start = time.perf_counter()
+        simulating = 0.0  # seconds that simulators took beyond what they modelled; they are no part of the timeline
         values: dict[str, np.ndarray] = dict(zip(self._inputs, inputs, strict=True))
         wanted: Mapping[str, np.ndarray | None] = dict(zip(self._outputs, outputs, strict=True))
         marks: list[Mark] = []
         for stage in self.stages:
-            begin = time.perf_counter() - start
+            begin = time.perf_counter() - start - simulating
             results, elapsed = stage.program(
                 [values[name] for name in stage.partition.inputs], [wanted.get(name) for name in stage.outputs]
             )
-            marks.append((stage.partition.device, stage.partition.name, begin, begin + elapsed.seconds, elapsed.kind))
+            end = begin + elapsed.seconds
+            marks.append((stage.partition.device, stage.partition.name, begin, end, elapsed.kind))
+            if elapsed.kind == "modelled":
+                simulating = time.perf_counter() - start - end
             values.update(_checked(stage, results))
             for name in stage.dead:
                 del values[name]
@@ -150,6 +158,15 @@ def _last_uses(bundle: Bundle) -> list[tuple[str, ...]]:
         tuple(name for name, use in last.items() if use == number and name not in kept)
         for number in range(len(bundle.partitions))
     ]
+
+
+def modelled_ms(timeline: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Milliseconds of a timeline that are modelled, by device; empty where everything was measured."""
+    found: dict[str, float] = {}
+    for mark in timeline:
+        if mark["kind"] == "modelled":
+            found[mark["device"]] = found.get(mark["device"], 0.0) + (mark["end_us"] - mark["start_us"]) / 1e3
+    return found
 
 
 def marks_to_timeline(marks: Sequence[Mark]) -> list[dict[str, Any]]:
