@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def expected(layer: Layer, values: Mapping[str, np.ndarray], config: VtaConfig) 
         flat = np.broadcast_to(numbers, (out.channels,)) if numbers.ndim == 0 else numbers
         return np.pad(flat, (0, acc.shape[1] - out.channels))[:, None, None]
 
-    def taps(step: Product | Maximum):  # noqa: ANN202
+    def taps(step: Product | Maximum) -> Iterator[tuple[int, int, int, np.ndarray]]:
         source = layer.sources[step.source]
         x = values[step.source].astype(np.int64)
         x = np.pad(x, ((0, 0), (0, block_count(source, config) * block - source.channels), (0, 0), (0, 0)))
@@ -95,7 +95,7 @@ def check(layer: Layer, tiling: Tiling, config: VtaConfig, seed: int, shares: li
     whole = Share((0, block_count(out, config)), (0, out.height))
     for share in shares or [whole]:
         kernel, constants = lower(layer, share, tiling, config)
-        run(kernel, {param.name: constants.get(param.name, arrays.get(param.name)) for param in kernel.params})
+        run(kernel, {param.name: {**arrays, **constants}[param.name] for param in kernel.params})
     result = unpack(arrays[out.name], out, config)
     assert np.array_equal(result, expected(layer, values, config))
 
