@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from nestc.graph.model import Model
     from nestc.runtime import Executable
     from nestc.specialise import Specialised
+    from nestc.targets.api import Target
 
 
 class Objective(str, enum.Enum):
@@ -35,9 +37,16 @@ class Level(str, enum.Enum):
     tensor = "tensor"
     llvm = "llvm"
     asm = "asm"
+    commands = "commands"
 
 
-SUFFIX = {Level.graph: ".onnx.txt", Level.tensor: ".tensor", Level.llvm: ".ll", Level.asm: ".s"}
+SUFFIX = {
+    Level.graph: ".onnx.txt",
+    Level.tensor: ".tensor",
+    Level.llvm: ".ll",
+    Level.asm: ".s",
+    Level.commands: ".txt",
+}
 
 
 def compile_(
@@ -60,7 +69,12 @@ def compile_(
     preprocess: common.Preprocess = None,
     limit: common.Limit = None,
     emit: Annotated[
-        list[Level] | None, typer.Option("--emit", help="Write an intermediate form into --emit-dir; repeatable.")
+        list[Level] | None,
+        typer.Option(
+            "--emit",
+            help="Write an intermediate form into --emit-dir; repeatable. `commands` writes, for each partition of a "
+            "device that takes commands (vta), all that another simulator needs to replay it.",
+        ),
     ] = None,
     emit_dir: Annotated[
         Path | None, typer.Option("--emit-dir", metavar="DIR", help="Where --emit writes. [default: emit]")
@@ -87,7 +101,9 @@ def compile_(
     sink = Sink(emit_dir or Path("emit"), levels) if levels else None
 
     from nestc.driver import compile as compile_model
+    from nestc.targets import resolve
 
+    chosen = resolve(target or ["cpu"], {"threads": threads})
     shapes, dims = common.bindings(shape or [], dim or [])
     source: Path | Model = model
     told: dict[str, Any] | None = None
@@ -109,7 +125,7 @@ def compile_(
     with common.progress() as step:
         executable = compile_model(
             source,
-            targets=target or ["cpu"],
+            targets=chosen,
             threads=threads,
             shapes=shapes,
             dims=dims,
@@ -121,6 +137,8 @@ def compile_(
         executable.save(destination)
     if sink is not None and Level.graph in levels:
         sink.model(executable)
+    if sink is not None and Level.commands in levels:
+        sink.commands(executable, chosen)
     report = summary(executable, destination, time.perf_counter() - started)
     if told is not None:
         report["quantized"] = told
@@ -160,6 +178,8 @@ def show(report: dict[str, Any], sink: Sink | None) -> None:
     for partition in report["partitions"]:
         ops = ", ".join(f"{op} {count}" for op, count in partition["ops"].items())
         print(f"  {partition['device']}: {partition['regions']} regions ({ops})")
+        if "simulated" in partition:
+            print(f"    {simulated_words(partition['simulated'])}")
     if "quantized" in report:
         told = report["quantized"]
         ops = ", ".join(f"{op} {count}" for op, count in told["quantized_ops"].items()) or "nothing"
@@ -170,6 +190,14 @@ def show(report: dict[str, Any], sink: Sink | None) -> None:
     print(f"  weights {report['weights_bytes'] / 1e6:.1f} MB, working memory {report['arena_bytes'] / 1e6:.1f} MB")
     if sink is not None:
         print(f"  {len(sink.written)} intermediate forms in {sink.folder}")
+
+
+def simulated_words(timing: Mapping[str, Any]) -> str:
+    """What a simulator says of a partition, in a line."""
+    words = [f"{timing['cycles']} cycles, {timing['seconds'] * 1e3:.3f} ms"]
+    engines = timing.get("engines", {})
+    words += [f"{name} busy {100 * told['utilization']:.0f} %" for name, told in engines.items()]
+    return f"simulated: {', '.join(words)}, {timing['energy_joules'] * 1e3:.3f} mJ"
 
 
 class Sink:
@@ -201,9 +229,30 @@ class Sink:
 
     def model(self, executable: Executable | Specialised) -> None:
         """Write the graph with its regions as ``model.onnx``, without weights, for Netron and other viewers."""
-        path = self.folder / "model.onnx"
+        self._write(self.folder / "model.onnx", executable.bundle.graph)
+
+    def commands(self, executable: Executable | Specialised, targets: Sequence[Target]) -> None:
+        """Write what a replay of each partition needs whose device takes commands. Raises Error if none does."""
+        from nestc.targets.api import Commanded
+
+        makers = {target.name: target for target in targets if isinstance(target, Commanded)}
+        parts = [part for part in executable.bundle.partitions if part.device in makers]
+        if not parts:
+            raise Error(
+                "--emit commands: no partition runs on a device that takes commands; "
+                "give such a target (--target vta), and nestc explain for what it refuses"
+            )
+        for part in parts:
+            for name, data in makers[part.device].commands(part.name, part.artifact).items():
+                self._write(self.folder / name, data)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Write a file that appears only when it is complete."""
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            path.write_bytes(executable.bundle.graph)
+            temporary.write_bytes(data)
+            temporary.replace(path)
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             raise Error(f"cannot write {path}: {error.strerror or error}") from error
         self.written.append(path)

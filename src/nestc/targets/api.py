@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from nestc.bundle.artifact import Artifact, Device, Elapsed, Program
 from nestc.graph.region import Region, TensorType
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Artifact",
+    "Commanded",
     "Constraint",
     "Device",
     "Elapsed",
@@ -130,3 +131,12 @@ class Target(Protocol):
         ...
 
     def open(self) -> Device: ...
+
+
+@runtime_checkable
+class Commanded(Protocol):
+    """A target whose device executes a stream of commands, which another simulator of that device can replay."""
+
+    def commands(self, partition: str, artifact: Artifact) -> Mapping[str, bytes]:
+        """Files for a replay, by name: the commands, the memory they start from, inputs and the outputs to expect."""
+        ...
