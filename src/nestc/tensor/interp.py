@@ -220,7 +220,10 @@ class _Frame:
     def window(self, w: Window, param: Buffer) -> Array:
         """The elements from the window's place on, in the shape of the intrinsic's parameter."""
         start = int(self.places(w.buffer, w.index, 1, np.array([True]))[0])
-        return self.storage[w.buffer.name].reshape(-1)[start : start + param.size].reshape(param.shape)
+        flat = self.storage[w.buffer.name].reshape(-1)
+        if start + param.size > flat.size:
+            raise Error(f"access outside {w.buffer.name}: {param.size} elements from {start} on, of {flat.size}")
+        return flat[start : start + param.size].reshape(param.shape)
 
 
 def run(kernel: Kernel, arrays: Mapping[str, Array]) -> None:

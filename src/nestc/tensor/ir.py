@@ -482,7 +482,47 @@ def statements(block: Block) -> Iterator[Stmt]:
             yield from statements(statement.orelse)
 
 
+def loads(e: Expr) -> Iterator[Load]:
+    """Every load in an expression, inner before outer, each once."""
+    return _loads(e, set())
+
+
+def _loads(e: Expr, seen: set[int]) -> Iterator[Load]:
+    if id(e) in seen:
+        return
+    seen.add(id(e))
+    for child in e.children():
+        yield from _loads(child, seen)
+    if isinstance(e, Load):
+        yield e
+
+
+def expressions(s: Stmt) -> tuple[Expr, ...]:
+    """The expressions that stand in a statement itself, not in its blocks."""
+    if isinstance(s, Store):
+        return (*s.index, s.value) if s.mask is None else (*s.index, s.value, s.mask)
+    if isinstance(s, If):
+        return (s.cond,)
+    if isinstance(s, Call):
+        return tuple(i for w in s.operands for i in w.index)
+    return ()
+
+
+@cache
+def effects(intrinsic: Intrinsic) -> tuple[tuple[bool, bool], ...]:
+    """For each parameter of an intrinsic: whether its body reads it, and whether its body stores to it."""
+    within = list(statements(intrinsic.body))
+    read = {access.buffer.name for s in within for e in expressions(s) for access in loads(e)}
+    stored = {s.buffer.name for s in within if isinstance(s, Store)}
+    return tuple((p.name in read, p.name in stored) for p in intrinsic.params)
+
+
 def written(kernel: Kernel) -> frozenset[str]:
     """Names of the parameters that the kernel stores to."""
-    names = {s.buffer.name for s in statements(kernel.body) if isinstance(s, Store)}
+    names: set[str] = set()
+    for s in statements(kernel.body):
+        if isinstance(s, Store):
+            names.add(s.buffer.name)
+        elif isinstance(s, Call):
+            names.update(w.buffer.name for w, (_, stored) in zip(s.operands, effects(s.intrinsic)) if stored)
     return frozenset(p.name for p in kernel.params if p.name in names)

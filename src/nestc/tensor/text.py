@@ -119,6 +119,11 @@ def _statement(s: Stmt, depth: int) -> list[str]:
     raise TypeError(f"no text form for {type(s).__name__}")
 
 
+def statement_text(s: Stmt) -> str:
+    """One statement, with all that stands in it, in one line."""
+    return " ".join(line.strip() for line in _statement(s, 0))
+
+
 def kernel_text(kernel: Kernel) -> str:
     """A kernel, with its buffers and the ONNX nodes it computes."""
     head = f"kernel {kernel.name}({', '.join(_declare(p) for p in kernel.params)}):"

@@ -21,10 +21,12 @@ from nestc.tensor.ir import (
     For,
     If,
     Kernel,
-    Load,
     Stmt,
     Store,
     Var,
+    effects,
+    expressions,
+    loads,
     statements,
 )
 from nestc.tensor.rewrite import substitute
@@ -36,9 +38,10 @@ MOST_PLACES = 1 << 20
 def verify(kernel: Kernel) -> None:
     """Raise nestc.Error with every violation found in `kernel`.
 
-    Rules: names are unique; buffers are declared; types of stores and masks agree; unmasked accesses stay inside
-    their buffers (interval arithmetic); local buffers are written before they are read; registers are indexed by
-    constants and unrolled loops only; a parallel loop stands alone at the top; its iterations write disjoint places.
+    Rules: names are unique; buffers are declared; types of stores and masks agree; unmasked accesses and operands of
+    intrinsics stay inside their buffers (interval arithmetic); local buffers are written before they are read;
+    registers are indexed by constants and unrolled loops only; a parallel loop stands alone at the top; its iterations
+    write disjoint places.
     """
     problems = [*_declarations(kernel), *_accesses(kernel), *_loops(kernel), *_races(kernel)]
     if problems:
@@ -62,26 +65,6 @@ def _declarations(kernel: Kernel) -> Iterator[str]:
             names.add(s.var.name)
 
 
-def _expressions(s: Stmt) -> tuple[Expr, ...]:
-    if isinstance(s, Store):
-        return (*s.index, s.value) if s.mask is None else (*s.index, s.value, s.mask)
-    if isinstance(s, If):
-        return (s.cond,)
-    if isinstance(s, Call):
-        return tuple(i for w in s.operands for i in w.index)
-    return ()
-
-
-def _loads(e: Expr, seen: set[int]) -> Iterator[Load]:
-    if id(e) in seen:
-        return
-    seen.add(id(e))
-    for child in e.children():
-        yield from _loads(child, seen)
-    if isinstance(e, Load):
-        yield e
-
-
 Facts = Mapping[Expr, tuple[int, int]]  # what the conditions around a statement say of an index
 
 
@@ -101,7 +84,7 @@ def _block_accesses(block: Block, declared: Mapping[str, Buffer], stored: set[st
             yield from _block_accesses(s.then, declared, stored, {**facts, **_facts(s.cond)})
             yield from _block_accesses(s.orelse, declared, stored, facts)
         elif isinstance(s, Call):
-            stored.update(w.buffer.name for w in s.operands)
+            yield from _operands(s, declared, stored)
         elif isinstance(s, Store):
             if declared.get(s.buffer.name) != s.buffer:
                 yield f"{s.buffer.name} is written but not declared"
@@ -113,8 +96,8 @@ def _block_accesses(block: Block, declared: Mapping[str, Buffer], stored: set[st
 
 
 def _reads(s: Stmt, declared: Mapping[str, Buffer], stored: set[str], facts: Facts) -> Iterator[str]:
-    for e in _expressions(s):
-        for access in _loads(e, set()):
+    for e in expressions(s):
+        for access in loads(e):
             if declared.get(access.buffer.name) != access.buffer:
                 yield f"{access.buffer.name} is read but not declared"
             elif access.mask is None:
@@ -123,6 +106,35 @@ def _reads(s: Stmt, declared: Mapping[str, Buffer], stored: set[str], facts: Fac
                 yield f"mask of a load of {access.buffer.name} is {access.mask.dtype}"
             if access.buffer.memory != "param" and access.buffer.name not in stored:
                 yield f"{access.buffer.name} is read before it is written"
+
+
+def _operands(s: Call, declared: Mapping[str, Buffer], stored: set[str]) -> Iterator[str]:
+    """Windows as their intrinsic's body uses them; where it does nothing (a prefetch) any place will do."""
+    name = s.intrinsic.name
+    if len(s.operands) != len(s.intrinsic.params):
+        yield f"{name} takes {len(s.intrinsic.params)} operands, not {len(s.operands)}"
+        return
+    for window, param, (read, write) in zip(s.operands, s.intrinsic.params, effects(s.intrinsic)):
+        buffer = window.buffer
+        if not read and not write:
+            continue
+        if declared.get(buffer.name) != buffer:
+            yield f"{buffer.name} is an operand of {name} but not declared"
+        elif buffer.dtype != param.dtype or buffer.shape[1:] != param.shape[1:]:
+            yield f"{buffer.name} has not the elements that {name} takes"
+        elif problem := ix.in_bounds(window.index, buffer) or _behind(window.index, buffer, param):
+            yield f"{name}: {problem}"
+        if read and buffer.memory != "param" and buffer.name not in stored:
+            yield f"{buffer.name} is read before it is written"
+    stored.update(w.buffer.name for w, (_, write) in zip(s.operands, effects(s.intrinsic)) if write)
+
+
+def _behind(index: tuple[Expr, ...], buffer: Buffer, param: Buffer) -> str | None:
+    """None if as many elements as `param` has lie in the buffer from `index` on, else a sentence."""
+    _, high = ix.bounds(ix.flatten(index, buffer.shape))
+    if high + param.size <= buffer.size:
+        return None
+    return f"{param.size} elements from position {high} of {buffer.name} end behind its {buffer.size}"
 
 
 def _outside(index: tuple[Expr, ...], buffer: Buffer, lanes: int, facts: Facts) -> Iterator[str]:
@@ -172,7 +184,7 @@ def _registers(block: Block, unrolled: frozenset[Var]) -> Iterator[str]:
             continue
         if isinstance(s, If):
             yield from _registers((*s.then, *s.orelse), unrolled)
-        accesses = [(a.buffer, a.index) for e in _expressions(s) for a in _loads(e, set())]
+        accesses = [(a.buffer, a.index) for e in expressions(s) for a in loads(e)]
         if isinstance(s, Store):
             accesses.append((s.buffer, s.index))
         for buffer, index in accesses:
@@ -230,9 +242,9 @@ def _excluded(conditions: tuple[Expr, ...], var: Var, at: int) -> bool:
 def _places(flat: Expr, s: Store, conditions: tuple[Expr, ...], var: Var, at: int) -> np.ndarray | None:
     """Every flat position that a store writes in one iteration of the parallel loop; None if there are too many."""
     here = substitute(flat, {var: ix.const(at)})
-    if any(_loads(here, set())):
+    if any(loads(here)):
         return None
-    known = [substitute(c, {var: ix.const(at)}) for c in conditions if not any(_loads(c, set()))]
+    known = [substitute(c, {var: ix.const(at)}) for c in conditions if not any(loads(c))]
     names = sorted(ix.variables(here).union(*(ix.variables(c) for c in known)), key=lambda v: v.name)
     count = prod(v.extent for v in names)
     if count > MOST_PLACES:
