@@ -12,6 +12,7 @@ import pytest
 from graph_support import assert_same, feeds, parse, run, text
 
 from nestc.graph.infer_shapes import InferShapes
+from nestc.graph.passes.affine_convolutions import AffineToConvolution, ConvolutionToAffine
 from nestc.graph.passes.cancel import Cancel
 from nestc.graph.passes.fold_affine import FoldAffine, LowerBatchNormalization
 from nestc.graph.passes.fold_constants import FoldConstants, LiftConstants
@@ -45,6 +46,17 @@ class Case:
 
 NORM = {name: np.array([value], np.float32) for name, value in (("s", 2.0), ("b", 1.0), ("m", 0.5), ("v", 3.0))}
 CHANNEL = {"w": np.ones((1, 1, 1, 1), np.float32), **NORM}
+
+PAIR = np.array([1, 3], np.float32)
+PAIRS = {
+    "p": PAIR,
+    "q": PAIR[::-1].copy(),
+    "other": np.array([2, 1], np.float32)[:, None, None],
+    "t": np.float32([2.0]),
+    "column": PAIR[:, None, None],
+    "w": PAIR[:, None, None, None],
+}
+"""Constants that differ between two channels, and one that does not."""
 
 CASES = [
     Case(
@@ -206,6 +218,49 @@ CASES = [
         "g (float[1,1,2,2] x) => (float[1,1,2,2] y) { y = BatchNormalization<epsilon=1.0>(x, s, b, m, v) }",
         "y.Mul = Mul(x, [[[1.0]]])\ny = Add(y.Mul, [[[0.5]]])",
         NORM,
+    ),
+    Case(
+        "a scale and a shift a channel become a depthwise convolution",
+        AffineToConvolution,
+        """g (float[1,2,2,2] x) => (float[1,2,2,2] y) {
+            r = Relu(x)  a = Sub(r, column)  b = Div(a, other)  c = BatchNormalization<epsilon=1.0>(b, p, q, q, p)
+            d = Add(t, c)  y = Relu(d) }""",
+        "r = Relu(x)\nd.Conv = Conv(r, [[[[0.3536]]], [[[1.5]]]], [2.5251, -3.0]) {group=2}\ny = Relu(d.Conv)",
+        PAIRS,
+    ),
+    Case(
+        "a scale without a shift has no bias, and what is read twice stays",
+        AffineToConvolution,
+        """g (float[1,2,2,2] x) => (float[1,2,2,2] y, float[1,2,2,2] z) {
+            m = Mul(column, x)  y = Add(m, column)  z = Mul(m, x) }""",
+        """m.Conv = Conv(x, [[[[1.0]]], [[[3.0]]]]) {group=2}
+y = Add(m.Conv, [[[1.0]], [[3.0]]])
+z = Mul(m.Conv, x)""",
+        PAIRS,
+    ),
+    Case(
+        "plain numbers, shifts alone, matrices and what does not start with the data stay elementwise",
+        AffineToConvolution,
+        """g (float[1,2,2,2] x, float[3,2] u) => (float[1,2,2,2] y, float[1,2,2,2] z, float[3,2] v) {
+            m = Mul(x, t)  y = Add(m, column)  z = Div(column, x)  v = Mul(u, p) }""",
+        weights=PAIRS,
+        same=True,
+    ),
+    Case(
+        "a depthwise convolution of one pixel becomes Mul and Add",
+        ConvolutionToAffine,
+        """g (float[1,2,2,2] x) => (float[1,2,2,2] y, float[1,2,2,2] z) {
+            y = Conv<group=2>(x, w, p)  z = Conv<group=2, strides=[1,1]>(x, w) }""",
+        "y.Mul = Mul(x, [[[1.0]], [[3.0]]])\ny = Add(y.Mul, [[[1.0]], [[3.0]]])\nz = Mul(x, [[[1.0]], [[3.0]]])",
+        PAIRS,
+    ),
+    Case(
+        "one with padding, with strides, or that widens, stays",
+        ConvolutionToAffine,
+        """g (float[1,2,2,2] x, float[1,1,2,2] t) => (float[1,2,4,4] y, float[1,2,1,1] z, float[1,2,2,2] v) {
+            y = Conv<group=2, pads=[1,1,1,1]>(x, w)  z = Conv<group=2, strides=[2,2]>(x, w)  v = Conv(t, w) }""",
+        weights={"w": np.ones((2, 1, 1, 1), np.float32)},
+        same=True,
     ),
     Case(
         "zero padding goes into a convolution",

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from nestc.graph.model import Model
+from nestc.graph.passes.affine_convolutions import ConvolutionToAffine
 from nestc.graph.passes.rewrite import operand
 from nestc.quant.choose import Assignment, Decision, data_inputs
 from nestc.quant.derive import quantized_input
@@ -34,7 +35,8 @@ def apply(prepared: Model, assignment: Assignment, parameters: Parameters) -> Mo
 
     An activation is rounded once and read by all its quantized consumers. What an integer operator has computed is
     read as it was rounded by the others too, so that it need not be kept twice; outputs of the model are never rounded.
-    Weights become integers, biases int32, each behind a DequantizeLinear.
+    Weights become integers, biases int32, each behind a DequantizeLinear. Scales and shifts that were prepared as
+    convolutions and stay float become Mul and Add again.
     """
     writer = _Writer(prepared.clone(), parameters)
     for node in list(writer.graph):
@@ -47,6 +49,7 @@ def apply(prepared: Model, assignment: Assignment, parameters: Parameters) -> Mo
     quantized = writer.model
     quantized.ir.metadata_props["nestc.scheme"] = assignment.scheme.name
     common.RemoveUnusedNodesPass()(quantized.ir)
+    ConvolutionToAffine(quantized.notes)(quantized.ir)
     common.TopologicalSortPass()(quantized.ir)
     quantized.notes.append(f"quantized in scheme {assignment.scheme.name}")
     return quantized

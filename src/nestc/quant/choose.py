@@ -14,6 +14,7 @@ import onnx_ir as ir
 from nestc.errors import QuantizationError
 from nestc.graph.kinds import BROADCASTING, UNARY, is_constant
 from nestc.graph.model import Model
+from nestc.graph.passes.affine_convolutions import is_affine
 from nestc.graph.passes.rewrite import array, only_use, operand, scalar
 from nestc.quant.profile import Profile
 from nestc.quant.scheme import MOVING, WEIGHTED, Scheme, nearest
@@ -90,8 +91,9 @@ def choose(
 ) -> Assignment:
     """Decide about each node of a prepared model.
 
-    Products are quantized wherever their operands allow it; other operators only between quantized ones and products,
-    where integers need not become floats in between; elementwise operators behind them before the result is rounded.
+    Products are quantized wherever their operands allow it; other operators (and convolutions that only scale and shift
+    each channel) only between quantized ones and products, where integers need not become floats in between;
+    elementwise operators behind them before the result is rounded.
     `overrides` gives nodes (by name or by a pattern with ``*`` and ``?``) another scheme, or None for float. With
     `profile`, nodes whose inputs were not observed stay float. Raises QuantizationError for an override that names no
     node, or asks for what cannot be.
@@ -173,6 +175,8 @@ def _refusal(node: ir.Node, scheme: Scheme, profile: Profile | None) -> str | No
     if first is None or first.dtype != ir.DataType.FLOAT:
         kind = "an unknown type" if first is None or first.dtype is None else first.dtype.name.lower()
         return f"its input is of {kind}, not float32"
+    if is_affine(node) and not scheme.integer:
+        return f"scheme {scheme.name} computes a scale and a shift a channel in float"
     refusal = _operand_refusal(node, scheme)
     if refusal is not None or scheme.weight_only:
         return refusal
@@ -243,10 +247,10 @@ def _leads(
         for value in node.outputs:
             for user, index in value.uses():
                 role = roles.get(user, "float")
-                if role == "product":
+                if role == "product" and not is_affine(user):
                     scheme = schemes[user]
                     leads[node] |= scheme is not None and scheme.integer and index in data_inputs(user)
-                elif role in ("active", "moving") or (schemes.get(user) is not None and _may_be_tail(user)):
+                elif role in ("product", "active", "moving") or (schemes.get(user) is not None and _may_be_tail(user)):
                     leads[node] |= leads.get(user, False)
     return leads
 
@@ -262,7 +266,7 @@ def _settle(
 ) -> tuple[Role, str]:
     """The final role and the reason, given those of all nodes before this one."""
     scheme = schemes[node]
-    if role == "product":
+    if role == "product" and not is_affine(node):
         assert scheme is not None
         return role, _of_product(node, scheme)
     front = _data_producer(node) if _may_be_tail(node) and scheme is not None and not forced else None
@@ -280,6 +284,8 @@ def _settle(
         return "float", "none of its inputs comes from a quantized operator"
     if not leads[node] and not forced:
         return "float", "its result reaches no quantized product"
+    if role == "product":
+        return role, _of_product(node, scheme)
     if role == "moving":
         return role, f"moves {scheme.name} numbers without changing them"
     return role, f"stands between operators in {scheme.name}"
