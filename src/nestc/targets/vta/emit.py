@@ -153,7 +153,7 @@ class _Emitter:
         serial: list[Var] = []
         unrolled: list[Var] = []
         while isinstance(statement, For):
-            _demand(len(statement.body) == 1, "a loop holds more than one statement")
+            _demand(len(statement.body) == 1, "a loop does not hold just one statement")
             if statement.kind == "unroll":
                 unrolled.append(statement.var)
             else:
