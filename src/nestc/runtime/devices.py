@@ -12,7 +12,11 @@ from nestc.errors import TargetError
 ENTRY_POINTS = "nestc.devices"
 """Group of entry points: the name is an artifact kind, the value a function without arguments that returns a Device."""
 
-_OWN = {"cpu-native": ("nestc.runtime.native", "CpuDevice"), "host-onnx": ("nestc.runtime.host", "HostDevice")}
+_OWN = {
+    "cpu-native": ("nestc.runtime.native", "CpuDevice"),
+    "host-onnx": ("nestc.runtime.host", "HostDevice"),
+    "vta": ("nestc.runtime.vta.device", "VtaDevice"),
+}
 
 
 def device_for(kind: str) -> Device:

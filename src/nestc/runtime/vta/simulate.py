@@ -16,6 +16,7 @@ import numpy as np
 
 from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
+from nestc.runtime.vta.encode import decode_uops
 from nestc.runtime.vta.isa import Alu, AluOp, Finish, Gemm, Instruction, Load, MemoryId, Store
 
 Order: TypeAlias = Literal["program", "load", "compute", "store", "random"]
@@ -165,9 +166,7 @@ class Machine:
     """One VTA: its SRAMs, and the DRAM that it works on."""
 
     def __init__(self, config: VtaConfig, dram: np.ndarray, fill: int = 0) -> None:
-        """Raises TargetError for widths other than 8-bit inputs and weights and 32-bit accumulators."""
-        if (config.log_inp_width, config.log_wgt_width, config.log_acc_width) != (3, 3, 5):
-            raise TargetError("the VTA simulator knows 8-bit inputs and weights and 32-bit accumulators, and no others")
+        """Raises TargetError if `dram` is no flat, contiguous uint8 array. `fill`: see `simulate`."""
         if dram.dtype != np.uint8 or dram.ndim != 1 or not dram.flags.c_contiguous:
             raise TargetError("the DRAM of a VTA simulation must be a flat, contiguous array of uint8")
         self.statistics = Statistics()
@@ -180,7 +179,6 @@ class Machine:
         self._acc = np.full((config.acc_depth, lanes), fill, np.int32)
         self._uops = np.zeros((config.uop_depth, 1), np.uint32)
         self._fields = np.zeros((3, config.uop_depth), np.intp)
-        self._uops_changed = False
         self._when = np.zeros(max(config.acc_depth, config.wgt_depth), np.intp)
         self._most_blocks = _EXACT // (config.block << 14)
 
@@ -208,7 +206,6 @@ class Machine:
         if memory is MemoryId.UOP:
             sram, raw, width = self._uops, np.dtype("<u4"), 1
             self.statistics.uop_bytes += 4 * count
-            self._uops_changed = True
         elif memory is MemoryId.WGT:
             sram, raw, width = self._wgt, np.dtype(np.int8), config.wgt_bytes
             self.statistics.wgt_bytes += width * count
@@ -233,13 +230,13 @@ class Machine:
         target = sram[load.sram : load.sram + rows * columns]
         if rows * columns != count:
             target[...] = 0
-        if load.y_size == 0:
-            return
-        source = self._window(number, load, raw, width)
-        inner = target.reshape(rows, columns, width)[
-            load.y_pad_0 : load.y_pad_0 + load.y_size, load.x_pad_0 : load.x_pad_0 + load.x_size
-        ]
-        inner[...] = source
+        if load.y_size > 0:
+            inner = target.reshape(rows, columns, width)[
+                load.y_pad_0 : load.y_pad_0 + load.y_size, load.x_pad_0 : load.x_pad_0 + load.x_size
+            ]
+            inner[...] = self._window(number, load, raw, width)
+        if memory is MemoryId.UOP:
+            self._fields[:, load.sram : load.sram + rows * columns] = decode_uops(target.tobytes(), config).T
 
     def _store(self, number: int, store: Store) -> None:
         count = store.x_size * store.y_size
@@ -278,9 +275,6 @@ class Machine:
             raise TargetError(
                 f"{describe(number, instruction)} reads micro-op {instruction.uop_end - 1} of {self._config.uop_depth}"
             )
-        if self._uops_changed:
-            self._fields = _decode(self._uops[:, 0], self._config)
-            self._uops_changed = False
         return self._fields[:, instruction.uop_begin : instruction.uop_end]
 
     def _gemm(self, number: int, gemm: Gemm) -> None:
@@ -414,13 +408,6 @@ class Machine:
             for part in (slice(0, half), slice(half, dst.size)):
                 for inner in self._independent(dst[part], None if src is None else src[part]):
                     yield steps[part][inner]
-
-
-def _decode(words: np.ndarray, config: VtaConfig) -> np.ndarray:
-    """Fields of micro-ops: (3, n), rows dst, src, wgt; all in the lowest bits first (``hw_spec.h``, VTAUop)."""
-    acc, wgt = config.log_acc_depth, config.log_wgt_depth
-    words = words.astype(np.intp)
-    return np.stack([words & ((1 << acc) - 1), words >> acc & ((1 << acc) - 1), words >> 2 * acc & ((1 << wgt) - 1)])
 
 
 def _indices(base: np.ndarray, trips_out: int, out: int, trips_in: int, inner: int) -> np.ndarray:

@@ -1,0 +1,69 @@
+"""Feature maps as VTA keeps them in DRAM, [N / B][C / 16][H][W][B][16] int8, and back (B and 16: batch and block)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from nestc.errors import TargetError
+from nestc.runtime.vta.config import VtaConfig
+
+
+def map_bytes(sizes: Sequence[int], config: VtaConfig) -> int:
+    """Bytes of a map of `sizes` (N, C, H, W) in DRAM."""
+    return math.prod(_blocked(sizes, config))
+
+
+def pack(array: np.ndarray, sizes: Sequence[int], config: VtaConfig) -> np.ndarray:
+    """The bytes of a map in DRAM, flat uint8, with zeros in lanes beyond the last channel and batch.
+
+    `array`: int8, an ONNX value of any shape that `channels_first` tells how to read as (N, C, H, W) `sizes`.
+    """
+    count, channels, height, width = sizes
+    outer, blocks, _, _, batch, block = _blocked(sizes, config)
+    if channels_first(array.shape, sizes):
+        values = array.reshape(count, channels, height, width)
+    else:
+        values = array.reshape(width, channels).T.reshape(count, channels, height, width)
+    padded = np.zeros((outer * batch, blocks * block, height, width), np.int8)
+    padded[:count, :channels] = values
+    # batch and block go to the end
+    parts = padded.reshape(outer, batch, blocks, block, height, width)
+    return np.ascontiguousarray(parts.transpose(0, 2, 4, 5, 1, 3)).view(np.uint8).ravel()
+
+
+def unpack(data: np.ndarray, sizes: Sequence[int], shape: Sequence[int], config: VtaConfig) -> np.ndarray:
+    """The ONNX value of `shape`, int8, in `data`, the bytes of a map of (N, C, H, W) `sizes`; a new array."""
+    count, channels, height, width = sizes
+    outer, blocks, _, _, batch, block = blocked = _blocked(sizes, config)
+    parts = data.view(np.int8).reshape(blocked).transpose(0, 4, 1, 5, 2, 3)
+    values = parts.reshape(outer * batch, blocks * block, height, width)[:count, :channels]
+    if not channels_first(shape, sizes):
+        values = values.reshape(channels, width).T
+    return np.array(values, order="C").reshape(shape)
+
+
+def channels_first(shape: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether an ONNX value of `shape` is a map of (N, C, H, W) `sizes` as it lies; else it is a matrix [..., C].
+
+    The rows of a matrix are the map's columns (N and H are 1). A value of other than four axes may leave out those of
+    size 1. One that can be read as both is a map if it has four axes, and a matrix otherwise.
+    Raises TargetError if it is neither.
+    """
+    count, channels, height, width = sizes
+    rows = math.prod(shape[:-1])
+    matrix = bool(shape) and count == height == 1 and (rows, shape[-1]) == (width, channels)
+    if len(shape) == 4:
+        image = tuple(shape) == tuple(sizes)
+    else:
+        image = [size for size in shape if size != 1] == [size for size in sizes if size != 1]
+    if not (matrix or image):
+        raise TargetError(f"a value of shape {list(shape)} is no map of {list(sizes)} (batch, channels, height, width)")
+    return image and (len(shape) == 4 or not matrix)
+
+
+def _blocked(sizes: Sequence[int], config: VtaConfig) -> tuple[int, int, int, int, int, int]:
+    count, channels, height, width = sizes
+    return -(-count // config.batch), -(-channels // config.block), height, width, config.batch, config.block
