@@ -57,13 +57,14 @@ class TuningStore:
         with self._open(write=True) as database:
             database.execute(_SCHEMA)
             database.execute(
-                "insert or replace into result values (?, ?, (select coalesce(max(at), 0) + 1 from result))", (key, value)
+                "insert or replace into result values (?, ?, (select coalesce(max(at), 0) + 1 from result))",
+                (key, value),
             )
             database.execute("delete from result where at <= (select max(at) from result) - ?", (_ENTRIES,))
 
     @contextmanager
     def _open(self, *, write: bool) -> Iterator[sqlite3.Connection]:
-        """A connection whose changes are kept if nothing is raised. One an operation: they may be forked or threaded."""
+        """A connection whose changes are kept if nothing is raised; one an operation, so that threads share none."""
         mode = "rwc" if write else "ro"
         address = f"{self.path.absolute().as_uri()}?mode={mode}"
         with closing(sqlite3.connect(address, uri=True, timeout=_WAIT)) as database, database:
@@ -71,7 +72,9 @@ class TuningStore:
 
     def _discard_if_corrupt(self, error: sqlite3.DatabaseError) -> bool:
         """Put a file aside that is no database, or has other tables; whether that was done."""
-        if isinstance(error, sqlite3.OperationalError) and not str(error).startswith(("no such column", "table result")):
+        if isinstance(error, sqlite3.OperationalError) and not str(error).startswith(
+            ("no such column", "table result")
+        ):
             return False  # not there, locked, read-only or full: the file may be sound
         try:
             self.path.replace(self.path.with_suffix(".corrupt"))

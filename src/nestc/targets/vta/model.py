@@ -1,0 +1,525 @@
+"""How many cycles a tiling of a layer takes: a walk over its tiles and chunks with a clock for each engine.
+
+The walk follows the loops of `lower`, but knows only sizes: it costs some microseconds a chunk, where lowering, linking
+and timing cost a hundred times that. It ranks tilings; `schedule` verifies the best of them with the timing simulator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+
+from nestc.runtime.vta.config import VtaConfig
+from nestc.runtime.vta.timing import RTL, Timing
+from nestc.targets.vta.constants import Vectors
+from nestc.targets.vta.layer import Clip, Init, Layer, Maximum, Product, Shift
+from nestc.targets.vta.shape import block_count
+from nestc.targets.vta.tiling import Share, Tiling
+
+Range: TypeAlias = tuple[int, int]
+
+_UOP_BITS = 32
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Cycles of a machine, from its `Timing`: `start` of a compute instruction beside its micro-ops.
+
+    ``load`` and ``store``: beside the data of a DMA instruction (a store: of each row). ``element`` of a store.
+    """
+
+    start: int
+    tensor: int
+    load: int
+    store: int
+    element: float
+
+    @staticmethod
+    def of(timing: Timing, config: VtaConfig) -> Costs:
+        """What the engines of `timing` take; see there."""
+        request = timing.load_command + timing.command_path + timing.memory_delay + timing.data_path
+        beats = config.inp_bytes * 8 / config.bus_bits
+        reads = timing.store_read * min(beats, config.batch) if beats > 1 else 0
+        store = timing.store_address + timing.store_burst
+        return Costs(timing.compute_overhead, timing.alu_tensor, request + timing.drain_narrow, store, beats + reads)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Modelled cycles of a layer, busy cycles of its engines, and the instructions and distinct micro-ops it needs."""
+
+    cycles: int
+    compute: int
+    load: int
+    store: int
+    instructions: int
+    uops: int
+
+
+@dataclass(frozen=True, eq=False)
+class Elementwise:
+    """Steps that only touch accumulators: `cycles` an accumulator in `starts` instructions a tile.
+
+    ``digits``: weight blocks of an `Init`, an output block. ``vector``: the ALU reads a vector of channels.
+    """
+
+    cycles: int
+    starts: int
+    digits: int = 0
+    vector: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Shifts:
+    """A shift by amounts that differ: which blocks have one amount, and which have that of the block before."""
+
+    uniform: tuple[bool, ...]
+    same: tuple[bool, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What a `Product` or `Maximum` reads: a source of (blocks, height, width), at taps.
+
+    ``by_block[o]``: the input blocks that output block o needs, sorted.
+    """
+
+    source: tuple[int, int, int]
+    strides: tuple[int, int]
+    down: tuple[int, ...]
+    across: tuple[int, ...]
+    row_step: int
+    by_block: tuple[tuple[int, ...], ...]
+    maximum: bool
+
+
+Part: TypeAlias = Elementwise | Shifts | Read
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """All of a layer that its cycles depend on: layers of equal `key` are tiled alike.
+
+    ``images`` x ``blocks`` x ``height`` x ``width`` output elements; ``digits`` of a bias, ``vectors`` of channels.
+    """
+
+    key: str
+    images: int
+    blocks: int
+    height: int
+    width: int
+    parts: tuple[Part, ...]
+    digits: int
+    vectors: int
+
+    @property
+    def reads(self) -> list[Read]:
+        """The steps that read a source."""
+        return [part for part in self.parts if isinstance(part, Read)]
+
+
+def geometry(layer: Layer, config: VtaConfig) -> Geometry:
+    """The sizes of a layer, without its numbers."""
+    out = layer.output
+    images, blocks = -(-out.batch // config.batch), block_count(out, config)
+    vectors = Vectors(layer, whole(layer, config), config)
+    parts = [_part(layer, number, vectors, config) for number in range(len(layer.steps))]
+    digest = hashlib.sha256(repr((images, blocks, out.height, out.width, vectors.digits, vectors.count)).encode())
+    for part in parts:
+        if isinstance(part, Read):
+            digest.update(repr((part.source, part.strides, part.down, part.across, part.maximum)).encode())
+            digest.update(b"".join(np.array(inputs, np.int32).tobytes() + b"|" for inputs in part.by_block))
+        else:
+            digest.update(repr(part).encode())
+    key = digest.hexdigest()
+    return Geometry(key, images, blocks, out.height, out.width, tuple(parts), vectors.digits, vectors.count)
+
+
+def _part(layer: Layer, number: int, vectors: Vectors, config: VtaConfig) -> Part:
+    step = layer.steps[number]
+    if isinstance(step, Product | Maximum):
+        return _read(layer, step, config)
+    if isinstance(step, Init):
+        if not step.values.any():
+            return Elementwise(1, 1)
+        if step.values.ndim == 0:
+            return Elementwise(2, 2)
+        if vectors.by_digits(number):
+            return Elementwise(1 + vectors.digits, 2, vectors.digits)
+        return Elementwise(3, 2, vector=True)
+    if isinstance(step, Clip):
+        bounds = (step.low is not None) + (step.high is not None)
+        return Elementwise(bounds, bounds)
+    if isinstance(step, Shift):
+        amounts = vectors.blocked(step.amounts)
+        if (amounts == amounts.flat[0]).all():
+            instructions = int(amounts.flat[0] != 0)
+            return Elementwise(instructions, instructions)
+        uniform = (amounts == amounts[:, :1]).all(axis=1)
+        same = np.concatenate([[True], (amounts[1:] == amounts[:-1]).all(axis=1)])
+        return Shifts(tuple(uniform.tolist()), tuple(same.tolist()))
+    return Elementwise(1, 1)
+
+
+def _read(layer: Layer, step: Product | Maximum, config: VtaConfig) -> Read:
+    source = layer.sources[step.source]
+    down, across = tuple(dy for dy, _ in step.taps), tuple(dx for _, dx in step.taps)
+    row_step = step.strides[0] if len({dy % step.strides[0] for dy in down}) == 1 else 1
+    blocks = block_count(layer.output, config)
+    inputs: list[list[int]] = [[block] if isinstance(step, Maximum) else [] for block in range(blocks)]
+    if isinstance(step, Product):
+        for out, into in step.pairs:
+            inputs[out].append(into)
+    by_block, sizes = tuple(tuple(each) for each in inputs), (block_count(source, config), source.height, source.width)
+    return Read(sizes, step.strides, down, across, row_step, by_block, isinstance(step, Maximum))
+
+
+def whole(layer: Layer, config: VtaConfig) -> Share:
+    """All of a layer."""
+    return Share((0, block_count(layer.output, config)), (0, layer.output.height))
+
+
+def estimate(layer: Layer, share: Share, tiling: Tiling, config: VtaConfig, timing: Timing = RTL) -> Estimate:
+    """Cycles that `share` of `layer` takes with `tiling`; the tiling has to fit (`fits`)."""
+    return Walk(geometry(layer, config), share, config, Costs.of(timing, config)).estimate(tiling)
+
+
+def fits(layer: Layer, share: Share, tiling: Tiling, config: VtaConfig) -> bool:
+    """Whether every buffer holds what the tiling puts there at once."""
+    return Walk(geometry(layer, config), share, config, Costs.of(RTL, config)).slots(tiling) is not None
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One dimension of what a tile reads: source positions loaded, and for each tap the outputs that have a source."""
+
+    size: int
+    counts: tuple[int, ...]
+
+
+@lru_cache(maxsize=65536)
+def _rows(cut: Range, stride: int, size: int, offsets: tuple[int, ...], step: int) -> _Axis:
+    """Rows of a source of `size` rows that the outputs of `cut` read at `offsets`; see `shape.source_span`."""
+    first, bottom = cut[0] * stride + min(offsets), (cut[1] - 1) * stride + max(offsets)
+    top = first if first >= 0 else first + -(first // step) * step
+    bottom -= max(0, -(-(bottom - size + 1) // step)) * step
+    return _Axis(max(0, (bottom - top) // step + 1), _counts(cut, stride, size, offsets))
+
+
+@lru_cache(maxsize=65536)
+def _columns(cut: Range, stride: int, size: int, offsets: tuple[int, ...]) -> _Axis:
+    """As `_rows`, of columns, which are loaded without gaps."""
+    left, right = max(0, cut[0] * stride + min(offsets)), min(size - 1, (cut[1] - 1) * stride + max(offsets))
+    if left < stride and right >= size - stride:
+        left, right = 0, size - 1
+    return _Axis(max(0, right - left + 1), _counts(cut, stride, size, offsets))
+
+
+def _counts(cut: Range, stride: int, size: int, offsets: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(
+        max(0, min(cut[1], (size - 1 - offset) // stride + 1) - max(cut[0], -(offset // stride))) for offset in offsets
+    )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Input blocks that a read takes at once for a tile of output blocks.
+
+    ``pairs`` of (output, input) among them, which come in `parts` loop nests; ``loads``: DMA runs of its inputs.
+    """
+
+    inputs: tuple[int, ...]
+    pairs: int
+    parts: int
+
+
+def _cuts(first: int, last: int, step: int) -> list[Range]:
+    return [(at, min(at + step, last)) for at in range(first, last, step)]
+
+
+class Walk:
+    """Tilings of one share of a layer; keeps what they have in common."""
+
+    def __init__(self, sizes: Geometry, share: Share, config: VtaConfig, costs: Costs) -> None:
+        self.sizes, self.share, self.config, self.costs = sizes, share, config, costs
+        self._chunks: dict[tuple[int, int, int], tuple[tuple[Chunk, ...], ...]] = {}
+        self._spans: dict[tuple[int, int, int], int] = {}
+
+    def chunks(self, read: int, blocks: int, inputs: int) -> tuple[tuple[Chunk, ...], ...]:
+        """For each tile of output blocks the chunks of a read, in order."""
+        key = read, blocks, inputs
+        if key not in self._chunks:
+            by_block = self.sizes.reads[read].by_block
+            cuts = _cuts(*self.share.blocks, blocks)
+            self._chunks[key] = tuple(_chunks(by_block[first:last], inputs) for first, last in cuts)
+        return self._chunks[key]
+
+    def most_inputs(self, blocks: int) -> int:
+        """Input blocks that a tile of so many output blocks reads at most of one source; 1 if it reads nothing."""
+        counts = [
+            len({block for inputs in read.by_block[first:last] for block in inputs})
+            for read in self.sizes.reads
+            for first, last in _cuts(*self.share.blocks, blocks)
+        ]
+        return max(1, *counts, 1)
+
+    def reach(self, read: Read, rows: Range, columns: Range) -> tuple[_Axis, _Axis]:
+        """The rows and the columns of the source that outputs read."""
+        _, height, width = read.source
+        return (
+            _rows(rows, read.strides[0], height, read.down, read.row_step),
+            _columns(columns, read.strides[1], width, read.across),
+        )
+
+    def span(self, number: int, rows: int, columns: int) -> int:
+        """Source positions of the largest tile."""
+        key = number, rows, columns
+        if key not in self._spans:
+            read, across = self.sizes.reads[number], _cuts(0, self.sizes.width, columns)
+            down = _cuts(*self.share.rows, rows)
+            self._spans[key] = max(self.reach(read, cut, across[0])[0].size for cut in down) * max(
+                self.reach(read, down[0], cut)[1].size for cut in across
+            )
+        return self._spans[key]
+
+    def slots(self, tiling: Tiling) -> tuple[int, int, int] | None:
+        """Slots of inputs, weights and accumulators as `lower` lays them out; None where not even one of each fits."""
+        config, sizes = self.config, self.sizes
+        source, weights, staging, sums = self.largest(tiling)
+        blocks = self.share.blocks[1] - self.share.blocks[0]
+        tile = min(tiling.blocks, blocks)
+        bias = sizes.digits * blocks
+        bias = bias if bias <= config.wgt_depth // 8 else 2 * sizes.digits * tile
+        vectors = sizes.vectors * blocks
+        vectors = vectors if vectors <= config.acc_depth // 8 else sizes.vectors * tile
+        counts = (
+            (config.inp_depth - 1) // source,
+            (config.wgt_depth - 1 - bias) // weights,
+            (config.acc_depth - vectors - staging) // sums,
+        )
+        return counts if min(counts) >= 1 else None
+
+    def largest(self, tiling: Tiling) -> tuple[int, int, int, int]:
+        """Elements of the largest chunk of inputs, of its weights, of inputs copied for a `Maximum`, and of a tile."""
+        sizes = self.sizes
+        source, weights, staging = 1, 1, 0
+        for number, read in enumerate(sizes.reads):
+            span = self.span(number, tiling.rows, tiling.columns)
+            chunks = [chunk for tile in self.chunks(number, tiling.blocks, tiling.inputs) for chunk in tile]
+            wanted = max((len(chunk.inputs) for chunk in chunks), default=0)
+            source = max(source, wanted * span)
+            if read.maximum:
+                staging = max(staging, wanted * span)
+            else:
+                weights = max(weights, max((chunk.pairs for chunk in chunks), default=1) * len(read.down))
+        blocks = min(tiling.blocks, self.share.blocks[1] - self.share.blocks[0])
+        rows = min(tiling.rows, self.share.rows[1] - self.share.rows[0])
+        return source, weights, staging, blocks * rows * min(tiling.columns, sizes.width)
+
+    def bound(self, tiling: Tiling) -> int:
+        """Cycles besides the work that all tilings have in common: starts of instructions, filling and draining."""
+        places = self.sizes.images * -(-(self.share.rows[1] - self.share.rows[0]) // tiling.rows)
+        places *= -(-self.sizes.width // tiling.columns)
+        tiles = -(-(self.share.blocks[1] - self.share.blocks[0]) // tiling.blocks)
+        starts = tiles * sum(part.starts for part in self.sizes.parts if isinstance(part, Elementwise))
+        for number, read in enumerate(self.sizes.reads):
+            chunks = self.chunks(number, tiling.blocks, tiling.inputs)
+            starts += sum(chunk.parts for tile in chunks for chunk in tile) * len(read.down)
+        source, weights, _, sums = self.largest(tiling)
+        fill = (source * self.config.inp_bytes + weights * self.config.wgt_bytes) * 8 // self.config.bus_bits
+        return places * starts * self.costs.start + fill + int(sums * self.costs.element)
+
+    def estimate(self, tiling: Tiling) -> Estimate:
+        """The three clocks when the last store has ended."""
+        slots = self.slots(tiling)
+        assert slots is not None, f"{tiling} does not fit"
+        return _Clocks(self, tiling, slots).run()
+
+
+def _chunks(by_block: tuple[tuple[int, ...], ...], inputs: int) -> tuple[Chunk, ...]:
+    if by_block and all(each is by_block[0] or each == by_block[0] for each in by_block):
+        order = by_block[0]
+        parts = [order[at : at + inputs] for at in range(0, len(order), inputs)]
+        return tuple(Chunk(part, len(part) * len(by_block), 1) for part in parts)
+    needed: dict[int, int] = {}
+    for each in by_block:
+        for block in each:
+            needed[block] = needed.get(block, 0) + 1
+    order = tuple(sorted(needed))
+    made: list[Chunk] = []
+    for at in range(0, len(order), inputs):
+        part = order[at : at + inputs]
+        counts = {sum(part[0] <= block <= part[-1] for block in each) for each in by_block} - {0}
+        pairs = sum(needed[each] for each in part)
+        made.append(Chunk(part, pairs, 1 if len(counts) == 1 else len(by_block)))
+    return tuple(made)
+
+
+class _Slots:
+    """Slots used in turn as `sram.Slots` does; when each is filled, and when its last reader has ended."""
+
+    def __init__(self, count: int) -> None:
+        self.where: dict[Hashable, int] = {}
+        self.keys: list[Hashable] = [None] * count
+        self.ready = [0] * count
+        self.free = [0] * count
+        self.next = 0
+
+    def take(self, key: Hashable) -> int:
+        slot = self.next
+        self.next = (slot + 1) % len(self.keys)
+        self.where.pop(self.keys[slot], None)
+        self.keys[slot] = key
+        self.where[key] = slot
+        return slot
+
+
+class _Clocks:
+    """One walk: clocks and busy cycles of the engines, and what the buffers hold."""
+
+    def __init__(self, walk: Walk, tiling: Tiling, slots: tuple[int, int, int]) -> None:
+        config = walk.config
+        self.walk, self.tiling, self.start, self.latency = walk, tiling, walk.costs.start, walk.costs.load
+        self.inp, self.wgt = _Slots(slots[0]), _Slots(slots[1])
+        self.acc_free = [0] * slots[2]
+        self.tiles = self.load = self.compute = self.store = 0
+        self.load_busy = self.compute_busy = self.store_busy = self.instructions = self.uops = 0
+        self.known: set[Hashable] = set()
+        self.inp_cycles = config.inp_bytes * 8 / config.bus_bits
+        self.wgt_cycles = config.wgt_bytes * 8 / config.bus_bits
+        blocks = walk.share.blocks[1] - walk.share.blocks[0]
+        self.bias_whole = walk.sizes.digits * blocks <= config.wgt_depth // 8
+        self.biases: dict[Hashable, int] = {}
+        self.vector_cycles = int(walk.sizes.vectors * blocks * config.acc_bytes * 8 / config.bus_bits)
+        self.vectors_loaded = False
+
+    def run(self) -> Estimate:
+        walk, tiling, sizes = self.walk, self.tiling, self.walk.sizes
+        blocks = list(enumerate(_cuts(*walk.share.blocks, tiling.blocks)))
+        chunks = [walk.chunks(number, tiling.blocks, tiling.inputs) for number in range(len(sizes.reads))]
+        places = [
+            (image, rows, columns)
+            for image in range(sizes.images)
+            for rows in _cuts(*walk.share.rows, tiling.rows)
+            for columns in _cuts(0, sizes.width, tiling.columns)
+        ]
+        if tiling.blocks_outer:
+            order = [(place, block) for block in blocks for place in places]
+        else:
+            order = [(place, block) for place in places for block in blocks]
+        for place, (number, cut) in order:
+            self._tile(place, number, cut, [tiles[number] for tiles in chunks])
+        cycles = max(self.load, self.compute, self.store)
+        return Estimate(cycles, self.compute_busy, self.load_busy, self.store_busy, self.instructions, self.uops)
+
+    def _loaded(self, work: float, loads: int = 1, free: int = 0) -> int:
+        cycles = int(work) + loads * self.latency
+        self.load = max(self.load, free) + cycles
+        self.load_busy += cycles
+        self.instructions += loads
+        return self.load
+
+    def _computed(self, work: int, starts: int) -> None:
+        cycles = work + starts * self.start
+        self.compute += cycles
+        self.compute_busy += cycles
+        self.instructions += starts
+
+    def _tile(self, place: tuple[int, Range, Range], number: int, cut: Range, chunks: list[tuple[Chunk, ...]]) -> None:
+        sizes, (_, rows, columns) = self.walk.sizes, place
+        count, positions = cut[1] - cut[0], (rows[1] - rows[0]) * (columns[1] - columns[0])
+        acc = self.tiles % len(self.acc_free)
+        self.tiles += 1
+        self.compute = max(self.compute, self.acc_free[acc])
+        read = 0
+        for part in sizes.parts:
+            if isinstance(part, Read):
+                for chunk_number, chunk in enumerate(chunks[read]):
+                    self._chunk(place, part, (read, number, chunk_number), chunk, acc)
+                read += 1
+            elif isinstance(part, Elementwise):
+                if part.digits:
+                    self.compute = max(self.compute, self._bias(number, cut))
+                if part.vector:
+                    self._vectors()
+                self._computed(part.cycles * count * positions, part.starts)
+            elif all(part.uniform[cut[0] : cut[1]]) and (positions > 16 or all(part.same[cut[0] + 1 : cut[1]])):
+                self._computed(count * positions, 1 if all(part.same[cut[0] + 1 : cut[1]]) else count)
+            else:
+                self._vectors()
+                self._computed(self.walk.costs.tensor * count * positions, 1)
+        wide = columns[1] - columns[0] == sizes.width
+        stores = 1 if wide else count
+        bursts = count * (1 if wide else rows[1] - rows[0])
+        cycles = int(count * positions * self.walk.costs.element) + bursts * self.walk.costs.store
+        self.store = max(self.store, self.compute) + cycles
+        self.store_busy += cycles
+        self.instructions += stores
+        self.acc_free[acc] = self.store
+
+    def _bias(self, number: int, cut: Range) -> int:
+        """When the digits of a tile's bias are there."""
+        key = None if self.bias_whole else number
+        if key not in self.biases:
+            if key is not None:
+                self.biases.clear()
+            share = self.walk.share.blocks
+            blocks = share[1] - share[0] if self.bias_whole else cut[1] - cut[0]
+            self.biases[key] = self._loaded(blocks * self.walk.sizes.digits * self.wgt_cycles)
+        return self.biases[key]
+
+    def _vectors(self) -> None:
+        """LOAD ACC runs on the compute engine."""
+        if not self.vectors_loaded:
+            self.vectors_loaded = True
+            self._computed(self.vector_cycles + self.walk.sizes.vectors * self.latency, self.walk.sizes.vectors)
+
+    def _chunk(
+        self, place: tuple[int, Range, Range], read: Read, name: tuple[int, int, int], chunk: Chunk, acc: int
+    ) -> None:
+        down, across = self.walk.reach(read, place[1], place[2])
+        if not (down.size and across.size):
+            return
+        ready = wgt = 0
+        if not read.maximum:
+            found = self.wgt.where.get(name)
+            if found is None:
+                found = self.wgt.take(name)
+                work = chunk.pairs * len(read.down) * self.wgt_cycles
+                self.wgt.ready[found] = self._loaded(work, 1, self.wgt.free[found])
+            wgt, ready = found, self.wgt.ready[found]
+        key = (place, name[0], chunk.inputs)
+        inp = self.inp.where.get(key)
+        size = len(chunk.inputs) * down.size * across.size
+        if inp is None:
+            inp = self.inp.take(key)
+            single = across.size == read.source[2] and read.row_step == 1
+            loads = 1 if single and chunk.inputs[-1] - chunk.inputs[0] < len(chunk.inputs) else len(chunk.inputs)
+            self.inp.ready[inp] = self._loaded(size * self.inp_cycles, loads, self.inp.free[inp])
+        areas = [high * wide for high, wide in zip(down.counts, across.counts, strict=True) if high and wide]
+        shape = (acc, inp, wgt, name[0], down, across, len(chunk.inputs), chunk.pairs)
+        if shape not in self.known:
+            self.known.add(shape)
+            uops = len(areas) * chunk.parts * _micro_ops(chunk, down, across)
+            self.uops += uops
+            self._computed(int(uops * _UOP_BITS / self.walk.config.bus_bits), 0)  # LOAD UOP runs there
+        self.compute = max(self.compute, ready, self.inp.ready[inp])
+        if read.maximum:
+            self._computed(2 * size, 2)
+            self._computed(self.walk.costs.tensor * len(chunk.inputs) * sum(areas), len(areas))
+        else:
+            self._computed(chunk.pairs * sum(areas), len(areas) * chunk.parts)
+            self.wgt.free[wgt] = self.compute
+        self.inp.free[inp] = self.compute
+
+
+def _micro_ops(chunk: Chunk, down: _Axis, across: _Axis) -> int:
+    """Micro-ops of a GEMM: the product of what its two longest loops leave."""
+    inputs = len(chunk.inputs)
+    extents = sorted((max(down.counts), max(across.counts), inputs, -(-chunk.pairs // inputs)))
+    return extents[0] * extents[1]
