@@ -54,7 +54,9 @@ def test_maps(sizes, config):
     assert found.flags.c_contiguous and not np.may_share_memory(found, data)
 
 
-@pytest.mark.parametrize(("shape", "rows"), [((7, 20), 7), ((2, 3, 20), 6), ((20,), 1), ((1, 4, 5, 20), 20)])
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((7, 20), 7), ((2, 3, 20), 6), ((20,), 1), ((1, 4, 5, 20), 20), ((1, 20), 1)]
+)
 def test_matrices(shape, rows):
     values = np.random.default_rng(0).integers(-128, 128, shape).astype(np.int8)
     as_map = values.reshape(rows, 20).T.reshape(1, 20, 1, rows)
@@ -67,9 +69,10 @@ def test_matrices(shape, rows):
     ("shape", "sizes", "wanted"),
     [
         ((1, 8, 5, 6), (1, 8, 5, 6), True),
-        ((1, 1, 8, 8), (1, 8, 1, 8), False),  # rows of a product, although without ones both read 8, 8
-        ((1, 8, 8), (1, 8, 1, 8), False),
+        ((1, 8, 30), (1, 8, 5, 6), True),  # a view
+        ((1, 1, 8, 8), (1, 8, 1, 8), False),
         ((1, 8, 9), (1, 8, 1, 9), True),  # one-dimensional convolution
+        ((1, 9, 8), (1, 8, 1, 9), False),
         ((4, 8), (4, 8, 1, 1), True),  # batch of vectors
         ((4, 8), (1, 8, 1, 4), False),
     ],
@@ -202,7 +205,7 @@ FAR = {"name": "y", "address": END - 16, "bytes": 16 * PIXELS, "shape": [1, 10, 
         ({"launches": [[{"insn": "p.uop.bin", "count": 8}]]}, "has 4 bytes"),
         ({"outputs": [FAR]}, r"'y' \(192 bytes at 0x4ff0\)"),
         ({"outputs": [{**FAR, "bytes": 5}]}, "'y' has 5 bytes, but a map"),
-        ({"outputs": [{**FAR, "shape": [1, 10, 4, 3]}]}, r"\[1, 10, 4, 3\] is no map of \[1, 10, 3, 4\]"),
+        ({"outputs": [{**FAR, "shape": [1, 10, 4, 4]}]}, r"\[1, 10, 4, 4\] is no map of \[1, 10, 3, 4\]"),
     ],
 )
 def test_artifacts_that_are_not_well_formed(changes, words):

@@ -26,7 +26,7 @@ def pack(array: np.ndarray, sizes: Sequence[int], config: VtaConfig) -> np.ndarr
     if channels_first(array.shape, sizes):
         values = array.reshape(count, channels, height, width)
     else:
-        values = array.reshape(width, channels).T.reshape(count, channels, height, width)
+        values = array.reshape(height * width, channels).T.reshape(count, channels, height, width)
     padded = np.zeros((outer * batch, blocks * block, height, width), np.int8)
     padded[:count, :channels] = values
     # batch and block go to the end
@@ -41,27 +41,22 @@ def unpack(data: np.ndarray, sizes: Sequence[int], shape: Sequence[int], config:
     parts = data.view(np.int8).reshape(blocked).transpose(0, 4, 1, 5, 2, 3)
     values = parts.reshape(outer * batch, blocks * block, height, width)[:count, :channels]
     if not channels_first(shape, sizes):
-        values = values.reshape(channels, width).T
+        values = values.reshape(channels, height * width).T
     return np.array(values, order="C").reshape(shape)
 
 
 def channels_first(shape: Sequence[int], sizes: Sequence[int]) -> bool:
     """Whether an ONNX value of `shape` is a map of (N, C, H, W) `sizes` as it lies; else it is a matrix [..., C].
 
-    The rows of a matrix are the map's columns (N and H are 1). A value of other than four axes may leave out those of
-    size 1. One that can be read as both is a map if it has four axes, and a matrix otherwise.
-    Raises TargetError if it is neither.
+    The rows of a matrix are the map's pixels, of one image. A value that can be read as both is a map if it has three
+    axes or more, as a convolution sees it. Raises TargetError if it is neither.
     """
     count, channels, height, width = sizes
-    rows = math.prod(shape[:-1])
-    matrix = bool(shape) and count == height == 1 and (rows, shape[-1]) == (width, channels)
-    if len(shape) == 4:
-        image = tuple(shape) == tuple(sizes)
-    else:
-        image = [size for size in shape if size != 1] == [size for size in sizes if size != 1]
+    image = tuple(shape[:2]) == (count, channels) and math.prod(shape[2:]) == height * width
+    matrix = count == 1 and tuple(shape[-1:]) == (channels,) and math.prod(shape[:-1]) == height * width
     if not (matrix or image):
         raise TargetError(f"a value of shape {list(shape)} is no map of {list(sizes)} (batch, channels, height, width)")
-    return image and (len(shape) == 4 or not matrix)
+    return image
 
 
 def _blocked(sizes: Sequence[int], config: VtaConfig) -> tuple[int, int, int, int, int, int]:
