@@ -153,19 +153,24 @@ class Executable:
         return rows
 
     def stats(self) -> dict[str, Any]:
-        """Sizes in bytes, threads, number of partitions and kernel calls, and the seconds that loading took."""
+        """Sizes in bytes, threads, number of partitions and kernel calls, and the seconds that loading took.
+
+        ``code_bytes``: machine code, and instructions of other devices; ``device_bytes``: memory of other devices, with
+        the weights that lie there.
+        """
         if self._refusal is None:
             self._open()
         parts = [part.artifact for part in self.bundle.partitions]
         native = [part.metadata for part in parts if part.kind == "cpu-native"]
-        objects = [blob for part in parts for name, blob in part.files.items() if name.endswith(".o")]
+        code = [blob for part in parts for name, blob in part.files.items() if name.endswith((".o", ".bin"))]
         return {
             "threads": self.threads,
             "partitions": len(self.bundle.partitions),
             "kernel_calls": sum(len(part["steps"]) for part in native),
             "barriers": sum(bool(step["barrier"]) for part in native for step in part["steps"]),
             "arena_bytes": sum(part["arena_bytes"] for part in native),
-            "code_bytes": sum(map(len, objects)),
+            "code_bytes": sum(map(len, code)),
+            "device_bytes": sum(part.metadata.get("dram_bytes", 0) for part in parts),
             "weights_bytes": sum(array.nbytes for part in parts for array in part.weights.values()),
             "load_seconds": self._load_seconds,
         }

@@ -1,0 +1,289 @@
+"""A partition becomes instruction streams, micro-ops, constants and a plan of memory: VTA's pipeline, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nestc.bundle.artifact import Artifact
+from nestc.errors import TargetError
+from nestc.runtime.vta.assembly import disassemble
+from nestc.runtime.vta.config import VtaConfig
+from nestc.runtime.vta.encode import encode, encode_uops
+from nestc.runtime.vta.isa import Finish, Load, MemoryId, Stream
+from nestc.targets.vta.emit import Piece, emit
+from nestc.targets.vta.layer import FeatureMap, Init, Layer
+from nestc.targets.vta.link import link
+from nestc.targets.vta.lower import lower
+from nestc.targets.vta.memory import Dram, Value
+from nestc.targets.vta.schedule import choose
+from nestc.targets.vta.shape import elements
+from nestc.targets.vta.split import choose_split
+from nestc.targets.vta.timed import timed
+from nestc.targets.vta.verify import Region, verify
+from nestc.tensor.ir import Kernel
+from nestc.tensor.text import kernel_text
+from nestc.tensor.verify import verify as verify_kernel
+
+Emit = Callable[[str, str, str], None]
+UOP_BYTES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class _Lowered:
+    """A layer as one kernel a device, and its constants by parameter name."""
+
+    layer: Layer
+    kernels: tuple[Kernel, ...]
+    constants: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """A stream of one device, and for each layer in it the number of its last instruction."""
+
+    stream: Stream
+    last: Mapping[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """What a partition computes: layers in order, the source of each value that is only a view, and the border.
+
+    ``inputs`` and ``outputs``: ONNX shapes by name.
+    """
+
+    name: str
+    layers: Sequence[Layer]
+    aliases: Mapping[str, str]
+    inputs: Mapping[str, tuple[int, ...]]
+    outputs: Mapping[str, tuple[int, ...]]
+
+
+def compile_network(net: Network, config: VtaConfig, count: int = 1, emit_form: Emit | None = None) -> Artifact:
+    """The artifact of kind ``vta``, which `runtime.vta.device` runs.
+
+    With `count` above 1 every layer is a launch of its own, shared among up to as many devices. Raises TargetError if
+    a layer has no tiling, or memory does not suffice.
+    """
+    maps = _maps(net)
+
+    # Each layer is cut to fit the SRAMs, and becomes one Tensor IR kernel a device.
+    lowered = [_lower(layer, config, count) for layer in net.layers]
+    for each in lowered:
+        for device, kernel in enumerate(each.kernels):
+            verify_kernel(kernel)
+            if emit_form is not None:
+                part = f".{device}" if len(each.kernels) > 1 else ""
+                emit_form("tensor", f"{net.name}_{kernel.name}{part}", kernel_text(kernel))
+
+    # Addresses of everything whose size is known by now; micro-ops and instructions follow it.
+    dram = _place_values(net, maps, config)
+    constants = _unique_constants(lowered)
+    for name, array in constants.items():
+        dram.place(name, array.nbytes)
+
+    # Statements become instructions; linking gives them micro-ops and tokens; nothing unproven leaves here.
+    groups = [[each] for each in lowered] if count > 1 else [lowered]
+    uop_address = uop_end = dram.end
+    launches: list[list[_Program]] = []
+    known = {root(name, net.aliases) for name in net.inputs}
+    for group in groups:
+        launch: list[_Program] = []
+        written = {each.layer.output.name for each in group}
+        regions = _regions(maps, constants, dram, config, known, written)
+        known |= written
+        for device in range(max((len(each.kernels) for each in group), default=0)):
+            kernels = [each.kernels[device] for each in group if device < len(each.kernels)]
+            program = _assemble(kernels, dram.addresses, config, uop_end // UOP_BYTES, regions)
+            uop_end += len(program.stream.uops) * UOP_BYTES
+            launch.append(program)
+        launches.append(launch)
+    dram.place("micro-ops", uop_end - uop_address)
+    if emit_form is not None:
+        for name, program in _named(launches):
+            emit_form("commands", f"{net.name}{name}", _text(program, config))
+
+    # Bytes, and what they mean.
+    files: dict[str, bytes] = {}
+    described: list[list[dict[str, Any]]] = []
+    for number, launch in enumerate(launches):
+        described.append([])
+        for device, program in enumerate(launch):
+            file = f"{number}.{device}.insn.bin"
+            files[file] = encode(program.stream.instructions, config)
+            address = dram.place(file, len(files[file]))
+            described[-1].append({"insn": file, "count": len(program.stream.instructions), "address": address})
+    uops = [program.stream.uops for launch in launches for program in launch]
+    files["uop.bin"] = b"".join(encode_uops(each, config) for each in uops)
+    roles = {name: _role(name, lowered) for name in constants}
+    metadata = {
+        "config": config.to_json(),
+        "preset": config.name,
+        "clock_hz": config.clock_hz,
+        "bus_bits": config.bus_bits,
+        "count": count,
+        "dram_bytes": dram.end,
+        "launches": described,
+        "inputs": [_border(name, shape, net, maps, dram, config) for name, shape in net.inputs.items()],
+        "outputs": [_border(name, shape, net, maps, dram, config) for name, shape in net.outputs.items()],
+        "constants": [
+            {"name": name, "address": dram.addresses[name], "bytes": array.nbytes, "role": roles[name]}
+            for name, array in constants.items()
+        ],
+        "uops": [{"file": "uop.bin", "address": uop_address}],
+        "timing": timed(
+            [[program.stream for program in launch] for launch in launches],
+            [launch[0].last if launch else {} for launch in launches],
+            config,
+            count,
+        ),
+    }
+    return Artifact("vta", files, constants, metadata)
+
+
+def _maps(net: Network) -> dict[str, FeatureMap]:
+    """How every value lies in memory. Raises TargetError if two layers see one value in different layouts."""
+    maps: dict[str, FeatureMap] = {}
+    for layer in net.layers:
+        for map_ in (*layer.sources.values(), layer.output):
+            known = maps.setdefault(root(map_.name, net.aliases), map_)
+            if _layout(known) != _layout(map_):
+                raise TargetError(f"layer {layer.name} reads {map_.name!r} as {map_}, but it lies in memory as {known}")
+            maps.setdefault(map_.name, map_)
+    return maps
+
+
+def _layout(map_: FeatureMap) -> tuple[int, int, int]:
+    """Maps alike in these lie alike in memory."""
+    return map_.batch, map_.channels, map_.height * map_.width
+
+
+def root(name: str, aliases: Mapping[str, str]) -> str:
+    """The value that is really stored under a name."""
+    while name in aliases:
+        name = aliases[name]
+    return name
+
+
+def _lower(layer: Layer, config: VtaConfig, count: int) -> _Lowered:
+    kernels: list[Kernel] = []
+    constants: dict[str, np.ndarray] = {}
+    for share in choose_split(layer, count, config):
+        kernel, needed = lower(layer, share, choose(layer, share, config), config)
+        kernels.append(kernel)
+        constants.update(needed)
+    return _Lowered(layer, tuple(kernels), constants)
+
+
+def _unique_constants(lowered: Sequence[_Lowered]) -> dict[str, np.ndarray]:
+    """Constants of all layers; those that layers share have one name."""
+    constants: dict[str, np.ndarray] = {}
+    for each in lowered:
+        constants.update(each.constants)
+    return constants
+
+
+def _place_values(net: Network, maps: Mapping[str, FeatureMap], config: VtaConfig) -> Dram:
+    """Addresses of all feature maps: inputs and outputs keep their memory, what is between shares it."""
+    dram = Dram(config)
+    border = dict.fromkeys(root(name, net.aliases) for name in (*net.inputs, *net.outputs))
+    for name in border:
+        dram.place(name, elements(maps[name], config) * config.inp_bytes)
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for number, layer in enumerate(net.layers):
+        first[layer.output.name] = number
+        for name in (*layer.sources, layer.output.name):
+            last[root(name, net.aliases)] = number
+    dram.place_intermediate(
+        [
+            Value(name, elements(maps[name], config) * config.inp_bytes, number, last[name])
+            for name, number in first.items()
+            if name not in border
+        ]
+    )
+    dram.alias(net.aliases)
+    return dram
+
+
+def _regions(
+    maps: Mapping[str, FeatureMap],
+    constants: Mapping[str, np.ndarray],
+    dram: Dram,
+    config: VtaConfig,
+    known: set[str],
+    written: set[str],
+) -> list[Region]:
+    """What a launch may touch: values `known` before it, those that it writes, and constants."""
+    found = [Region(name, dram.addresses[name], array.nbytes) for name, array in constants.items()]
+    for name in sorted(known | written):
+        size = elements(maps[name], config) * config.inp_bytes
+        found.append(Region(name, dram.addresses[name], size, name in known, name in written))
+    return found
+
+
+def _assemble(
+    kernels: Sequence[Kernel],
+    addresses: Mapping[str, int],
+    config: VtaConfig,
+    uop_base: int,
+    regions: Sequence[Region],
+) -> _Program:
+    pieces: list[Piece] = []
+    ends: dict[str, int] = {}
+    for kernel in kernels:
+        pieces += emit(kernel, addresses, config)
+        ends[kernel.name] = len(pieces)
+    stream = link(pieces, config, uop_base)
+    verify(stream, config, regions)
+    # Linking adds only LOADs of micro-ops, tokens among them, and the end; the others are the pieces, in order.
+    ours = [number for number, instruction in enumerate(stream.instructions) if not _is_added(instruction)]
+    return _Program(stream, {name: ours[end - 1] for name, end in ends.items()})
+
+
+def _is_added(instruction: object) -> bool:
+    return isinstance(instruction, Finish) or (isinstance(instruction, Load) and instruction.memory == MemoryId.UOP)
+
+
+def _named(launches: Sequence[Sequence[_Program]]) -> list[tuple[str, _Program]]:
+    """Every stream with what tells it apart from the others of the partition; the only one needs nothing."""
+    every = [(number, device, each) for number, launch in enumerate(launches) for device, each in enumerate(launch)]
+    return [("" if len(every) == 1 else f".{number}.{device}", program) for number, device, program in every]
+
+
+def _text(program: _Program, config: VtaConfig) -> str:
+    """The disassembly of a stream, in which each layer's name stands above its first instruction."""
+    notes: dict[int, str] = {}
+    first = 0
+    for name, last in program.last.items():
+        notes[first] = f"layer {name}"
+        first = last + 1
+    return disassemble(program.stream, config, notes)
+
+
+def _border(
+    name: str, shape: tuple[int, ...], net: Network, maps: Mapping[str, FeatureMap], dram: Dram, config: VtaConfig
+) -> dict[str, Any]:
+    """An input or output: where it lies, and how."""
+    map_ = maps[root(name, net.aliases)]
+    return {
+        "name": name,
+        "address": dram.addresses[name],
+        "bytes": elements(map_, config) * config.inp_bytes,
+        "shape": list(shape),
+        "map": [map_.batch, map_.channels, map_.height, map_.width],
+    }
+
+
+def _role(name: str, lowered: Sequence[_Lowered]) -> str:
+    """What a constant is for: weights, bias, shift (amounts), unit (biases are multiplied with it) or identity."""
+    prefix, _, last = name.rpartition("/")
+    kind = last.rstrip("0123456789")
+    if kind != "vector":
+        return kind
+    layer = next(each.layer for each in lowered if each.layer.name == prefix)
+    return "bias" if isinstance(layer.steps[int(last.removeprefix(kind))], Init) else "shift"

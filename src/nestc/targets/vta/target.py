@@ -1,0 +1,112 @@
+"""The VTA target: integer regions become instruction streams of one or several VTA devices, which are simulated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nestc.errors import TargetError
+from nestc.runtime.vta.config import PRESETS, VtaConfig, load, preset
+from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partition
+from nestc.targets.vta.layer import Layer
+from nestc.targets.vta.layers import Alias, layer_of
+from nestc.targets.vta.offers import offers
+
+if TYPE_CHECKING:
+    from nestc.targets.vta.compiler import Network
+
+MOST_DEVICES = 64
+"""More devices than any layer has blocks of channels or rows to share are a slip of the pen."""
+
+
+class VtaTarget:
+    """VTA accelerators (tvm-vta), in modelled time. Options: ``config`` (a preset or a JSON file in VTA's own keys),
+    ``count`` (devices that share each layer), ``clock_mhz`` and ``bus_bits`` (in place of the configuration's)."""
+
+    name = "vta"
+
+    def __init__(
+        self,
+        config: str = "pynq_1x16x16",
+        count: int = 1,
+        clock_mhz: float | None = None,
+        bus_bits: int | None = None,
+    ) -> None:
+        self.config = _configuration(config, clock_mhz, bus_bits)
+        if not 1 <= count <= MOST_DEVICES:
+            raise TargetError(f"target vta runs on 1 to {MOST_DEVICES} devices, not {count}; write vta:count=N")
+        self.count = count
+        self.machine = machine(self.config, count)
+        self.offers: tuple[Offer, ...] = offers(self.config)
+
+    def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:
+        """Streams, micro-ops and constants of a partition, verified and timed; `emit` gets levels tensor, commands."""
+        from nestc.targets.vta.compiler import compile_network
+
+        return compile_network(network(partition, self.config), self.config, self.count, emit)
+
+    def commands(self, partition: str, artifact: Artifact) -> Mapping[str, bytes]:
+        """Files from which another VTA simulator replays a partition; see `targets.vta.commands`."""
+        from nestc.targets.vta.commands import files
+
+        return files(partition, artifact)
+
+    def open(self) -> Device:
+        """Simulated VTA devices in this process."""
+        from nestc.runtime.devices import device_for
+
+        return device_for("vta")
+
+
+def network(partition: Partition, config: VtaConfig) -> Network:
+    """The regions of a partition as exact integer arithmetic on blocks. Raises UnsupportedOp if one is no layer."""
+    from nestc.targets.vta.compiler import Network
+
+    layers: list[Layer] = []
+    aliases: dict[str, str] = {}
+    for region in partition.regions:
+        made = layer_of(region, config)
+        if isinstance(made, Alias):
+            aliases[made.name] = made.source
+        else:
+            layers.append(made)
+    inputs, outputs = (
+        {name: partition.types[name].shape for name in names} for names in (partition.inputs, partition.outputs)
+    )
+    return Network(partition.name, layers, aliases, inputs, outputs)
+
+
+def machine(config: VtaConfig, count: int) -> Machine:
+    """What a configuration says of its machine."""
+    sizes = {"uop": 4, "inp": config.inp_bytes, "wgt": config.wgt_bytes, "acc": config.acc_bytes}
+    return Machine(
+        name=config.name,
+        memories=tuple(
+            Memory(f"sram.{name}", getattr(config, f"{name}_depth") * size, size) for name, size in sizes.items()
+        ),
+        dtypes=("int8", "int32"),
+        facts={
+            "count": count,
+            "clock_hz": config.clock_hz,
+            "bus_bits": config.bus_bits,
+            "batch": config.batch,
+            "block": config.block,
+            "macs_per_cycle": config.batch * config.block**2,
+            "times": "modelled by a simulator of its three engines",
+            **config.to_json(),
+        },
+    )
+
+
+def _configuration(name: str, clock_mhz: float | None, bus_bits: int | None) -> VtaConfig:
+    """A preset, or what a file says, with another clock and bus if given. Raises TargetError."""
+    is_file = name not in PRESETS and (name.endswith(".json") or "/" in name or Path(name).exists())
+    config = load(name) if is_file else preset(name)
+    if clock_mhz is not None:
+        if not (math.isfinite(clock_mhz) and clock_mhz > 0):
+            raise TargetError(f"the clock of target vta is {clock_mhz} MHz; it must be above 0")
+        config = dataclasses.replace(config, clock_hz=clock_mhz * 1e6)
+    return config if bus_bits is None else dataclasses.replace(config, bus_bits=bus_bits)
