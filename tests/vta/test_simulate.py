@@ -162,7 +162,8 @@ def compare(instructions: Sequence[Instruction], config: VtaConfig, dram: np.nda
 def walks(draw: st.DrawFn, depths: tuple[int, ...]) -> tuple[int, int, list[tuple[int, int]], list[tuple[int, ...]]]:
     """Trips of two loops, factors (outer, inner) of each memory, and micro-ops that stay within its depth."""
     out, inner = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    factors = [(draw(st.integers(0, 3)), draw(st.integers(0, 3))) for _ in depths]
+    moves = [st.integers(0, min(3, depth // 8)) for depth in depths]
+    factors = [(draw(move), draw(move)) for move in moves]
     room = [d - (out - 1) * f[0] - (inner - 1) * f[1] for d, f in zip(depths, factors, strict=True)]
     spread = draw(st.sampled_from((2, 4, 64)))
     fields = st.tuples(*(st.integers(0, min(r, spread) - 1) for r in room))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -179,7 +180,6 @@ class Machine:
         self._acc = np.full((config.acc_depth, lanes), fill, np.int32)
         self._uops = np.zeros((config.uop_depth, 1), np.uint32)
         self._fields = np.zeros((3, config.uop_depth), np.intp)
-        self._when = np.zeros(max(config.acc_depth, config.wgt_depth), np.intp)
         self._most_blocks = _EXACT // (config.block << 14)
 
     def execute(self, number: int, instruction: Instruction) -> None:
@@ -286,90 +286,49 @@ class Machine:
             (gemm.iter_out, (gemm.dst_out, gemm.src_out, gemm.wgt_out)),
             (gemm.iter_in, (gemm.dst_in, gemm.src_in, gemm.wgt_in)),
         )
+        # Products are made for micro-ops that start at element 0, since the same ones serve every slot of the SRAMs.
+        first = micro_ops.min(axis=1)
+        micro_ops = micro_ops - first[:, None]
+        moved = [sum((trips - 1) * factors[row] for trips, factors in loops) for row in range(3)]
+        last = (first + micro_ops.max(axis=1) + moved).tolist()
         memories = (("accumulator", self._acc), ("input", self._inp), ("weight", self._wgt))
-        for row, (name, memory) in enumerate(memories[: 1 if gemm.reset else 3]):
-            last = int(micro_ops[row].max()) + sum((trips - 1) * factors[row] for trips, factors in loops)
-            if last >= len(memory):
-                raise TargetError(f"{describe(number, gemm)} uses {name} {last} of {len(memory)}")
+        for (name, memory), element in zip(memories[: 1 if gemm.reset else 3], last, strict=False):
+            if element >= len(memory):
+                raise TargetError(f"{describe(number, gemm)} uses {name} {element} of {len(memory)}")
+        acc, inp, wgt = self._acc[first[0] :], self._inp[first[1] :], self._wgt[first[2] :]
         if gemm.reset:
             self.statistics.reset_steps += steps
-            self._acc[_indices(micro_ops[0], gemm.iter_out, gemm.dst_out, gemm.iter_in, gemm.dst_in)] = 0
+            acc[_indices(micro_ops[0], gemm.iter_out, gemm.dst_out, gemm.iter_in, gemm.dst_in)] = 0
             return
         self.statistics.gemm_steps += steps
-        positions, micro_ops = _positions(micro_ops, loops)
-        positions, micro_ops = self._merge(positions, micro_ops)
-        for dst, src, wgt in _groups(micro_ops):
-            for first in range(0, src.shape[1], self._most_blocks):
-                part = slice(first, first + self._most_blocks)
-                self._multiply(positions, dst, src[:, part], wgt[:, part])
+        for product in _products(micro_ops.tobytes(), loops, self._most_blocks):
+            self._multiply(product, acc, inp, wgt)
 
-    def _merge(self, positions: np.ndarray, micro_ops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Micro-ops that apply the same weights at places which are the same for all weights become positions."""
-        weights = micro_ops[2]
-        if weights.size == 1 or self._distinct(weights):
-            return positions, micro_ops
-        order = np.argsort(weights, kind="stable")
-        weights = weights[order]
-        starts = _starts(weights)
-        count, rest = divmod(weights.size, starts.size)
-        if rest or not np.array_equal(starts, np.arange(starts.size) * count):
-            return positions, micro_ops
-        places = micro_ops[:2, order].reshape(2, -1, count)
-        relative = places - places[:, :, :1]
-        if not (relative == relative[:, :1]).all():
-            return positions, micro_ops
-        positions = (positions[:, :, None] + relative[:, 0, None, :]).reshape(2, -1)
-        return positions, micro_ops[:, order[starts]]
-
-    def _multiply(self, positions: np.ndarray, dst: np.ndarray, src: np.ndarray, wgt: np.ndarray) -> None:
-        """acc[dst[g] + positions[0]] += the sum over k of inp[src[g, k] + positions[1]] @ wgt[wgt[g, k]].T, for all g.
-
-        Shapes: positions (2, p), dst (g,), src and wgt (g, k).
-        """
+    def _multiply(self, product: _Product, acc: np.ndarray, inp: np.ndarray, wgt: np.ndarray) -> None:
         batch, block = self._config.batch, self._config.block
-        count, groups, blocks = positions.shape[1], *src.shape
-        weights = self._wgt.take(wgt, axis=0).reshape(groups, blocks, block, block).swapaxes(1, 2)
-        shared = groups > 1 and bool((src == src[0]).all())
-        if shared:
+        groups, blocks = product.wgt.shape
+        weights = wgt.take(product.wgt, axis=0).reshape(groups, blocks, block, block).swapaxes(1, 2)
+        inputs = self._rows(inp.take(product.src, axis=0))
+        if product.shared:
             # One product for all groups, whose results stand beside each other: (p * batch, groups * block).
-            places = positions[1][:, None] + src[0]
-            inputs = self._rows(self._inp.take(places, axis=0), count, blocks)
             sums = inputs @ weights.reshape(groups * block, blocks * block).T
-            sums = sums.astype(np.int32).reshape(count, batch, groups, block)
+            sums = sums.astype(np.int32).reshape(-1, batch, groups, block)
             if batch > 1:
                 sums = sums.swapaxes(1, 2)
-            targets = positions[0][:, None] + dst
         else:
-            places = src[:, None, :] + positions[1][:, None]
-            inputs = self._rows(self._inp.take(places, axis=0), groups * count, blocks)
-            sums = inputs.reshape(groups, count * batch, blocks * block) @ weights.reshape(
-                groups, block, blocks * block
-            ).swapaxes(1, 2)
-            sums = sums.astype(np.int32)
-            targets = dst[:, None] + positions[0]
-        self._accumulate(targets.ravel(), sums.reshape(-1, batch * block))
+            weights = weights.reshape(groups, block, blocks * block).swapaxes(1, 2)
+            sums = (inputs.reshape(groups, -1, blocks * block) @ weights).astype(np.int32)
+        sums = sums.reshape(-1, batch * block)
+        if product.order is not None:
+            sums = np.add.reduceat(sums[product.order], product.starts, axis=0, dtype=np.int32)
+        acc[product.dst] += sums
 
-    def _rows(self, elements: np.ndarray, count: int, blocks: int) -> np.ndarray:
-        """Input elements (count, blocks, batch * block) as rows of a matrix: (count * batch, blocks * block)."""
-        batch, block = self._config.batch, self._config.block
+    def _rows(self, elements: np.ndarray) -> np.ndarray:
+        """Input elements (..., blocks, batch * block) as rows of a matrix: (... * batch, blocks * block)."""
+        batch, block, blocks = self._config.batch, self._config.block, elements.shape[-2]
         if batch > 1:
-            elements = elements.reshape(count, blocks, batch, block).swapaxes(1, 2)
-        return elements.reshape(count * batch, blocks * block)
-
-    def _accumulate(self, targets: np.ndarray, values: np.ndarray) -> None:
-        """acc[targets[i]] += values[i] for all i, where targets may repeat."""
-        if self._distinct(targets):
-            self._acc[targets] += values
-            return
-        order = np.argsort(targets, kind="stable")
-        targets = targets[order]
-        starts = _starts(targets)
-        self._acc[targets[starts]] += np.add.reduceat(values[order], starts, axis=0, dtype=np.int32)
-
-    def _distinct(self, indices: np.ndarray) -> bool:
-        steps = np.arange(indices.size)
-        self._when[indices] = steps
-        return bool((self._when[indices] == steps).all())
+            elements = elements.reshape(-1, blocks, batch, block).swapaxes(1, 2)
+        return elements.reshape(-1, blocks * block)
 
     def _alu(self, number: int, alu: Alu) -> None:
         micro_ops = self._micro_ops(number, alu)
@@ -416,9 +375,50 @@ def _indices(base: np.ndarray, trips_out: int, out: int, trips_in: int, inner: i
     return (outer + base).ravel()
 
 
-def _positions(
-    micro_ops: np.ndarray, loops: Sequence[tuple[int, tuple[int, int, int]]]
-) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """A part of a GEMM instruction: for each group g, acc[...] += the sum over k of inp[src] @ wgt[wgt[g, k]].T.
+
+    ``src``: (p, k) elements if the groups share them, else (g, p, k). ``dst``: the accumulators, distinct, one for each
+    row of the results, which are (p, g) if shared, else (g, p). Where accumulators repeat, results are first put in
+    `order`, and those from each of `starts` on summed.
+    """
+
+    src: np.ndarray
+    wgt: np.ndarray
+    dst: np.ndarray
+    shared: bool
+    order: np.ndarray | None
+    starts: np.ndarray
+
+
+_Loops: TypeAlias = tuple[tuple[int, tuple[int, int, int]], tuple[int, tuple[int, int, int]]]
+"""Trips of the outer and the inner loop, and what each moves dst, src and wgt by."""
+
+
+# Tiles of a layer repeat the same few instructions: the 7,200 of ResNet-18 are 91 different ones.
+@lru_cache(maxsize=1024)
+def _products(micro_ops: bytes, loops: _Loops, most_blocks: int) -> tuple[_Product, ...]:
+    """A GEMM instruction as matrix products, each of at most `most_blocks` blocks; `micro_ops`: bytes of intp (3, n)."""
+    positions, steps = _merge(*_positions(np.frombuffer(micro_ops, np.intp).reshape(3, -1), loops))
+    found: list[_Product] = []
+    for dst, src, wgt in _groups(steps):
+        shared = len(dst) > 1 and bool((src == src[0]).all())
+        targets = positions[0][:, None] + dst if shared else dst[:, None] + positions[0]
+        targets = targets.ravel()
+        order, starts = None, np.zeros(0, np.intp)
+        if not _distinct(targets):
+            order = np.argsort(targets, kind="stable")
+            starts = _starts(targets[order])
+            targets = targets[order[starts]]
+        for first in range(0, src.shape[1], most_blocks):
+            blocks = src[:, first : first + most_blocks]
+            places = positions[1][:, None] + blocks[0] if shared else positions[1][:, None] + blocks[:, None, :]
+            found.append(_Product(places, wgt[:, first : first + most_blocks], targets, shared, order, starts))
+    return tuple(found)
+
+
+def _positions(micro_ops: np.ndarray, loops: _Loops) -> tuple[np.ndarray, np.ndarray]:
     """Split the loops of a GEMM: where weights stay the same they give positions (2, p), rows dst and src; the others
     are unrolled into micro-ops (3, n)."""
     positions = np.zeros((2, 1), np.intp)
@@ -433,6 +433,24 @@ def _positions(
     return positions, micro_ops
 
 
+def _merge(positions: np.ndarray, micro_ops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Micro-ops that apply the same weights at places which are the same for all weights become positions."""
+    weights = micro_ops[2]
+    if _distinct(weights):
+        return positions, micro_ops
+    order = np.argsort(weights, kind="stable")
+    starts = _starts(weights[order])
+    count, rest = divmod(weights.size, starts.size)
+    if rest or not np.array_equal(starts, np.arange(starts.size) * count):
+        return positions, micro_ops
+    places = micro_ops[:2, order].reshape(2, -1, count)
+    relative = places - places[:, :, :1]
+    if not (relative == relative[:, :1]).all():
+        return positions, micro_ops
+    positions = (positions[:, :, None] + relative[:, 0, None, :]).reshape(2, -1)
+    return positions, micro_ops[:, order[starts]]
+
+
 def _groups(micro_ops: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Micro-ops by accumulator: dst (g,), and src and wgt (g, k), once for each number k of micro-ops that one has."""
     if micro_ops.shape[1] > 1:
@@ -444,6 +462,10 @@ def _groups(micro_ops: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.
         first = starts[counts == count]
         members = first[:, None] + np.arange(count)
         yield dst[first], src[members], wgt[members]
+
+
+def _distinct(indices: np.ndarray) -> bool:
+    return int(np.bincount(indices).max()) == 1
 
 
 def _starts(ordered: np.ndarray) -> np.ndarray:
