@@ -397,7 +397,7 @@ _Loops: TypeAlias = tuple[tuple[int, tuple[int, int, int]], tuple[int, tuple[int
 
 
 # Tiles of a layer repeat the same few instructions: the 7,200 of ResNet-18 are 91 different ones.
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _products(micro_ops: bytes, loops: _Loops, most_blocks: int) -> tuple[_Product, ...]:
     """A GEMM instruction as matrix products of at most `most_blocks` blocks; `micro_ops`: bytes of intp (3, n)."""
     positions, steps = _merge(*_positions(np.frombuffer(micro_ops, np.intp).reshape(3, -1), loops))
