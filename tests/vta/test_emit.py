@@ -121,31 +121,33 @@ def test_a_maximum_over_taps_may_come_back_to_its_accumulator():
     assert piece.uops is not None and piece.uops.tolist() == [[0, 100, 0], [0, 101, 0], [0, 102, 0]]
 
 
-II, JJ, KK, LL = Var("i", 4), Var("j", 3), Var("k", 2), Var("l", 20000)
+FOUR, THREE, TWO = Var("i", 4), Var("j", 3), Var("k", 2)
+MANY, M, N = Var("l", 20000), Var("m", 100), Var("n", 100)
 ADD, MAX = vta.alu(AluOp.ADD, 1, CONFIG), vta.alu(AluOp.MAX, None, CONFIG)
 
 
 @pytest.mark.parametrize(
     ("statement", "problem"),
     [
-        (nest([II, JJ, KK], "sss", Call(vta.reset(CONFIG), (at(ACC, II, JJ, KK),))), "3 serial loops are more than 2"),
-        (nest([II, JJ], "us", Call(vta.reset(CONFIG), (at(ACC, II, JJ),))), "loops are not serial ones around unrolled ones"),
-        (nest([LL], "s", Call(vta.reset(CONFIG), (at(ACC, 0),))), "loop l runs 20000 times, over 16383"),
-        (nest([LL], "u", Call(vta.reset(CONFIG), (at(ACC, 0),))), "20000 micro-ops do not fit in their buffer"),
-        (nest([II], "s", Call(vta.reset(CONFIG), (at(ACC, 100, ix.mul(II, -1)),))), "a factor of ACC is -1, not in 0 .. 2047"),
-        (nest([II], "s", Call(vta.reset(CONFIG), (at(ACC, ix.mul(II, 700)),))), "elements 0 .. 2100 of ACC are not in 0 .. 2047"),
-        (nest([II], "u", Call(vta.reset(CONFIG), (at(ACC, ix.floordiv(II, 2)),))), "the place in acc is not affine in the loops"),
+        (nest([FOUR, THREE, TWO], "sss", Call(vta.reset(CONFIG), (at(ACC, FOUR, THREE, TWO),))), "3 serial loops are more than 2"),
+        (nest([FOUR, THREE], "us", Call(vta.reset(CONFIG), (at(ACC, FOUR, THREE),))), "loops are not serial ones around unrolled ones"),
+        (nest([MANY], "s", Call(vta.reset(CONFIG), (at(ACC, 0),))), "loop l runs 20000 times, which is not in 1 .. 16383"),
+        (nest([MANY], "u", Call(vta.reset(CONFIG), (at(ACC, 0),))), "loop l runs 20000 times, which is not in 1 .. 8192"),
+        (nest([M, N], "uu", Call(vta.reset(CONFIG), (at(ACC, 0),))), "10000 micro-ops do not fit in their buffer"),
+        (nest([FOUR], "s", Call(vta.reset(CONFIG), (at(ACC, 100, ix.mul(FOUR, -1)),))), "a factor of ACC is -1 or 0, not in 0 .. 2047"),
+        (nest([FOUR], "s", Call(vta.reset(CONFIG), (at(ACC, ix.mul(FOUR, 700)),))), "elements 0 .. 2100 of ACC are not in 0 .. 2047"),
+        (nest([FOUR], "u", Call(vta.reset(CONFIG), (at(ACC, ix.floordiv(FOUR, 2)),))), "the place in acc is not affine in the loops"),
         (Call(vta.reset(CONFIG), (Window(INP, (ix.const(0),) * 3),)), "operands of reset lie in INP"),
         (Call(vta.reset(CONFIG), (Window(ACC, (ix.const(0), ix.const(0), ix.const(1))),)), "is not where an element begins"),
         (Call(vta.gemm(CONFIG), (at(ACC, 0), at(X, 0), at(WGT, 0))), "x is in param, not in an SRAM of VTA"),
-        (nest([II], "s", Call(vta.load_tile(vta.INP, 1, 1, 1, CONFIG), (at(INP, II), at(X, II)))), "DMA stands in a loop"),
+        (nest([FOUR], "s", Call(vta.load_tile(vta.INP, 1, 1, 1, CONFIG), (at(INP, FOUR), at(X, FOUR)))), "DMA stands in a loop"),
         (Call(vta.load_tile(vta.WGT, 1, 1, 1, CONFIG), (at(INP, 0), at(W, 0))), "inp is not in its memory"),
         (Call(vta.load_tile(vta.INP, 1, 4, 4, CONFIG), (at(INP, 2046), at(X, 0))), "elements 2046 .. 2049 of INP"),
         (Call(vta.load_tile(vta.INP, 2, 1, 70000, CONFIG), (at(INP, 0), at(X, 0))), "70000 elements between rows are not in 1 .. 65535"),
         (Call(vta.alu(AluOp.ADD, 40000, CONFIG), (at(ACC, 0),)), "the immediate 40000 does not fit in 16 bits"),
-        (nest([II], "s", Call(ADD, (at(ACC, 0),))), "an element is written twice in consecutive cycles"),
-        (nest([II], "s", Call(MAX, (at(ACC, 1, II), at(ACC, II)))), "an element is read right after it is written"),
-        (For(II, ()), "a loop does not hold just one statement"),
+        (nest([FOUR], "s", Call(ADD, (at(ACC, 0),))), "an element is written twice in consecutive cycles"),
+        (nest([FOUR], "s", Call(MAX, (at(ACC, 1, FOUR), at(ACC, FOUR)))), "an element is read right after it is written"),
+        (For(FOUR, ()), "a loop does not hold just one statement"),
     ],
 )  # fmt: skip
 def test_what_is_no_instruction(statement, problem):

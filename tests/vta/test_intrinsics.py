@@ -165,7 +165,7 @@ def test_effects():
 
 X = vta.dram("x", vta.INP, 8, CONFIG)
 FILL = Call(vta.load_tile(vta.INP, 1, 8, 8, CONFIG), (at(INP, 0), at(X, 0)))
-II = Var("i", 4)
+FOUR = Var("i", 4)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ II = Var("i", 4)
         ([Call(FILL.intrinsic, (at(INP, 0), at(X, 1)))], "64 elements from position 8 of x end behind its 64"),
         ([Call(FILL.intrinsic, (at(ACC, 0), at(X, 0)))], "acc has not the elements that load.inp"),
         ([Call(FILL.intrinsic, (at(INP, 0),))], "takes 2 operands, not 1"),
-        ([For(II, (Call(vta.reset(CONFIG), (at(ACC, ix.mul(II, 6)),)),))], "runs over [0, 18], outside its extent 16"),
+        ([For(FOUR, (Call(vta.reset(CONFIG), (at(ACC, ix.mul(FOUR, 6)),)),))], "runs over [0, 18], outside its extent 16"),
         ([Call(vta.alu(AluOp.ADD, 1, CONFIG), (at(ACC, 0),))], "acc is read before it is written"),
         ([FILL, Call(vta.reset(CONFIG), (at(ACC, 0),)), Call(vta.gemm(CONFIG), (at(ACC, 0), at(INP, 0), at(WGT, 0)))],
          "wgt is read before it is written"),

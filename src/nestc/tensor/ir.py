@@ -482,19 +482,22 @@ def statements(block: Block) -> Iterator[Stmt]:
             yield from statements(statement.orelse)
 
 
-def loads(e: Expr) -> Iterator[Load]:
+def loads(e: Expr) -> list[Load]:
     """Every load in an expression, inner before outer, each once."""
-    return _loads(e, set())
+    found: list[Load] = []
+    if not isinstance(e, (Const, Var)):
+        _collect_loads(e, set(), found)
+    return found
 
 
-def _loads(e: Expr, seen: set[int]) -> Iterator[Load]:
-    if id(e) in seen:
+def _collect_loads(e: Expr, seen: set[int], found: list[Load]) -> None:
+    if isinstance(e, (Const, Var)) or id(e) in seen:
         return
     seen.add(id(e))
     for child in e.children():
-        yield from _loads(child, seen)
+        _collect_loads(child, seen, found)
     if isinstance(e, Load):
-        yield e
+        found.append(e)
 
 
 def expressions(s: Stmt) -> tuple[Expr, ...]:

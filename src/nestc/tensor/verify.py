@@ -131,10 +131,12 @@ def _operands(s: Call, declared: Mapping[str, Buffer], stored: set[str]) -> Iter
 
 def _behind(index: tuple[Expr, ...], buffer: Buffer, param: Buffer) -> str | None:
     """None if as many elements as `param` has lie in the buffer from `index` on, else a sentence."""
-    _, high = ix.bounds(ix.flatten(index, buffer.shape))
-    if high + param.size <= buffer.size:
+    last = 0
+    for i, extent in zip(index, buffer.shape):
+        last = last * extent + ix.bounds(i)[1]
+    if last + param.size <= buffer.size:
         return None
-    return f"{param.size} elements from position {high} of {buffer.name} end behind its {buffer.size}"
+    return f"{param.size} elements from position {last} of {buffer.name} end behind its {buffer.size}"
 
 
 def _outside(index: tuple[Expr, ...], buffer: Buffer, lanes: int, facts: Facts) -> Iterator[str]:
@@ -174,7 +176,8 @@ def _loops(kernel: Kernel) -> Iterator[str]:
     for s in statements(kernel.body):
         if isinstance(s, For) and s.kind == "parallel" and not (len(kernel.body) == 1 and kernel.body[0] is s):
             yield f"parallel loop {s.var.name} does not stand alone at the top"
-    yield from _registers(kernel.body, frozenset())
+    if any(b.memory == "regs" for b in kernel.locals):
+        yield from _registers(kernel.body, frozenset())
 
 
 def _registers(block: Block, unrolled: frozenset[Var]) -> Iterator[str]:
@@ -242,9 +245,9 @@ def _excluded(conditions: tuple[Expr, ...], var: Var, at: int) -> bool:
 def _places(flat: Expr, s: Store, conditions: tuple[Expr, ...], var: Var, at: int) -> np.ndarray | None:
     """Every flat position that a store writes in one iteration of the parallel loop; None if there are too many."""
     here = substitute(flat, {var: ix.const(at)})
-    if any(loads(here)):
+    if loads(here):
         return None
-    known = [substitute(c, {var: ix.const(at)}) for c in conditions if not any(loads(c))]
+    known = [substitute(c, {var: ix.const(at)}) for c in conditions if not loads(c)]
     names = sorted(ix.variables(here).union(*(ix.variables(c) for c in known)), key=lambda v: v.name)
     count = prod(v.extent for v in names)
     if count > MOST_PLACES:

@@ -14,7 +14,7 @@ from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.isa import Alu, Gemm, Instruction, Load, MemoryId, Store
 from nestc.targets.vta.intrinsics import ACC, INP, WGT, AluStep, GemmStep, LoadTile, StoreTile
 from nestc.tensor import index as ix
-from nestc.tensor.ir import Call, For, Kernel, Stmt, Var, Window
+from nestc.tensor.ir import Call, Const, For, Kernel, Stmt, Var, Window
 from nestc.tensor.text import statement_text
 
 MOST_ITERATIONS = (1 << 14) - 1
@@ -24,6 +24,8 @@ MOST_ELEMENTS = (1 << 16) - 1
 """Rows, elements of a row, and elements between rows of a DMA instruction (hw_spec.h: 16 bits)."""
 
 _MEMORIES: dict[str, MemoryId] = {INP: MemoryId.INP, WGT: MemoryId.WGT, ACC: MemoryId.ACC}
+
+_RESET, _GEMM = [MemoryId.ACC], [MemoryId.ACC, MemoryId.INP, MemoryId.WGT]
 
 Where: TypeAlias = "slice | np.ndarray"
 """Elements of an SRAM: a range, or their indices (sorted, each once)."""
@@ -167,11 +169,11 @@ class _Emitter:
             _demand(not serial and not unrolled, "DMA stands in a loop")
             return self.dma(intrinsic, statement.operands)
         _demand(len(serial) <= 2, f"{len(serial)} serial loops are more than 2")
-        for var in (*serial, *unrolled):
-            _demand(var.extent >= 1, f"loop {var.name} runs {var.extent} times")
-        for var in serial:
-            _demand(var.extent <= MOST_ITERATIONS, f"loop {var.name} runs {var.extent} times, over {MOST_ITERATIONS}")
         loops = (*serial, *unrolled)
+        for number, var in enumerate(loops):
+            most = MOST_ITERATIONS if number < len(serial) else self.depths[MemoryId.UOP]
+            if not 1 <= var.extent <= most:
+                raise _Refused(f"loop {var.name} runs {var.extent} times, which is not in 1 .. {most}")
         operands = [self.operand(w, loops) for w in statement.operands]
         if isinstance(intrinsic, GemmStep):
             return self.gemm(intrinsic, serial, unrolled, operands)
@@ -210,9 +212,9 @@ class _Emitter:
 
     def gemm(self, step: GemmStep, serial: list[Var], unrolled: list[Var], operands: list[_Operand]) -> Piece:
         """GEMM, or its reset."""
-        memories = tuple(o.memory for o in operands)
-        wanted = (MemoryId.ACC,) if step.reset else (MemoryId.ACC, MemoryId.INP, MemoryId.WGT)
-        _demand(memories == wanted, f"operands of {step.name} lie in {', '.join(m.name for m in memories)}")
+        memories = [o.memory for o in operands]
+        if memories != (_RESET if step.reset else _GEMM):
+            raise _Refused(f"operands of {step.name} lie in {', '.join(m.name for m in memories)}")
         outer, inner, factors = self.factors(serial, operands)
         touched, _ = self.touched(serial, unrolled, operands)
         uops = self.uops(unrolled, operands)
@@ -259,7 +261,7 @@ class _Emitter:
         if len(terms) != len(steps) - steps.count(0):
             raise _Refused(f"the place in {w.buffer.name} is not affine in the loops")
         for i in w.index[1:]:
-            if ix.linear(i) != (0, {}):
+            if not (isinstance(i, Const) and i.value == 0):
                 raise _Refused(f"the place in {w.buffer.name} is not where an element begins")
         return base, steps
 
@@ -272,21 +274,19 @@ class _Emitter:
         extents = [var.extent for var in serial] + [1] * (2 - len(serial))
         factors: list[tuple[int, int]] = []
         for operand in operands:
-            steps = (*operand.steps[: len(serial)], 0, 0)
-            for step in steps[: len(serial)]:
-                depth = self.depths[operand.memory]
-                _demand(0 <= step < depth, f"a factor of {operand.memory.name} is {step}, not in 0 .. {depth - 1}")
-            factors.append((steps[0], steps[1]))
+            out, inner, *_ = (*operand.steps[: len(serial)], 0, 0)
+            depth = self.depths[operand.memory]
+            if not (0 <= out < depth and 0 <= inner < depth):
+                raise _Refused(f"a factor of {operand.memory.name} is {out} or {inner}, not in 0 .. {depth - 1}")
+            factors.append((out, inner))
         return extents[0], extents[1], factors
 
     def reached(self, memory: MemoryId, base: int, loops: _Loops) -> Where:
         """The elements that an operand reaches over all iterations."""
         first, last, elements, _ = _pattern(loops)
         depth = self.depths[memory]
-        _demand(
-            base + first >= 0 and base + last < depth,
-            f"elements {base + first} .. {base + last} of {memory.name} are not in 0 .. {depth - 1}",
-        )
+        if base + first < 0 or base + last >= depth:
+            raise _Refused(f"elements {base + first} .. {base + last} of {memory.name} are not in 0 .. {depth - 1}")
         return slice(base + first, base + last + 1) if elements is None else elements + base
 
     def touched(
@@ -308,9 +308,9 @@ class _Emitter:
         count = len(unrolled)
         steps = [o.steps[len(o.steps) - count :] for o in operands] + [(0,) * count] * (3 - len(operands))
         loops = tuple((var.extent, *(s[k] for s in steps)) for k, var in enumerate(unrolled))
-        uops = _micro_ops(loops) + np.array(bases)
-        _demand(len(uops) <= self.depths[MemoryId.UOP], f"{len(uops)} micro-ops do not fit in their buffer")
-        return uops
+        if len(uops := _micro_ops(loops)) > self.depths[MemoryId.UOP]:
+            raise _Refused(f"{len(uops)} micro-ops do not fit in their buffer")
+        return uops + np.array(bases)
 
     def sequence(self, operand: _Operand, serial: list[Var], unrolled: list[Var]) -> np.ndarray:
         """The element of an operand in every micro-op that is executed, in order."""

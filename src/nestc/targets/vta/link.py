@@ -10,16 +10,18 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import product
 from typing import TypeAlias
 
 import numpy as np
 
 from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
-from nestc.runtime.vta.isa import Alu, Finish, Gemm, Instruction, Load, MemoryId, Store, Stream, Tokens
+from nestc.runtime.vta.isa import NONE, Alu, Finish, Gemm, Instruction, Load, MemoryId, Store, Stream, Tokens
 from nestc.targets.vta.emit import MOST_ELEMENTS, Access, Bytes, Elements, Piece, Where
 
 LOAD, COMPUTE, STORE = 0, 1, 2
+_TAKERS = ((COMPUTE,), (LOAD, STORE), (COMPUTE,))
 
 MOST_TOKENS = 255
 """Outstanding in a queue; the counters of the hardware have 8 bits."""
@@ -38,19 +40,21 @@ def link(pieces: Sequence[Piece], config: VtaConfig, uop_base: int) -> Stream:
     micro-ops of one instruction do not fit in their SRAM.
     """
     placed, uops = _place_uops(pieces, config, uop_base)
-    return Stream(tuple(_Synchronizer(placed, config).run(placed)), uops, uop_base)
+    return Stream(tuple(_Synchronizer(pieces, config).run(placed)), uops, uop_base)
 
 
 # --- micro-ops
 
 
-def _place_uops(pieces: Sequence[Piece], config: VtaConfig, uop_base: int) -> tuple[list[Piece], np.ndarray]:
-    """Pieces whose micro-ops have places, with a LOAD UOP before each window, and the image of all windows.
+def _place_uops(
+    pieces: Sequence[Piece], config: VtaConfig, uop_base: int
+) -> tuple[list[tuple[Piece, int]], np.ndarray]:
+    """Pieces and where their micro-ops begin, with a LOAD UOP before each window, and the image of all windows.
 
     A window is as many instructions as find room for their micro-ops at the same time; equal lists share a place.
     """
     room = min(config.uop_depth, MOST_ELEMENTS)
-    result: list[Piece] = []
+    result: list[tuple[Piece, int]] = []
     image: list[np.ndarray] = []
     size = 0  # of the image
     window: list[np.ndarray] = []
@@ -65,13 +69,13 @@ def _place_uops(pieces: Sequence[Piece], config: VtaConfig, uop_base: int) -> tu
         if used % 2:  # windows begin at whole 64-bit words, as the RTL fetches them
             window.append(np.zeros((1, 3), np.int64))
         load = Load(MemoryId.UOP, 0, uop_base + size, 1, used, used)
-        result.insert(at, Piece(load, (), (Elements(MemoryId.UOP, slice(0, used)),)))
+        result.insert(at, (Piece(load, (), (Elements(MemoryId.UOP, slice(0, used)),)), 0))
         image.extend(window)
         size += used + used % 2
 
     for piece in pieces:
         if piece.uops is None:
-            result.append(piece)
+            result.append((piece, 0))
             continue
         key, count = piece.uops.tobytes(), len(piece.uops)
         begin = places.get(key)
@@ -84,8 +88,7 @@ def _place_uops(pieces: Sequence[Piece], config: VtaConfig, uop_base: int) -> tu
             begin = places[key] = used
             window.append(piece.uops)
             used += count
-        assert isinstance(piece.instruction, (Gemm, Alu))
-        result.append(replace(piece, instruction=replace(piece.instruction, uop_begin=begin, uop_end=begin + count)))
+        result.append((piece, begin))
     close()
     return result, np.concatenate(image) if image else np.zeros((0, 3), np.int64)
 
@@ -102,8 +105,20 @@ class _Issued:
 
     position: int
     known: list[int]
+    instruction: Instruction
+    uop_begin: int = 0
     tokens: list[bool] = field(default_factory=lambda: [False] * 4)
-    instruction: Instruction = NOP
+
+    def finished(self) -> Instruction:
+        """The instruction with its micro-ops and tokens."""
+        instruction, begin = self.instruction, self.uop_begin
+        tokens = _TOKENS[tuple(self.tokens)]
+        if isinstance(instruction, (Gemm, Alu)):
+            return replace(instruction, uop_begin=begin, uop_end=begin + instruction.uop_end, tokens=tokens)
+        return replace(instruction, tokens=tokens) if tokens != NONE else instruction
+
+
+_TOKENS = {flags: Tokens(*flags) for flags in product((False, True), repeat=4)}
 
 
 def _engine(instruction: Instruction) -> int:
@@ -140,27 +155,23 @@ class _Synchronizer:
         self.pops: dict[tuple[int, int], list[int]] = {q: [] for q in self.pushes}
         self.touched = _Touched(pieces, config)
 
-    def run(self, pieces: Iterable[Piece]) -> Iterator[Instruction]:
+    def run(self, pieces: Iterable[tuple[Piece, int]]) -> Iterator[Instruction]:
         """All instructions with their tokens, FINISH at the end."""
-        for piece in pieces:
+        for piece, uop_begin in pieces:
             engine = _engine(piece.instruction)
             reads, writes = self.touched.places(piece.reads), self.touched.places(piece.writes)
-            self.issue(piece.instruction, engine, self.touched.conflicts(reads, writes, engine))
+            self.issue(piece.instruction, engine, self.touched.conflicts(reads, writes, engine), uop_begin)
             self.touched.record(reads, writes, engine, len(self.issued[engine]))
         self.issue(Finish(), COMPUTE, [len(self.issued[LOAD]), 0, len(self.issued[STORE])])
         for issued in self.program:
-            yield (
-                replace(issued.instruction, tokens=Tokens(*issued.tokens))
-                if any(issued.tokens)
-                else (issued.instruction)
-            )
+            yield issued.finished()
 
-    def issue(self, instruction: Instruction, engine: int, needs: list[int]) -> None:
+    def issue(self, instruction: Instruction, engine: int, needs: list[int], uop_begin: int = 0) -> None:
         """Append an instruction that needs so many instructions of each engine to have ended."""
         self.limit_queues(engine, needs)
         if engine == COMPUTE:
             taken = self.taken_by_compute(needs)
-            issued = self.append(instruction, COMPUTE)
+            issued = self.append(instruction, COMPUTE, uop_begin)
             for other in taken:
                 self.add_token(other, needs[other], COMPUTE, issued)
             return
@@ -173,11 +184,11 @@ class _Synchronizer:
         if middle > known[COMPUTE]:
             self.add_token(COMPUTE, middle, engine, issued)
 
-    def append(self, instruction: Instruction, engine: int) -> _Issued:
+    def append(self, instruction: Instruction, engine: int, uop_begin: int = 0) -> _Issued:
         """The next instruction of an engine."""
         known = self.known[engine]
         known[engine] = len(self.issued[engine])
-        issued = _Issued(len(self.program), known.copy(), instruction=instruction)
+        issued = _Issued(len(self.program), known.copy(), instruction, uop_begin)
         self.program.append(issued)
         self.issued[engine].append(issued)
         return issued
@@ -252,8 +263,9 @@ class _Synchronizer:
 
     def limit_queues(self, engine: int, needs: list[int]) -> None:
         """Let an instruction wait when its engine may be too many tokens ahead of a taker."""
-        for (giver, taker), pops in self.pops.items():
-            if giver != engine or len(pops) < _MANY_TOKENS:
+        for taker in _TAKERS[engine]:
+            pops = self.pops[engine, taker]
+            if len(pops) < _MANY_TOKENS:
                 continue
             if len(pops) - bisect_right(pops, self.known[engine][taker]) >= _MANY_TOKENS:
                 needs[taker] = max(needs[taker], pops[-_ENOUGH_TOKENS])
