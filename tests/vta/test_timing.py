@@ -52,12 +52,13 @@ def test_a_load_takes_its_beats_and_a_constant(
     assert simulate_timing([load], bus(bits), NOW).work.bus_read == beats * bits // 8
 
 
-def test_rows_of_one_beat_empty_the_queue_of_the_memory() -> None:
-    # Requests leave every second cycle. The memory begins at cycle 19 and takes one a cycle, catches up with request
-    # 16 at cycle 35, and finds its queue empty: request 17 arrives at 37 and waits 16 cycles, and so on.
-    load = Load(MemoryId.INP, 0, 0, 18, 1, 2)
-    assert alone(replace(load, y_size=17), 128) == 17 + 22
-    assert alone(load, 128) == 37 + 16 + 1 + 1 + 2
+def test_rows_of_one_beat_hold_up_their_own_requests() -> None:
+    # Requests leave their client at cycles 2, 4 .. 18; the memory takes the first at 19 and then one a cycle. While
+    # their last (and only) beats come, 20 to 28, no request may leave: the tenth does at 29, arrives at 30, finds
+    # the queue of the memory empty and waits 16 cycles; its beat reaches the client at 48.
+    load = Load(MemoryId.INP, 0, 0, 10, 1, 2)
+    assert alone(replace(load, y_size=9), 128) == 9 + 22
+    assert alone(load, 128) == 48 + 2
 
 
 def test_zeros_are_written_one_a_cycle_beside_the_data() -> None:

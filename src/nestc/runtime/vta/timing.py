@@ -347,6 +347,9 @@ class _Device:
                     if cycle > limit:
                         break
                 opened.popleft()
+            # A request leaves its client's queue a cycle later, but not while a last beat frees its tag (VME.scala).
+            while cycle + 1 in opened:
+                cycle += 1
             length = beats[k]
             arrival = cycle + path
             # The memory counts its delay while a request waits, so one that joins a waiting one has none of its own.
