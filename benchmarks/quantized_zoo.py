@@ -25,22 +25,26 @@ SAMPLES = 16
 MODELS = ("resnet50", "mobilenetv2", "minilm")
 """What is measured in int8 where no models are named."""
 
-SCHEMES = {"nestc": "int8", "nestc-7": "int8:weight-bits=7"}
+SCHEMES = {
+    "nestc": "int8",
+    "nestc-7": "int8:weight-bits=7",
+    "nestc-pow2": "int8-pow2",
+    "nestc-pow2-tensor": "int8-pow2:granularity=tensor",
+}
 """What our own quantizer is asked for, by the name of the file."""
 
-SUFFIX = {"nestc": ".onnx", "nestc-7": ".onnx", "onnxruntime": ".onnx", "openvino": ".xml"}
+SUFFIX = {**dict.fromkeys(SCHEMES, ".onnx"), "onnxruntime": ".onnx", "openvino": ".xml"}
 
 _PACKAGES = {
-    "nestc": ("nestc",),
-    "nestc-7": ("nestc",),
+    **dict.fromkeys(SCHEMES, ("nestc",)),
     "onnxruntime": ("onnxruntime",),
     "openvino": ("openvino", "nncf"),
 }
 
 
 def path(name: str, engine: str, timeout: float = 1800.0) -> Path:
-    """The int8 form of a zoo model for an engine: nestc's (also with weights of 7 bits), onnxruntime's static QDQ,
-    openvino's by NNCF.
+    """The int8 form of a zoo model for an engine: nestc's (also with weights of 7 bits, and with powers of two as
+    scales), onnxruntime's static QDQ, openvino's by NNCF.
 
     Raises Error if it cannot be made.
     """
