@@ -345,10 +345,11 @@ class _Machine:
     def _touched(
         self, index: int, item: Gemm | Alu, base: np.ndarray, steps: tuple[int, int], memory: _Elements
     ) -> Where:
-        highest = int(base.max()) + (item.iter_out - 1) * steps[0] + (item.iter_in - 1) * steps[1]
-        if highest >= len(memory.written):
-            raise self._error(index, f"reaches {memory.what} {highest} of {len(memory.written)}")
-        return _footprint(base.tobytes(), item.iter_out, item.iter_in, *steps)
+        depth = len(memory.written)
+        highest, where = _footprint(base.tobytes(), item.iter_out, item.iter_in, *steps, depth)
+        if where is None:
+            raise self._error(index, f"reaches {memory.what} {highest} of {depth}")
+        return where
 
     def _check_alu(self, index: int, item: Alu, uops: np.ndarray) -> None:
         if item.op is AluOp.MUL:
@@ -358,7 +359,8 @@ class _Machine:
         # With an immediate a micro-op takes a cycle, and reads what the one before has not written yet; else it takes
         # two, its source is read in the first (the bypasses that TensorAluPipelined asserts it does not need).
         column, steps = (0, (item.dst_out, item.dst_in)) if item.use_imm else (1, (item.src_out, item.src_in))
-        if _meets_next(item, uops[:, 0], uops[:, column], steps):
+        counts, dst_steps = (item.iter_out, item.iter_in), (item.dst_out, item.dst_in)
+        if _meets_next(uops[:, 0].tobytes(), uops[:, column].tobytes(), counts, dst_steps, steps):
             what = "changes" if item.use_imm else "reads"
             raise self._error(
                 index, f"{what} an accumulator that the micro-op just before it writes, too soon for the pipeline"
@@ -482,16 +484,24 @@ def _row_units(item: Load | Store, size: int, unit: int) -> tuple[np.ndarray, np
 
 
 @lru_cache(maxsize=2048)
-def _footprint(base: bytes, outer: int, inner: int, step_out: int, step_in: int) -> Where:
-    """The elements that loops around micro-ops touch: a slice if they have no gaps, else an array without repeats."""
-    places = _distinct(np.frombuffer(base, np.int64))
+def _footprint(
+    base: bytes, outer: int, inner: int, step_out: int, step_in: int, depth: int
+) -> tuple[int, Where | None]:
+    """The highest element that loops around micro-ops touch, and all of them if the memory is so deep.
+
+    A slice if they have no gaps, else an array without repeats.
+    """
+    places = np.frombuffer(base, np.int64)
+    highest = int(places.max()) + (outer - 1) * step_out + (inner - 1) * step_in
+    if highest >= depth:
+        return highest, None
+    places = _distinct(places)
     for count, step in ((inner, step_in), (outer, step_out)):
         if count > 1 and step:
             places = _distinct((places[:, None] + np.arange(count) * step).ravel())
-    first, last = int(places[0]), int(places[-1])
-    if last - first + 1 == len(places):
-        return slice(first, last + 1)
-    return places
+    if highest - int(places[0]) + 1 == len(places):
+        return highest, slice(int(places[0]), highest + 1)
+    return highest, places
 
 
 def _distinct(places: np.ndarray) -> np.ndarray:
@@ -501,15 +511,19 @@ def _distinct(places: np.ndarray) -> np.ndarray:
     return np.flatnonzero(present)
 
 
-def _meets_next(item: Alu, dst: np.ndarray, other: np.ndarray, steps: tuple[int, int]) -> bool:
-    """Whether a micro-op writes, anywhere in the loops, the element that the next one in time has as `other`."""
-    outer, inner = item.dst_out - steps[0], item.dst_in - steps[1]
-    if _zero(dst[:-1] - other[1:], outer, item.iter_out, inner, item.iter_in):
+@lru_cache(maxsize=2048)
+def _meets_next(
+    written: bytes, used: bytes, counts: tuple[int, int], steps: tuple[int, int], used_steps: tuple[int, int]
+) -> bool:
+    """Whether a micro-op writes, anywhere in the loops, the element that the next one in time uses."""
+    dst, other = np.frombuffer(written, np.int64), np.frombuffer(used, np.int64)
+    outer, inner = steps[0] - used_steps[0], steps[1] - used_steps[1]
+    if _zero(dst[:-1] - other[1:], outer, counts[0], inner, counts[1]):
         return True
     wrap = dst[-1:] - other[:1]  # from the last micro-op to the first of the next iteration
-    if _zero(wrap - steps[1], outer, item.iter_out, inner, item.iter_in - 1):
+    if _zero(wrap - used_steps[1], outer, counts[0], inner, counts[1] - 1):
         return True
-    return _zero(wrap + (item.iter_in - 1) * item.dst_in - steps[0], outer, item.iter_out - 1, 0, 1)
+    return _zero(wrap + (counts[1] - 1) * steps[1] - used_steps[0], outer, counts[0] - 1, 0, 1)
 
 
 def _zero(offsets: np.ndarray, outer: int, outer_count: int, inner: int, inner_count: int) -> bool:
