@@ -138,6 +138,16 @@ def test_nothing_overlaps_in_memory_but_views_and_dead_values() -> None:
     assert spans[-1][0] + spans[-1][1] <= about["dram_bytes"]
 
 
+def test_a_partition_of_nothing_but_a_view() -> None:
+    net = Network("vta_0", [], {"y": "x"}, {"x": (1, 20, 1, 1)}, {"y": (1, 20)})
+    artifact = compile_network(net, CONFIG)
+    x = numbers((1, 20, 1, 1))
+    found, seconds = ran(artifact, x)
+    np.testing.assert_array_equal(found, x.reshape(1, 20))
+    assert seconds == 0 and artifact.metadata["timing"]["cycles"] == 0
+    assert np.array_equal(arrays(files("vta_0", artifact)["vta_0.outputs.npz"])["y"].shape, (1, 20))
+
+
 def test_a_value_seen_in_two_layouts_is_a_fault() -> None:
     first, _ = convolution("first", FeatureMap("x", 1, 16, 4, 4), "a", 16, 1, 1)
     second, _ = convolution("second", FeatureMap("a", 4, 16, 2, 2), "b", 16, 1, 1)

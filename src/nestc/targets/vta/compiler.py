@@ -13,9 +13,11 @@ from nestc.errors import TargetError
 from nestc.runtime.vta.assembly import disassemble
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.encode import encode, encode_uops
+from nestc.runtime.vta.energy import HOROWITZ_45NM, Energy
 from nestc.runtime.vta.isa import Finish, Load, MemoryId, Stream
 from nestc.targets.vta.emit import Piece, emit
 from nestc.targets.vta.layer import FeatureMap, Init, Layer
+from nestc.targets.vta.layers_values import feature_map
 from nestc.targets.vta.link import link
 from nestc.targets.vta.lower import lower
 from nestc.targets.vta.memory import Dram, Value
@@ -63,7 +65,13 @@ class Network:
     outputs: Mapping[str, tuple[int, ...]]
 
 
-def compile_network(net: Network, config: VtaConfig, count: int = 1, emit_form: Emit | None = None) -> Artifact:
+def compile_network(
+    net: Network,
+    config: VtaConfig,
+    count: int = 1,
+    emit_form: Emit | None = None,
+    energy: Energy = HOROWITZ_45NM,
+) -> Artifact:
     """The artifact of kind ``vta``, which `runtime.vta.device` runs.
 
     With `count` above 1 every layer is a launch of its own, shared among up to as many devices. Raises TargetError if
@@ -140,6 +148,7 @@ def compile_network(net: Network, config: VtaConfig, count: int = 1, emit_form: 
             [launch[0].last if launch else {} for launch in launches],
             config,
             count,
+            energy,
         ),
     }
     return Artifact("vta", files, constants, metadata)
@@ -154,6 +163,8 @@ def _maps(net: Network) -> dict[str, FeatureMap]:
             if _layout(known) != _layout(map_):
                 raise TargetError(f"layer {layer.name} reads {map_.name!r} as {map_}, but it lies in memory as {known}")
             maps.setdefault(map_.name, map_)
+    for name, shape in net.inputs.items():
+        maps.setdefault(name, feature_map(name, shape))  # an input that only views read
     return maps
 
 

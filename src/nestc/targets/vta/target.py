@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nestc.errors import TargetError
 from nestc.runtime.vta.config import PRESETS, VtaConfig, load, preset
+from nestc.runtime.vta.energy import HOROWITZ_45NM, Energy
 from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partition
 from nestc.targets.vta.layer import Layer
-from nestc.targets.vta.layers import Alias, layer_of
+from nestc.targets.vta.layers import Alias, layers_of
 from nestc.targets.vta.offers import offers
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ MOST_DEVICES = 64
 
 class VtaTarget:
     """VTA accelerators (tvm-vta), in modelled time. Options: ``config`` (a preset or a JSON file in VTA's own keys),
-    ``count`` (devices that share each layer), ``clock_mhz`` and ``bus_bits`` (in place of the configuration's)."""
+    ``count`` (devices that share each layer), ``clock_mhz`` and ``bus_bits`` (in place of the configuration's), and
+    ``energy``, a JSON file of picojoules an operation in place of those of `runtime.vta.energy`."""
 
     name = "vta"
 
@@ -34,19 +37,21 @@ class VtaTarget:
         count: int = 1,
         clock_mhz: float | None = None,
         bus_bits: int | None = None,
+        energy: str | None = None,
     ) -> None:
         self.config = _configuration(config, clock_mhz, bus_bits)
+        self.energy = HOROWITZ_45NM if energy is None else _energy(energy)
         if not 1 <= count <= MOST_DEVICES:
             raise TargetError(f"target vta runs on 1 to {MOST_DEVICES} devices, not {count}; write vta:count=N")
         self.count = count
-        self.machine = machine(self.config, count)
+        self.machine = machine(self.config, count, self.energy)
         self.offers: tuple[Offer, ...] = offers(self.config)
 
     def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:
         """Streams, micro-ops and constants of a partition, verified and timed; `emit` gets levels tensor, commands."""
         from nestc.targets.vta.compiler import compile_network
 
-        return compile_network(network(partition, self.config), self.config, self.count, emit)
+        return compile_network(network(partition, self.config), self.config, self.count, emit, self.energy)
 
     def commands(self, partition: str, artifact: Artifact) -> Mapping[str, bytes]:
         """Files from which another VTA simulator replays a partition; see `targets.vta.commands`."""
@@ -68,18 +73,18 @@ def network(partition: Partition, config: VtaConfig) -> Network:
     layers: list[Layer] = []
     aliases: dict[str, str] = {}
     for region in partition.regions:
-        made = layer_of(region, config)
-        if isinstance(made, Alias):
-            aliases[made.name] = made.source
-        else:
-            layers.append(made)
+        for made in layers_of(region, config):
+            if isinstance(made, Alias):
+                aliases[made.name] = made.source
+            else:
+                layers.append(made)
     inputs, outputs = (
         {name: partition.types[name].shape for name in names} for names in (partition.inputs, partition.outputs)
     )
     return Network(partition.name, layers, aliases, inputs, outputs)
 
 
-def machine(config: VtaConfig, count: int) -> Machine:
+def machine(config: VtaConfig, count: int, energy: Energy) -> Machine:
     """What a configuration says of its machine."""
     sizes = {"uop": 4, "inp": config.inp_bytes, "wgt": config.wgt_bytes, "acc": config.acc_bytes}
     return Machine(
@@ -95,10 +100,28 @@ def machine(config: VtaConfig, count: int) -> Machine:
             "batch": config.batch,
             "block": config.block,
             "macs_per_cycle": config.batch * config.block**2,
-            "times": "modelled by a simulator of its three engines",
+            "times_and_energies": "modelled",
+            **{f"{key}_pj": joules * 1e12 for key, joules in dataclasses.asdict(energy).items()},
             **config.to_json(),
         },
     )
+
+
+def _energy(file: str) -> Energy:
+    """Energies an operation, in picojoules under the names of `Energy`'s fields and ``_pj``. Raises TargetError."""
+    keys = {f"{item.name}_pj": item.name for item in dataclasses.fields(Energy)}
+    try:
+        data: object = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TargetError(f"energies of target vta cannot be read from {file!r}: {error}") from error
+    given = cast("dict[str, object]", data) if isinstance(data, dict) else {}
+    wrong = sorted(set(keys) ^ set(given))
+    if wrong:
+        raise TargetError(f"{file!r} must hold {', '.join(keys)} and nothing else; look at {wrong[0]!r}")
+    for key, value in given.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise TargetError(f"{file!r}: {key} is {value!r}; it must be a number of picojoules")
+    return Energy(**{keys[key]: float(cast(float, value)) * 1e-12 for key, value in given.items()})
 
 
 def _configuration(name: str, clock_mhz: float | None, bus_bits: int | None) -> VtaConfig:
