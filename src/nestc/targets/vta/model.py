@@ -51,9 +51,13 @@ class Costs:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Modelled cycles of a layer, busy cycles of its engines, and the instructions and distinct micro-ops it needs."""
+    """Modelled cycles of a layer, busy cycles of its engines, and the instructions and distinct micro-ops it needs.
+
+    ``edges``: cycles before the first and after the last sum, in which the compute engine only waits.
+    """
 
     cycles: int
+    edges: int
     compute: int
     load: int
     store: int
@@ -322,7 +326,7 @@ class Walk:
         return source, weights, staging, blocks * rows * min(tiling.columns, sizes.width)
 
     def bound(self, tiling: Tiling) -> int:
-        """Cycles besides the work that all tilings have in common: starts of instructions, filling and draining."""
+        """Cycles besides the work that all tilings have in common: starts of instructions, half of the edges."""
         places = self.sizes.images * -(-(self.share.rows[1] - self.share.rows[0]) // tiling.rows)
         places *= -(-self.sizes.width // tiling.columns)
         tiles = -(-(self.share.blocks[1] - self.share.blocks[0]) // tiling.blocks)
@@ -332,7 +336,7 @@ class Walk:
             starts += sum(chunk.parts for tile in chunks for chunk in tile) * len(read.down)
         source, weights, _, sums = self.largest(tiling)
         fill = (source * self.config.inp_bytes + weights * self.config.wgt_bytes) * 8 // self.config.bus_bits
-        return places * starts * self.costs.start + fill + int(sums * self.costs.element)
+        return places * starts * self.costs.start + (fill + int(sums * self.costs.element)) // 2
 
     def estimate(self, tiling: Tiling) -> Estimate:
         """The three clocks when the last store has ended."""
@@ -389,6 +393,7 @@ class _Clocks:
         self.acc_free = [0] * slots[2]
         self.tiles = self.load = self.compute = self.store = 0
         self.load_busy = self.compute_busy = self.store_busy = self.instructions = self.uops = 0
+        self.fill = -1  # not known before the first chunk
         self.known: set[Hashable] = set()
         self.inp_cycles = config.inp_bytes * 8 / config.bus_bits
         self.wgt_cycles = config.wgt_bytes * 8 / config.bus_bits
@@ -415,7 +420,8 @@ class _Clocks:
         for place, (number, cut) in order:
             self._tile(place, number, cut, [tiles[number] for tiles in chunks])
         cycles = max(self.load, self.compute, self.store)
-        return Estimate(cycles, self.compute_busy, self.load_busy, self.store_busy, self.instructions, self.uops)
+        edges = max(self.fill, 0) + cycles - self.compute
+        return Estimate(cycles, edges, self.compute_busy, self.load_busy, self.store_busy, self.instructions, self.uops)
 
     def _loaded(self, work: float, loads: int = 1, free: int = 0) -> int:
         cycles = int(work) + loads * self.latency
@@ -508,7 +514,10 @@ class _Clocks:
             uops = len(areas) * chunk.parts * _micro_ops(chunk, down, across)
             self.uops += uops
             self._computed(int(uops * _UOP_BITS / self.walk.config.bus_bits), 0)  # LOAD UOP runs there
-        self.compute = max(self.compute, ready, self.inp.ready[inp])
+        ready = max(ready, self.inp.ready[inp])
+        if self.fill < 0:
+            self.fill = max(0, ready - self.compute)
+        self.compute = max(self.compute, ready)
         if read.maximum:
             self._computed(2 * size, 2)
             self._computed(self.walk.costs.tensor * len(chunk.inputs) * sum(areas), len(areas))

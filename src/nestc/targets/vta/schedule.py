@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import insort
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import cache
@@ -23,7 +24,8 @@ from nestc.targets.vta.model import Costs, Estimate, Walk, geometry
 from nestc.targets.vta.store import TuningStore
 from nestc.targets.vta.tiling import Share, Tiling
 
-_WALKS = 100  # tilings that the model walks a layer, in the order of their bounds
+_WALKS = 60  # tilings that the model walks a layer, in the order of their bounds
+_BEST = 4  # tilings that have to be better than what is not walked
 _SIZES = 10  # sizes tried of a dimension; more of them differ too little to matter
 _SOURCES = {
     "nestc.targets.vta": ("schedule", "model", "tiling", "lower", "shape", "sram", "constants", "emit", "link"),
@@ -35,10 +37,14 @@ _STORE = TuningStore()
 
 @dataclass(frozen=True)
 class Choice:
-    """A tiling, the cycles that the model expects, and those of the timing simulator if it was verified there."""
+    """A tiling, the cycles that the model expects, and those of the timing simulator if it was verified there.
+
+    ``edges`` as in `Estimate`, modelled.
+    """
 
     tiling: Tiling
     modelled: int
+    edges: int = 0
     simulated: int | None = None
 
     @property
@@ -46,9 +52,14 @@ class Choice:
         """The better known of the two."""
         return self.modelled if self.simulated is None else self.simulated
 
+    @property
+    def order(self) -> tuple[int, tuple[int, ...]]:
+        """What the best has least of: cycles, of which layers before and after in the stream hide half of the edges."""
+        return self.cycles - self.edges // 2, astuple(self.tiling)
+
 
 def choose(
-    layer: Layer, share: Share, config: VtaConfig, timing: Timing = RTL, *, search: bool = True, budget: int = 4
+    layer: Layer, share: Share, config: VtaConfig, timing: Timing = RTL, *, search: bool = True, budget: int = 2
 ) -> Tiling:
     """The tiling of `share` of `layer` that takes the fewest cycles of those tried; see `search_tiling`."""
     return search_tiling(layer, share, config, timing, search=search, budget=budget).tiling
@@ -61,7 +72,7 @@ def search_tiling(
     timing: Timing = RTL,
     *,
     search: bool = True,
-    budget: int = 4,
+    budget: int = 2,
     store: TuningStore | None = None,
 ) -> Choice:
     """The best tiling of a share and its cycles: `budget` tilings that the model likes best are lowered and timed.
@@ -96,17 +107,20 @@ def estimated(layer: Layer, share: Share, config: VtaConfig, timing: Timing = RT
 def rank(walk: Walk) -> list[Choice]:
     """Tilings that fit, by modelled cycles; those that start too many instructions are not walked."""
     bounds = sorted((walk.bound(tiling), astuple(tiling)) for tiling in candidates(walk))
-    choices: list[Choice] = []
-    work = best = 0
+    choices: dict[Estimate, Choice] = {}
+    scores: list[int] = []
+    work = 0
     for bound, values in bounds[:_WALKS]:
-        if choices and bound + work > best:
+        if scores and bound + work > scores[min(len(scores), _BEST) - 1]:
             break
-        tiling = Tiling(*values)
-        estimate = walk.estimate(tiling)
-        choices.append(Choice(tiling, estimate.cycles))
+        estimate = walk.estimate(Tiling(*values))
+        choice = Choice(Tiling(*values), estimate.cycles, estimate.edges)
+        if estimate in choices:
+            continue  # the orders of loops do not differ here
+        choices[estimate] = choice
+        insort(scores, choice.order[0])
         work = min(work or estimate.compute - bound, estimate.compute - bound)
-        best = sorted(choice.modelled for choice in choices)[min(len(choices), 4) - 1]
-    return sorted(choices, key=lambda choice: (choice.modelled, astuple(choice.tiling)))
+    return sorted(choices.values(), key=lambda choice: choice.order)
 
 
 def candidates(walk: Walk) -> Iterator[Tiling]:
@@ -149,10 +163,8 @@ def simulated(layer: Layer, share: Share, tiling: Tiling, config: VtaConfig, tim
 
 
 def _verified(layer: Layer, share: Share, config: VtaConfig, timing: Timing, ranked: list[Choice]) -> Choice:
-    timed = [
-        Choice(each.tiling, each.modelled, simulated(layer, share, each.tiling, config, timing)) for each in ranked
-    ]
-    return min(timed, key=lambda choice: (choice.cycles, astuple(choice.tiling)))
+    timed = [replace(each, simulated=simulated(layer, share, each.tiling, config, timing)) for each in ranked]
+    return min(timed, key=lambda choice: choice.order)
 
 
 def _key(sizes: str, share: Share, config: VtaConfig, timing: Timing, budget: int) -> str:
@@ -174,6 +186,6 @@ def _read(text: str | None) -> Choice | None:
     """A choice as the store keeps it; None if it is not one."""
     try:
         fields = json.loads(text or "")
-        return Choice(Tiling(**fields["tiling"]), int(fields["modelled"]), int(fields["simulated"]))
+        return Choice(Tiling(**fields.pop("tiling")), **{name: int(number) for name, number in fields.items()})
     except (ValueError, TypeError, KeyError):
         return None
