@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from nestc.graph.kinds import VIEWS
 from nestc.graph.region import Op, Region
 from nestc.runtime.vta.config import VtaConfig
 from nestc.targets.vta.layer import FeatureMap, Init, Layer
@@ -108,7 +109,9 @@ class _Walk:
         for op in self.region.ops:
             handler = None if op.domain else _HANDLERS.get(op.op_type)
             if handler is None:
-                raise Refused(_unknown(op, self.region))
+                raise Refused(_unknown(op))
+            if op.op_type not in _ON_INTEGERS and self.region.types[op.outputs[0]].dtype != "float32":
+                raise Refused(f"{op.op_type} (node {op.name!r}) is computed on {_kind(op, self.region)} without scales")
             results = handler(self, op)
             for name, value in zip(op.outputs, results if isinstance(results, list) else [results], strict=False):
                 self.values[name] = self.stored(name, value)
@@ -378,9 +381,19 @@ _CURVES = frozenset(
 )
 
 
-def _unknown(op: Op, region: Region) -> str:
+_ON_INTEGERS = frozenset("Clip Concat GlobalMaxPool MaxPool Pad QuantizeLinear Relu Slice Split".split())
+"""Operators that mean the same on integers as on the real numbers that those stand for."""
+
+
+def _kind(op: Op, region: Region) -> str:
+    return region.types[op.outputs[0]].dtype
+
+
+def _unknown(op: Op) -> str:
     if op.op_type in _CURVES and not op.domain:
         return f"activation {op.op_type} has no power-of-two integer form on VTA"
+    if op.op_type in VIEWS and not op.domain:
+        return f"{op.op_type} gives a shape that lies differently in VTA's layout of channel blocks"
     name = op.op_type if not op.domain else f"{op.domain}::{op.op_type}"
     return f"operator {name} has no form of products, maxima and shifts on VTA"
 

@@ -161,7 +161,7 @@ def _summed(value: Sum, exponent: int, block: int) -> tuple[Draft, ...]:
         steps.append(Shift(np.asarray(least, np.int64)))
         amounts = amounts - least
     if amounts.any():
-        steps.append(Shift(amounts if (amounts != amounts[0]).any() else amounts[0]))
+        steps.append(Shift(_one(amounts)))
     return tuple(steps)
 
 
@@ -174,9 +174,9 @@ def _onto_head(value: Sum, head: Chain, exponent: int) -> tuple[Draft, ...] | No
         steps.append(Shift(np.asarray(unit - head.exponent, np.int64)))
     steps += [_aligned(term, units) for term in value.terms]
     constants = _rounding(value.constant, exponent, units)
-    if (constants != constants[0]).any():
+    if constants.ndim:
         return None
-    rounded = add_constant(steps, int(constants[0]))
+    rounded = add_constant(steps, int(constants))
     if rounded is None or exponent == unit:
         return rounded
     return (*rounded, Shift(np.asarray(exponent - unit, np.int64)))
@@ -197,7 +197,7 @@ def _fitted(value: Sum, exponent: int, low: int, high: int) -> tuple[Draft, ...]
     widest = int(max(term.largest(channels).max() for term in terms))
     line = _line(factor, value.constant, unit, exponent, channels)
     found = fit(line, int(least.min()), int(most.max()), low, high, widest)
-    steps: list[Draft] = [Init(found.constants)]
+    steps: list[Draft] = [Init(_one(found.constants))]
     wide = [term.times(found.multipliers) for term in terms]
     split = [digits_of(term.weights, found.digits) for term in wide]
     last = found.digits - 1
@@ -289,7 +289,12 @@ def _rounding(constant: Reals | None, exponent: int, units: np.ndarray) -> np.nd
     found = np.where(coarse, number.floor_at(units), number.plus(half).floor_at(units))
     if max(abs(int(x)) for x in found) >= 1 << 31:
         raise Refused("its bias needs more than the 32 bits of VTA's accumulators")
-    return found.astype(np.int64)
+    return _one(found.astype(np.int64))
+
+
+def _one(values: np.ndarray) -> np.ndarray:
+    """One number for all channels where they have the same."""
+    return values if (values != values[0]).any() else np.asarray(values[0])
 
 
 def _integer_bounds(value: Sum, exponent: int) -> tuple[int, int]:
