@@ -21,6 +21,7 @@ from nestc.targets.vta.layers_values import feature_map
 from nestc.targets.vta.link import link
 from nestc.targets.vta.lower import lower
 from nestc.targets.vta.memory import Dram, Value
+from nestc.targets.vta.model import whole
 from nestc.targets.vta.schedule import choose
 from nestc.targets.vta.shape import elements
 from nestc.targets.vta.split import choose_split
@@ -183,7 +184,7 @@ def root(name: str, aliases: Mapping[str, str]) -> str:
 def _lower(layer: Layer, config: VtaConfig, count: int) -> _Lowered:
     kernels: list[Kernel] = []
     constants: dict[str, np.ndarray] = {}
-    for share in choose_split(layer, count, config):
+    for share in choose_split(layer, count, config) if count > 1 else [whole(layer, config)]:
         kernel, needed = lower(layer, share, choose(layer, share, config), config)
         kernels.append(kernel)
         constants.update(needed)
