@@ -51,7 +51,8 @@ def _place_uops(
 ) -> tuple[list[tuple[Piece, int]], np.ndarray]:
     """Pieces and where their micro-ops begin, with a LOAD UOP before each window, and the image of all windows.
 
-    A window is as many instructions as find room for their micro-ops at the same time; equal lists share a place.
+    A window is as many instructions as find room for their micro-ops at the same time; equal lists share a place. Few
+    long loads cost least: each holds the compute engine up, the longer the busier DRAM is with tiles.
     """
     room = min(config.uop_depth, MOST_ELEMENTS)
     result: list[tuple[Piece, int]] = []
@@ -69,7 +70,8 @@ def _place_uops(
         if used % 2:  # windows begin at whole 64-bit words, as the RTL fetches them
             window.append(np.zeros((1, 3), np.int64))
         load = Load(MemoryId.UOP, 0, uop_base + size, 1, used, used)
-        result.insert(at, (Piece(load, (), (Elements(MemoryId.UOP, slice(0, used)),)), 0))
+        touched = Elements(MemoryId.UOP, slice(0, used))
+        result.insert(at, (Piece(load, (), (touched,), None, result[at][0].origin), 0))
         image.extend(window)
         size += used + used % 2
 
