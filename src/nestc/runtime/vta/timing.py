@@ -341,15 +341,16 @@ class _Device:
         data, most, reopen = timing.data_path, timing.outstanding, timing.reopen
         cycle, k, last, taken, free = transfer.next, transfer.done, transfer.last, port.taken, port.free
         while True:
-            if len(opened) >= most:
-                if opened[0] > cycle:
-                    cycle = opened[0]
-                    if cycle > limit:
-                        break
-                opened.popleft()
+            wanted = cycle
+            if len(opened) >= most and opened[0] > cycle:
+                cycle = opened[0]
             # A request leaves its client's queue a cycle later, but not while a last beat frees its tag (VME.scala).
             while cycle + 1 in opened:
                 cycle += 1
+            if cycle > wanted and cycle >= limit:
+                break
+            if len(opened) >= most:
+                opened.popleft()
             length = beats[k]
             arrival = cycle + path
             # The memory counts its delay while a request waits, so one that joins a waiting one has none of its own.
