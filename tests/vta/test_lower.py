@@ -124,7 +124,10 @@ def convolutions(draw: st.DrawFn, config: VtaConfig) -> Layer:
     elif kind == "sparse":
         pairs = [pair for pair in pairs if random.random() < 0.6] or [(0, 0)]
     taps = tuple((a * dilation - pads[0], b * dilation - pads[1]) for a in range(kernel[0]) for b in range(kernel[1]))
-    weights = random.integers(-128, 128, (len(pairs), len(taps), block, block), np.int8)
+    shared = draw(st.sampled_from(["nothing", "taps", "all"]))
+    given = (1 if shared == "all" else len(pairs), len(taps) if shared == "nothing" else 1, block, block)
+    drawn = random.integers(-128, 128, given, np.int8)
+    weights = np.broadcast_to(drawn, (len(pairs), len(taps), block, block)).copy()
     for k, (o, i) in enumerate(pairs):
         weights[k, :, max(0, outs - o * block) :] = 0
         weights[k, :, :, max(0, ins - i * block) :] = 0

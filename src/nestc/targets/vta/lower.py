@@ -25,6 +25,7 @@ from nestc.targets.vta.shape import (
     groups_of,
     rectangle,
     source_span,
+    stored_weights,
 )
 from nestc.targets.vta.sram import Slots
 from nestc.targets.vta.tiling import Share, Tiling
@@ -34,7 +35,7 @@ from nestc.tensor.ir import Buffer, Call, Expr, For, Intrinsic, Kernel, Stmt, Va
 LARGEST = (1 << 16) - 1
 """Elements in a row of a DMA instruction, and between two rows."""
 
-VERSION = 1
+VERSION = 2
 """Raised when kernels of the same layer and tiling change: stored tilings are searched anew."""
 
 Dimension: TypeAlias = tuple[int, tuple[int, ...]]
@@ -89,11 +90,10 @@ class _Lowering:
         self.output = self.params[out.name] = vta.dram(out.name, vta.INP, elements(out, config), config)
         self.variables = 0
         self.vectors = Vectors(layer, share, config)
-        self.weights = {
-            number: self.constant(f"{layer.name}/weights{number}", step.weights.reshape(-1, *step.weights.shape[2:]))
-            for number, step in enumerate(layer.steps)
-            if isinstance(step, Product)
-        }
+        self.weights = {number: stored_weights(s) for number, s in enumerate(layer.steps) if isinstance(s, Product)}
+        for number, weights in self.weights.items():
+            blocks = weights.reshape(-1, *weights.shape[2:])
+            self.constant(f"{layer.name}/weights{number}", blocks)
         self.plan()
 
     def run(self) -> tuple[Kernel, dict[str, np.ndarray]]:
@@ -112,13 +112,14 @@ class _Lowering:
         c, tiling = self.config, self.tiling
         largest = self.largest_tile()
         source, weights, staging = 1, 1, 0
-        for step in self.layer.steps:
+        for number, step in enumerate(self.layer.steps):
             if isinstance(step, Product | Maximum):
                 span = self.largest_span(step)
                 wanted = min(tiling.inputs, self.most_inputs(step))
                 source = max(source, wanted * span)
                 if isinstance(step, Product):
-                    weights = max(weights, self.most_pairs(step) * len(step.taps))
+                    pairs, taps = self.weights[number].shape[:2]
+                    weights = max(weights, min(pairs, self.most_pairs(step)) * taps)
                 else:
                     staging = max(staging, wanted * span)
         self.ones = c.inp_depth - 1
@@ -233,6 +234,8 @@ class _Lowering:
         span = source_span(step, source, tile.y, tile.x)
         if not span.size:
             return
+        pairs, taps = self.weights[number].shape[:2]
+        move = taps if pairs == len(step.pairs) else 0
         for chunk in chunks(step.pairs, tile.blocks, self.tiling.inputs):
             weights = self.load_weights(number, step, chunk)
             parts = groups_of(chunk, tile.blocks[0])
@@ -243,7 +246,7 @@ class _Lowering:
                     continue
                 for part in parts:
                     dimensions: list[Dimension] = [
-                        (extent, (o * tile.positions, i * span.size, pair * len(step.taps)))
+                        (extent, (o * tile.positions, i * span.size, pair * move))
                         for extent, (o, i, pair) in part.dimensions
                     ]
                     offset = self.spatial(area, tile, span, dimensions, weights=True)
@@ -253,7 +256,7 @@ class _Lowering:
                         [
                             (self.acc, base + part.output * tile.positions + offset[0]),
                             (self.inp, place + part.input * span.size + offset[1]),
-                            (self.wgt, weights + part.pair * len(step.taps) + tap),
+                            (self.wgt, weights + part.pair * move + min(tap, taps - 1)),
                         ],
                     )
 
@@ -401,19 +404,24 @@ class _Lowering:
         return place
 
     def load_weights(self, number: int, step: Product, chunk: Chunk) -> int:
-        key = (number, chunk)
+        pairs, taps = self.weights[number].shape[:2]
+        shared = pairs < len(step.pairs)
+        key = (number, None if shared else chunk)
         found = self.weight_slots.find(key)
         if found is not None:
             return found
-        place, taps = self.weight_slots.take(key), len(step.taps)
+        place, buffer = self.weight_slots.take(key), self.params[f"{self.layer.name}/weights{number}"]
+        if shared:
+            self.transfer_in(self.wgt, buffer, (1, taps, taps), 0, place)
+            return place
         for first, length, count, stride, at in chunk.runs:
             if max(length * taps, stride * taps) <= LARGEST:
                 shape = (count, length * taps, stride * taps)
-                self.transfer_in(self.wgt, self.weights[number], shape, first * taps, place + at * taps)
+                self.transfer_in(self.wgt, buffer, shape, first * taps, place + at * taps)
                 continue
             for row in range(count):
                 start, target = (first + row * stride) * taps, place + (at + row * length) * taps
-                self.transfer_in(self.wgt, self.weights[number], (1, length * taps, length * taps), start, target)
+                self.transfer_in(self.wgt, buffer, (1, length * taps, length * taps), start, target)
         return place
 
     def bias(self, tile: _Tile, number: int, values: np.ndarray) -> int:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+import numpy as np
+
 from nestc.runtime.vta.config import VtaConfig
 from nestc.targets.vta.layer import FeatureMap, Maximum, Product
 
@@ -61,6 +63,19 @@ class Part:
     input: int
     pair: int
     dimensions: tuple[tuple[int, tuple[int, int, int]], ...]
+
+
+def stored_weights(step: Product) -> np.ndarray:
+    """The weights of a product with one tap where all taps are the same, and one pair where all pairs are.
+
+    int8 (pairs or 1, taps or 1, block, block). A diagonal for a sum or an average is one block then, not hundreds.
+    """
+    weights = step.weights
+    if weights.shape[1] > 1 and np.array_equal(weights[0, 0], weights[0, 1]) and (weights == weights[:, :1]).all():
+        weights = weights[:, :1]
+    if len(weights) > 1 and np.array_equal(weights[0], weights[1]) and (weights == weights[:1]).all():
+        weights = weights[:1]
+    return weights
 
 
 def block_count(map_: FeatureMap, config: VtaConfig) -> int:
