@@ -29,6 +29,8 @@ def const(value: int) -> Const:
 
 def linear(e: Expr) -> Linear:
     """`e` as a constant plus a sum of coefficient times atom. The result is shared: do not change it."""
+    if isinstance(e, Const):
+        return int(e.value), {}
     cached: Linear | None = e.__dict__.get("_linear")
     if cached is not None:
         return cached
@@ -38,8 +40,6 @@ def linear(e: Expr) -> Linear:
 
 
 def _linear(e: Expr) -> Linear:
-    if isinstance(e, Const):
-        return int(e.value), {}
     if isinstance(e, Binary) and e.op in ("add", "sub") and e.lanes == 1:
         (c, terms), (d, more) = linear(e.a), linear(e.b)
         sign = 1 if e.op == "add" else -1
@@ -192,6 +192,8 @@ def unflatten(position: Expr, shape: tuple[int, ...]) -> tuple[Expr, ...]:
 
 def bounds(e: Expr) -> tuple[int, int]:
     """Smallest and largest value that the int64 (or bool) expression `e` can take, by interval arithmetic."""
+    if isinstance(e, Const):
+        return int(e.value), int(e.value)
     cached: tuple[int, int] | None = e.__dict__.get("_bounds")
     if cached is None:
         cached = _bounds(e)
@@ -200,8 +202,6 @@ def bounds(e: Expr) -> tuple[int, int]:
 
 
 def _bounds(e: Expr) -> tuple[int, int]:
-    if isinstance(e, Const):
-        return int(e.value), int(e.value)
     if isinstance(e, Var):
         return 0, max(0, e.extent - 1)
     if isinstance(e, Ramp):
