@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -121,7 +121,7 @@ class Geometry:
     digits: int
     vectors: int
 
-    @property
+    @cached_property
     def reads(self) -> list[Read]:
         """The steps that read a source."""
         return [part for part in self.parts if isinstance(part, Read)]
@@ -252,6 +252,7 @@ class Walk:
     def __init__(self, sizes: Geometry, share: Share, config: VtaConfig, costs: Costs) -> None:
         self.sizes, self.share, self.config, self.costs = sizes, share, config, costs
         self._chunks: dict[tuple[int, int, int], tuple[tuple[Chunk, ...], ...]] = {}
+        self._chunk_sizes: dict[tuple[int, int, int], tuple[int, int, int]] = {}
         self._spans: dict[tuple[int, int, int], int] = {}
 
     def chunks(self, read: int, blocks: int, inputs: int) -> tuple[tuple[Chunk, ...], ...]:
@@ -262,6 +263,15 @@ class Walk:
             cuts = _cuts(*self.share.blocks, blocks)
             self._chunks[key] = tuple(_chunks(by_block[first:last], inputs) for first, last in cuts)
         return self._chunks[key]
+
+    def chunk_sizes(self, read: int, blocks: int, inputs: int) -> tuple[int, int, int]:
+        """Most inputs and most pairs of a chunk, and the loop nests of all chunks."""
+        key = read, blocks, inputs
+        if key not in self._chunk_sizes:
+            chunks = [chunk for tile in self.chunks(*key) for chunk in tile]
+            most = max((len(chunk.inputs) for chunk in chunks), default=0)
+            self._chunk_sizes[key] = most, max((c.pairs for c in chunks), default=1), sum(c.parts for c in chunks)
+        return self._chunk_sizes[key]
 
     def most_inputs(self, blocks: int) -> int:
         """Input blocks that a tile of so many output blocks reads at most of one source; 1 if it reads nothing."""
@@ -314,13 +324,12 @@ class Walk:
         source, weights, staging = 1, 1, 0
         for number, read in enumerate(sizes.reads):
             span = self.span(number, tiling.rows, tiling.columns)
-            chunks = [chunk for tile in self.chunks(number, tiling.blocks, tiling.inputs) for chunk in tile]
-            wanted = max((len(chunk.inputs) for chunk in chunks), default=0)
+            wanted, pairs, _ = self.chunk_sizes(number, tiling.blocks, tiling.inputs)
             source = max(source, wanted * span)
             if read.maximum:
                 staging = max(staging, wanted * span)
             else:
-                weights = max(weights, max((chunk.pairs for chunk in chunks), default=1) * len(read.down))
+                weights = max(weights, pairs * len(read.down))
         blocks = min(tiling.blocks, self.share.blocks[1] - self.share.blocks[0])
         rows = min(tiling.rows, self.share.rows[1] - self.share.rows[0])
         return source, weights, staging, blocks * rows * min(tiling.columns, sizes.width)
@@ -332,8 +341,7 @@ class Walk:
         tiles = -(-(self.share.blocks[1] - self.share.blocks[0]) // tiling.blocks)
         starts = tiles * sum(part.starts for part in self.sizes.parts if isinstance(part, Elementwise))
         for number, read in enumerate(self.sizes.reads):
-            chunks = self.chunks(number, tiling.blocks, tiling.inputs)
-            starts += sum(chunk.parts for tile in chunks for chunk in tile) * len(read.down)
+            starts += self.chunk_sizes(number, tiling.blocks, tiling.inputs)[2] * len(read.down)
         source, weights, _, sums = self.largest(tiling)
         fill = (source * self.config.inp_bytes + weights * self.config.wgt_bytes) * 8 // self.config.bus_bits
         return places * starts * self.costs.start + (fill + int(sums * self.costs.element)) // 2

@@ -6,7 +6,7 @@ import hashlib
 import json
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
 
@@ -25,6 +25,7 @@ from nestc.targets.vta.store import TuningStore
 from nestc.targets.vta.tiling import Share, Tiling
 
 _WALKS = 60  # tilings that the model walks a layer, in the order of their bounds
+_TRUST = 0.01  # difference to the simulator within which the order of the model is believed
 _BEST = 4  # tilings that have to be better than what is not walked
 _SIZES = 10  # sizes tried of a dimension; more of them differ too little to matter
 _SOURCES = {
@@ -53,13 +54,13 @@ class Choice:
         return self.modelled if self.simulated is None else self.simulated
 
     @property
-    def order(self) -> tuple[int, tuple[int, ...]]:
+    def order(self) -> tuple[int, tuple[int, int, int, int, bool]]:
         """What the best has least of: cycles, of which layers before and after in the stream hide half of the edges."""
-        return self.cycles - self.edges // 2, astuple(self.tiling)
+        return self.cycles - self.edges // 2, _values(self.tiling)
 
 
 def choose(
-    layer: Layer, share: Share, config: VtaConfig, timing: Timing = RTL, *, search: bool = True, budget: int = 2
+    layer: Layer, share: Share, config: VtaConfig, timing: Timing = RTL, *, search: bool = True, budget: int = 4
 ) -> Tiling:
     """The tiling of `share` of `layer` that takes the fewest cycles of those tried; see `search_tiling`."""
     return search_tiling(layer, share, config, timing, search=search, budget=budget).tiling
@@ -72,10 +73,10 @@ def search_tiling(
     timing: Timing = RTL,
     *,
     search: bool = True,
-    budget: int = 2,
+    budget: int = 4,
     store: TuningStore | None = None,
 ) -> Choice:
-    """The best tiling of a share and its cycles: `budget` tilings that the model likes best are lowered and timed.
+    """The best tiling of a share and its cycles: up to `budget` that the model likes best are lowered and timed.
 
     Without ``search`` the model alone decides. Layers of equal geometry are searched once a process, and verified
     results are kept in `store` (the user's tuning store if None). Raises TargetError if no tiling fits the SRAMs.
@@ -106,7 +107,7 @@ def estimated(layer: Layer, share: Share, config: VtaConfig, timing: Timing = RT
 
 def rank(walk: Walk) -> list[Choice]:
     """Tilings that fit, by modelled cycles; those that start too many instructions are not walked."""
-    bounds = sorted((walk.bound(tiling), astuple(tiling)) for tiling in candidates(walk))
+    bounds = sorted((walk.bound(tiling), _values(tiling)) for tiling in candidates(walk))
     choices: dict[Estimate, Choice] = {}
     scores: list[int] = []
     work = 0
@@ -163,8 +164,18 @@ def simulated(layer: Layer, share: Share, tiling: Tiling, config: VtaConfig, tim
 
 
 def _verified(layer: Layer, share: Share, config: VtaConfig, timing: Timing, ranked: list[Choice]) -> Choice:
-    timed = [replace(each, simulated=simulated(layer, share, each.tiling, config, timing)) for each in ranked]
+    """The best of tilings in the order of the model, timed one after the other until model and simulator agree."""
+    timed: list[Choice] = []
+    for each in ranked:
+        timed.append(replace(each, simulated=simulated(layer, share, each.tiling, config, timing)))
+        if abs(timed[-1].cycles - each.modelled) <= _TRUST * each.modelled:
+            break  # the model is right here, so the next ones are no better
     return min(timed, key=lambda choice: choice.order)
+
+
+def _values(tiling: Tiling) -> tuple[int, int, int, int, bool]:
+    """The fields of a tiling, to order and to make them by."""
+    return tiling.rows, tiling.columns, tiling.blocks, tiling.inputs, tiling.blocks_outer
 
 
 def _key(sizes: str, share: Share, config: VtaConfig, timing: Timing, budget: int) -> str:
