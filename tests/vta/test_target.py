@@ -120,6 +120,19 @@ def test_a_quantized_network_runs_on_it(tmp_path: Path, target: str) -> None:
         assert again.timeline()[0]["end_us"] == mark["end_us"]
 
 
+def test_the_cost_of_a_region_is_near_what_the_simulator_says(tmp_path: Path) -> None:
+    net = Net()
+    x = net.input("x", [1, 64, 28, 28])
+    a = net.conv(x, "a", 64, 64)
+    net.output(net.conv(net.pool(net.conv(a, "b", 64, 96, stride=2), "p"), "y", 96, 40, size=1), [1, 40, 7, 7])
+    executable = nestc.compile(net.save(tmp_path / "m.onnx"), targets=["vta"])
+    layers = executable.bundle.partitions[0].artifact.metadata["timing"]["layers"]
+    predicted = {region.name: region.predicted_ms for region in executable.plan.regions}
+    for layer in layers[:2]:
+        assert predicted[layer["name"]] == pytest.approx(layer["cycles"] / 100e6 * 1e3, rel=0.15)
+    assert executable.plan.predicted_ms == pytest.approx(sum(each["cycles"] for each in layers) / 100e3, rel=0.2)
+
+
 def test_parts_that_it_refuses_run_on_the_cpu_in_between(tmp_path: Path) -> None:
     net = Net()
     x = net.input("x", [1, 20, 8, 8])

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from nestc.errors import TargetError
+from nestc.graph.region import Region
 from nestc.runtime.vta.config import PRESETS, VtaConfig, load, preset
 from nestc.runtime.vta.energy import HOROWITZ_45NM, Energy
 from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partition
+from nestc.targets.vta.cost import seconds
 from nestc.targets.vta.layer import Layer
 from nestc.targets.vta.layers import Alias, layers_of
 from nestc.targets.vta.offers import offers
@@ -45,7 +47,11 @@ class VtaTarget:
             raise TargetError(f"target vta runs on 1 to {MOST_DEVICES} devices, not {count}; write vta:count=N")
         self.count = count
         self.machine = machine(self.config, count, self.energy)
-        self.offers: tuple[Offer, ...] = offers(self.config)
+        self.offers: tuple[Offer, ...] = offers(self.config, self.cost)
+
+    def cost(self, region: Region) -> float:
+        """Modelled seconds of a region, roughly; those of a compiled partition are in its artifact."""
+        return seconds(region, self.config, self.count)
 
     def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:
         """Streams, micro-ops and constants of a partition, verified and timed; `emit` gets levels tensor, commands."""
