@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TypeAlias
 
@@ -18,7 +18,7 @@ from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.timing import RTL, Timing
 from nestc.targets.vta.constants import Vectors
 from nestc.targets.vta.layer import Clip, Init, Layer, Maximum, Product, Shift
-from nestc.targets.vta.shape import block_count
+from nestc.targets.vta.shape import block_count, stored_weights
 from nestc.targets.vta.tiling import Share, Tiling
 
 Range: TypeAlias = tuple[int, int]
@@ -90,7 +90,8 @@ class Shifts:
 class Read:
     """What a `Product` or `Maximum` reads: a source of (blocks, height, width), at taps.
 
-    ``by_block[o]``: the input blocks that output block o needs, sorted.
+    ``by_block[o]``: the input blocks that output block o needs, sorted. ``shared``: all pairs have the same weights;
+    ``stored``: taps of weights in memory.
     """
 
     source: tuple[int, int, int]
@@ -100,6 +101,8 @@ class Read:
     row_step: int
     by_block: tuple[tuple[int, ...], ...]
     maximum: bool
+    shared: bool
+    stored: int
 
 
 Part: TypeAlias = Elementwise | Shifts | Read
@@ -136,7 +139,7 @@ def geometry(layer: Layer, config: VtaConfig) -> Geometry:
     digest = hashlib.sha256(repr((images, blocks, out.height, out.width, vectors.digits, vectors.count)).encode())
     for part in parts:
         if isinstance(part, Read):
-            digest.update(repr((part.source, part.strides, part.down, part.across, part.maximum)).encode())
+            digest.update(repr(replace(part, by_block=())).encode())
             digest.update(b"".join(np.array(inputs, np.int32).tobytes() + b"|" for inputs in part.by_block))
         else:
             digest.update(repr(part).encode())
@@ -180,7 +183,10 @@ def _read(layer: Layer, step: Product | Maximum, config: VtaConfig) -> Read:
         for out, into in step.pairs:
             inputs[out].append(into)
     by_block, sizes = tuple(tuple(each) for each in inputs), (block_count(source, config), source.height, source.width)
-    return Read(sizes, step.strides, down, across, row_step, by_block, isinstance(step, Maximum))
+    if isinstance(step, Maximum):
+        return Read(sizes, step.strides, down, across, row_step, by_block, True, False, 0)
+    pairs, taps = stored_weights(step).shape[:2]
+    return Read(sizes, step.strides, down, across, row_step, by_block, False, pairs < len(step.pairs), taps)
 
 
 def whole(layer: Layer, config: VtaConfig) -> Share:
@@ -329,7 +335,7 @@ class Walk:
             if read.maximum:
                 staging = max(staging, wanted * span)
             else:
-                weights = max(weights, pairs * len(read.down))
+                weights = max(weights, (min(pairs, 1) if read.shared else pairs) * read.stored)
         blocks = min(tiling.blocks, self.share.blocks[1] - self.share.blocks[0])
         rows = min(tiling.rows, self.share.rows[1] - self.share.rows[0])
         return source, weights, staging, blocks * rows * min(tiling.columns, sizes.width)
@@ -501,10 +507,11 @@ class _Clocks:
             return
         ready = wgt = 0
         if not read.maximum:
-            found = self.wgt.where.get(name)
+            weights = (name[0], None) if read.shared else name
+            found = self.wgt.where.get(weights)
             if found is None:
-                found = self.wgt.take(name)
-                work = chunk.pairs * len(read.down) * self.wgt_cycles
+                found = self.wgt.take(weights)
+                work = (1 if read.shared else chunk.pairs) * read.stored * self.wgt_cycles
                 self.wgt.ready[found] = self._loaded(work, 1, self.wgt.free[found])
             wgt, ready = found, self.wgt.ready[found]
         key = (place, name[0], chunk.inputs)
