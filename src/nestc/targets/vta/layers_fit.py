@@ -12,6 +12,7 @@ from nestc.targets.vta.layers_values import Refused
 DIGIT = 7
 """Bits of a digit of a weight that is wider than 8 bits."""
 _MOST_DIGITS = 4
+_AT_ONCE = 64  # rows that are tried together
 _NEAR = 2  # how far from the slope multipliers are tried
 _MOST_POINTS = 1 << 22
 
@@ -80,11 +81,12 @@ class _Search:
         changes = (results[:, 1:] != results[:, :-1]).any(axis=0)
         kept = np.concatenate([[True], changes]) | np.concatenate([changes, [True]])
         self.points, self.results = points[kept], results[:, kept].astype(np.int64)
+        self.order = np.arange(len(rows))
         self.open_below, self.open_above = self.results <= low, self.results >= high
 
     def run(self, widest: int) -> Fit:
         for digits, shift in self.candidates(widest):
-            found = self.at(shift)
+            found = self.at(shift, (127 << (DIGIT * (digits - 1))) // widest)
             if found is not None:
                 return Fit(*found, shift, digits)
         raise Refused("a constant that is no power of two needs more bits than VTA's accumulators have")
@@ -93,25 +95,30 @@ class _Search:
         """Digits and shifts to try, cheapest first."""
         steepest = float(np.abs(self.slopes).max(initial=0.0)) * widest
         for digits in range(1, _MOST_DIGITS + 1):
-            most = 126 << (DIGIT * (digits - 1))
+            most = 127 << (DIGIT * (digits - 1))
             for shift in range(DIGIT * (digits - 1), 31):
-                wide = (steepest + _NEAR) * 2.0**shift
-                if (wide <= most) and (digits == 1 or wide > most >> DIGIT):
+                # Shifts that fewer digits do are tried with those; a multiplier may be rounded to one beyond.
+                if (most >> (DIGIT + 1)) - 1 <= steepest * 2.0**shift <= most:
                     yield digits, shift
 
-    def at(self, shift: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """A multiplier and a constant for each row; None if one has none."""
+    def at(self, shift: int, largest: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """A multiplier, `largest` at most, and a constant for each row; None if one has none."""
         multipliers = np.rint(np.ldexp(self.slopes, shift)).astype(np.int64)
         constants = np.zeros_like(multipliers)
-        left = np.arange(len(multipliers))
-        for more in sorted(range(-_NEAR, _NEAR + 1), key=abs):
-            tried = multipliers[left] + more
-            chosen, fits = self.constants(tried, left, shift)
-            multipliers[left[fits]], constants[left[fits]] = tried[fits], chosen[fits]
-            left = left[~fits]
-            if not left.size:
-                return multipliers, constants
-        return None
+        for first in range(0, len(multipliers), _AT_ONCE):
+            left = self.order[first : first + _AT_ONCE]
+            for more in sorted(range(-_NEAR, _NEAR + 1), key=abs):
+                tried = multipliers[left] + more
+                chosen, fits = self.constants(tried, left, shift)
+                fits &= np.abs(tried) <= largest
+                multipliers[left[fits]], constants[left[fits]] = tried[fits], chosen[fits]
+                left = left[~fits]
+                if not left.size:
+                    break
+            if left.size:  # what failed now is likely to fail next, so it comes first
+                self.order = np.concatenate([left, self.order[~np.isin(self.order, left)]])
+                return None
+        return multipliers, constants
 
     def constants(self, multipliers: np.ndarray, rows: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
         """A constant for each of the rows with its multiplier, and whether it is right."""
@@ -123,7 +130,7 @@ class _Search:
         middle = (lower + upper) >> 1
         # Where all results are clipped on one side any number beyond the other bound will do.
         middle = np.where(lower == -far, np.minimum(upper, 0), np.where(upper == far, np.maximum(lower, 0), middle))
-        return middle, (lower <= upper) & (np.abs(middle) < 1 << 31)
+        return middle, (lower <= upper) & (np.abs(middle) < 1 << 30)
 
 
 def digits_of(weights: np.ndarray, count: int) -> list[np.ndarray]:

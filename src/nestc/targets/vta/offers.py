@@ -34,8 +34,8 @@ def expressible(config: VtaConfig) -> Constraint:
 
     return Constraint(
         holds,
-        "scales are powers of two and zero points 0, weights are constant, sums fit 32 bits, and what is computed is made"
-        " of products, maxima, shifts and bounds",
+        "scales are powers of two and zero points 0, weights are constant, sums fit 32 bits, and what is computed is"
+        " made of products, maxima, shifts and bounds",
     )
 
 
