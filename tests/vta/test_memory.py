@@ -42,11 +42,11 @@ def test_intermediate_values_share_memory_unless_they_live_at_the_same_time():
     assert after + PAGE == dram.end and all(dram.addresses[each.name] + each.bytes <= after for each in values)
 
 
-def test_a_view_lies_where_its_source_lies():
+def test_a_view_and_a_part_lie_in_their_whole():
     dram = Dram(CONFIG)
     dram.place("x", 16)
-    dram.alias({"z": "y", "y": "x"})
-    assert dram.addresses["z"] == dram.addresses["y"] == dram.addresses["x"]
+    dram.place_inside({"z": ("x", 64), "y": ("x", 0)})
+    assert dram.addresses["y"] == dram.addresses["x"] == dram.addresses["z"] - 64
 
 
 def test_addresses_end_at_32_bits():

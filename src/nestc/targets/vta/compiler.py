@@ -15,6 +15,7 @@ from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.encode import encode, encode_uops
 from nestc.runtime.vta.energy import HOROWITZ_45NM, Energy
 from nestc.runtime.vta.isa import Finish, Load, MemoryId, Stream
+from nestc.targets.vta.concat import Part, join
 from nestc.targets.vta.emit import Piece, emit
 from nestc.targets.vta.layer import FeatureMap, Init, Layer
 from nestc.targets.vta.layers_values import feature_map
@@ -80,8 +81,12 @@ def compile_network(
     """
     maps = _maps(net)
 
+    # What is concatenated is written in its place at once, where blocks of channels allow it.
+    layers, parts = join(net.layers, (*net.inputs, *net.aliases, *net.aliases.values()), config)
+    home = _Home(net.aliases, parts)
+
     # Each layer is cut to fit the SRAMs, and becomes one Tensor IR kernel a device.
-    lowered = [_lower(layer, config, count) for layer in net.layers]
+    lowered = [_lower(layer, config, count) for layer in layers]
     for each in lowered:
         for device, kernel in enumerate(each.kernels):
             verify_kernel(kernel)
@@ -90,7 +95,7 @@ def compile_network(
                 emit_form("tensor", f"{net.name}_{kernel.name}{part}", kernel_text(kernel))
 
     # Addresses of everything whose size is known by now; micro-ops and instructions follow it.
-    dram = _place_values(net, maps, config)
+    dram = _place_values(net, layers, maps, home, config)
     constants = _unique_constants(lowered)
     for name, array in constants.items():
         dram.place(name, array.nbytes)
@@ -99,10 +104,10 @@ def compile_network(
     groups = [[each] for each in lowered] if count > 1 else [lowered]
     uop_address = uop_end = dram.end
     launches: list[list[_Program]] = []
-    known = {root(name, net.aliases) for name in net.inputs}
+    known = {home.of(name) for name in net.inputs}
     for group in groups:
         launch: list[_Program] = []
-        written = {each.layer.output.name for each in group}
+        written = {home.of(each.layer.output.name) for each in group}
         regions = _regions(maps, constants, dram, config, known, written)
         known |= written
         for device in range(max((len(each.kernels) for each in group), default=0)):
@@ -199,18 +204,42 @@ def _unique_constants(lowered: Sequence[_Lowered]) -> dict[str, np.ndarray]:
     return constants
 
 
-def _place_values(net: Network, maps: Mapping[str, FeatureMap], config: VtaConfig) -> Dram:
+class _Home:
+    """Which value really has the memory of another: a view has its source's, a part of a concatenation its whole's."""
+
+    def __init__(self, aliases: Mapping[str, str], parts: Mapping[str, Part]) -> None:
+        self.aliases, self.parts = aliases, parts
+
+    def place(self, name: str) -> tuple[str, int]:
+        """The value that has the memory, and how many bytes behind its beginning `name` lies."""
+        offset = 0
+        while name in self.aliases or name in self.parts:
+            if name in self.aliases:
+                name = self.aliases[name]
+            else:
+                offset += self.parts[name].bytes
+                name = self.parts[name].whole
+        return name, offset
+
+    def of(self, name: str) -> str:
+        """The value that has the memory."""
+        return self.place(name)[0]
+
+
+def _place_values(
+    net: Network, layers: Sequence[Layer], maps: Mapping[str, FeatureMap], home: _Home, config: VtaConfig
+) -> Dram:
     """Addresses of all feature maps: inputs and outputs keep their memory, what is between shares it."""
     dram = Dram(config)
-    border = dict.fromkeys(root(name, net.aliases) for name in (*net.inputs, *net.outputs))
+    border = dict.fromkeys(home.of(name) for name in (*net.inputs, *net.outputs))
     for name in border:
         dram.place(name, elements(maps[name], config) * config.inp_bytes)
     first: dict[str, int] = {}
     last: dict[str, int] = {}
-    for number, layer in enumerate(net.layers):
-        first[layer.output.name] = number
+    for number, layer in enumerate(layers):
+        first.setdefault(home.of(layer.output.name), number)
         for name in (*layer.sources, layer.output.name):
-            last[root(name, net.aliases)] = number
+            last[home.of(name)] = number
     dram.place_intermediate(
         [
             Value(name, elements(maps[name], config) * config.inp_bytes, number, last[name])
@@ -218,7 +247,7 @@ def _place_values(net: Network, maps: Mapping[str, FeatureMap], config: VtaConfi
             if name not in border
         ]
     )
-    dram.alias(net.aliases)
+    dram.place_inside({name: home.place(name) for name in (*net.aliases, *home.parts)})
     return dram
 
 

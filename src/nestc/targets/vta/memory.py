@@ -56,13 +56,10 @@ class Dram:
             self.addresses[name] = self.end + offset
         self._extend(plan.nbytes)
 
-    def alias(self, aliases: Mapping[str, str]) -> None:
-        """Give each key the address of its value, which may itself be a key."""
-        for name in aliases:
-            source = name
-            while source in aliases:
-                source = aliases[source]
-            self.addresses[name] = self.addresses[source]
+    def place_inside(self, places: Mapping[str, tuple[str, int]]) -> None:
+        """Give each key an address inside a value that has one: so many bytes behind its beginning."""
+        for name, (whole, offset) in places.items():
+            self.addresses[name] = self.addresses[whole] + offset
 
     def _extend(self, nbytes: int) -> None:
         self.end = _up(self.end + nbytes, self.alignment)
