@@ -137,7 +137,7 @@ def test_matmul_with_a_bias_behind_it() -> None:
     x = graph.real(graph.input((3, 20)), -5)
     y = graph.node("MatMul", x, graph.weight((20, 33), -8))
     y = graph.node("Add", y, graph.bias(-13, 33))
-    check(graph.model(graph.quantize(y, -2)))
+    check(graph.model(graph.quantize(y, -2)), optimised=True)
 
 
 def test_what_is_refused_has_a_reason() -> None:

@@ -61,11 +61,11 @@ def test_global_average(size: tuple[int, int], exponents: tuple[int, int]) -> No
 def test_a_mean_over_height_and_width() -> None:
     graph = Graph()
     x = graph.real(graph.input((1, 20, 5, 5)), -5)
-    y = graph.quantize(graph.node("ReduceMean", x, axes=[2, 3], keepdims=0), -6)
+    y = graph.quantize(graph.node("ReduceMean", x, graph.constant(np.array([2, 3])), keepdims=0), -6)
     check(graph.model(y))
     graph = Graph()
     x = graph.real(graph.input((1, 20, 5, 5)), -5)
-    y = graph.quantize(graph.node("ReduceMean", x, axes=[1], keepdims=1), -6)
+    y = graph.quantize(graph.node("ReduceMean", x, graph.constant(np.array([1])), keepdims=1), -6)
     assert "not over the height and width" in reasons(graph.model(y))[0]
 
 
