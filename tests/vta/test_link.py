@@ -336,6 +336,22 @@ def test_rows_between_the_rows_of_a_tile_are_free():
     assert stores[0] in before[load] and stores[1] not in before[load]
 
 
+def test_loads_around_what_is_stored():
+    """One reaches into what is stored, one ends where the first begins, one lies before both."""
+    p = Program()
+    p.reset(0, 2)
+    p.store(0, 10, 1, 2, 2)
+    p.load(p.inp, 0, p.y, 8, 1, 4, 4)
+    p.load(p.inp, 4, p.y, 6, 1, 3, 3)
+    p.load(p.inp, 7, p.y, 0, 1, 1, 1)
+    stream = check(p)
+    before = ended_before(stream.instructions, token_edges(stream.instructions))
+    loads = [n for n, i in enumerate(stream.instructions) if engine_of(i) == 0]
+    (store,) = (n for n, i in enumerate(stream.instructions) if isinstance(i, Store))
+    assert all(store in before[load] for load in loads)
+    assert [i.tokens.pop_next for i in stream.instructions if engine_of(i) == 0] == [True, False, False]
+
+
 def test_micro_ops_are_shared_and_come_in_windows():
     p = Program()
     for turn in range(2):

@@ -289,7 +289,7 @@ class _Touched:
 
     def __init__(self, pieces: Sequence[Piece], config: VtaConfig) -> None:
         self.granule = config.inp_bytes
-        self.first, self.stop = _watched(pieces)
+        self.stores, (self.first, self.stop) = _watched(pieces)
         self.sizes: dict[_Space, int] = {
             MemoryId.INP: config.inp_depth,
             MemoryId.WGT: config.wgt_depth,
@@ -327,7 +327,7 @@ class _Touched:
         """The memory and the places in it, or None if they are not watched."""
         if isinstance(access, Elements):
             return None if access.memory is MemoryId.UOP else (access.memory, access.where)
-        if access.start >= self.stop or access.stop <= self.first:
+        if access.start >= self.stores[1] or access.stop <= self.stores[0]:
             return None
         offset, granule = access.start - self.first, self.granule
         if access.rows == 1 or access.size == access.stride or offset % granule or access.stride % granule:
@@ -342,11 +342,11 @@ def _rows(rows: int, size: int, stride: int) -> np.ndarray:
     return (np.arange(rows)[:, None] * stride + np.arange(size)).reshape(-1)
 
 
-def _watched(pieces: Sequence[Piece]) -> tuple[int, int]:
-    """First byte of DRAM and the one behind the last of all stores and of the loads that reach into them."""
+def _watched(pieces: Sequence[Piece]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where in DRAM all stores lie, first byte and the one behind the last; and they with loads that reach there."""
     stored = [a for p in pieces for a in p.writes if isinstance(a, Bytes)]
     if not stored:
-        return 0, 0
+        return (0, 0), (0, 0)
     first, stop = min(a.start for a in stored), max(a.stop for a in stored)
     read = [a for p in pieces for a in p.reads if isinstance(a, Bytes) and a.start < stop and a.stop > first]
-    return min([first, *(a.start for a in read)]), max([stop, *(a.stop for a in read)])
+    return (first, stop), (min([first, *(a.start for a in read)]), max([stop, *(a.stop for a in read)]))
