@@ -87,9 +87,8 @@ class Timing:
 
 
 RTL = Timing()
-# The RTL of pull request 30 (June 2021), of which the cycles of whole networks are published: VMESimple and
-# TensorLoadSimple, one request at a time, a memory without delay. Its memory model is not in the present sources;
-# a delay of 0 and a port for either reads or writes are assumed from its single state machine.
+# The memory path before pull request 32: VMESimple and TensorLoadSimple, one request at a time. A memory without delay
+# that serves either reads or writes is that of older sources, and assumed for June 2021 (pull request 30).
 RTL_SIMPLE = Timing(
     command_interval=0,
     memory_delay=0,
