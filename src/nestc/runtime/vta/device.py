@@ -113,6 +113,8 @@ def initial_memory(artifact: Artifact) -> np.ndarray:
 
 def pack(memory: np.ndarray, item: Mapping[str, Any], array: np.ndarray, config: VtaConfig) -> None:
     """Write the value `item` (an entry of ``inputs``) into DRAM; `array` is int8 of the ONNX shape."""
+    columns = layout.columns_from_json(item.get("columns"))
+    array = array if columns is None else columns.apply(array)
     _put(memory, item["name"], item["address"], layout.pack(array, item["map"], config))
 
 
@@ -137,7 +139,8 @@ def _checked(item: Mapping[str, Any], metadata: Mapping[str, Any], config: VtaCo
     size = layout.map_bytes(item["map"], config)
     if item["bytes"] != size:
         raise TargetError(f"{item['name']!r} has {item['bytes']} bytes, but a map of {list(item['map'])} takes {size}")
-    layout.channels_first(item["shape"], item["map"])
+    columns = layout.columns_from_json(item.get("columns"))
+    layout.channels_first(item["shape"] if columns is None else columns.shape(item["shape"]), item["map"])
     _check_place(metadata["dram_bytes"], item["name"], item["address"], size)
     return item
 

@@ -3,12 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How an image is unrolled along its rows (im2col of one dimension) before it is packed.
+
+    Channel k * C + c of column x is channel c of the image's column x * `stride` + `offsets`[k], or 0 outside of it;
+    there are `width` columns.
+    """
+
+    offsets: tuple[int, ...]
+    stride: int
+    width: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; `columns_from_json` reads them back."""
+        return {"offsets": list(self.offsets), "stride": self.stride, "width": self.width}
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of an unrolled image of `shape` (N, C, H, W)."""
+        return (shape[0], shape[1] * len(self.offsets), shape[2], self.width)
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """The unrolled image, of (N, C, H, W)."""
+        right = max(0, (self.width - 1) * self.stride + max(self.offsets) + 1 - image.shape[3])
+        left = max(0, -min(self.offsets))
+        padded = np.pad(image, ((0, 0), (0, 0), (0, 0), (left, right)))
+        end = (self.width - 1) * self.stride + 1
+        return np.concatenate([padded[..., left + k : left + k + end : self.stride] for k in self.offsets], axis=1)
+
+
+def columns_from_json(data: Mapping[str, Any] | None) -> Columns | None:
+    """What `Columns.to_json` wrote. Raises KeyError, TypeError or ValueError if it is something else."""
+    if data is None:
+        return None
+    columns = Columns(tuple(int(k) for k in data["offsets"]), int(data["stride"]), int(data["width"]))
+    if not columns.offsets or columns.stride < 1 or columns.width < 1:
+        raise ValueError(f"columns {dict(data)}")
+    return columns
 
 
 def map_bytes(sizes: Sequence[int], config: VtaConfig) -> int:

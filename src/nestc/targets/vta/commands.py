@@ -76,8 +76,12 @@ def _description(partition: str, artifact: Artifact, config: VtaConfig) -> str:
     constants = [_constant(each, artifact.weights[each["name"]]) for each in about["constants"]]
 
     def border(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        extra = {"dtype": "int8", "element": "inp", "layout": layout}
-        return [{**value, **extra, "elements": value["bytes"] // config.inp_bytes} for value in values]
+        extra = {"dtype": "int8", "element": "inp"}
+        size = config.inp_bytes
+        return [
+            {**value, **extra, "layout": layout + _unrolled(value), "elements": value["bytes"] // size}
+            for value in values
+        ]
 
     return json.dumps(
         {
@@ -131,6 +135,17 @@ def _description(partition: str, artifact: Artifact, config: VtaConfig) -> str:
             ],
         },
         indent=1,
+    )
+
+
+def _unrolled(value: Mapping[str, Any]) -> str:
+    """What is said of an input whose rows are unrolled."""
+    if "columns" not in value:
+        return ""
+    channels = value["shape"][1]
+    return (
+        f" of the image unrolled along its rows: channel k * {channels} + c at column x is channel c of the image at"
+        " column x * columns.stride + columns.offsets[k], or 0 outside of it"
     )
 
 

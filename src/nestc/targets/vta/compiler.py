@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.encode import encode, encode_uops
 from nestc.runtime.vta.energy import HOROWITZ_45NM, Energy
 from nestc.runtime.vta.isa import Finish, Load, MemoryId, Stream
+from nestc.runtime.vta.layout import Columns
 from nestc.targets.vta.concat import Part, join
 from nestc.targets.vta.emit import Piece, emit
 from nestc.targets.vta.layer import FeatureMap, Init, Layer
@@ -27,6 +28,7 @@ from nestc.targets.vta.schedule import choose
 from nestc.targets.vta.shape import elements
 from nestc.targets.vta.split import choose_split
 from nestc.targets.vta.timed import timed
+from nestc.targets.vta.unroll import unroll_inputs
 from nestc.targets.vta.verify import Region, verify
 from nestc.tensor.ir import Kernel
 from nestc.tensor.text import kernel_text
@@ -73,12 +75,19 @@ def compile_network(
     count: int = 1,
     emit_form: Emit | None = None,
     energy: Energy = HOROWITZ_45NM,
+    *,
+    unroll: bool = True,
 ) -> Artifact:
     """The artifact of kind ``vta``, which `runtime.vta.device` runs.
 
-    With `count` above 1 every layer is a launch of its own, shared among up to as many devices. Raises TargetError if
+    With `count` above 1 every layer is a launch of its own, shared among up to as many devices. With `unroll` images of
+    few channels are unrolled along their rows when they come in. Raises TargetError if
     a layer has no tiling, or memory does not suffice.
     """
+    # Images of few channels come in unrolled, so that their first convolution fills the blocks.
+    fixed = (*net.outputs, *net.aliases, *net.aliases.values())
+    layers, columns = unroll_inputs(net.layers, net.inputs if unroll else {}, fixed, config)
+    net = replace(net, layers=layers)
     maps = _maps(net)
 
     # What is concatenated is written in its place at once, where blocks of channels allow it.
@@ -142,7 +151,9 @@ def compile_network(
         "count": count,
         "dram_bytes": dram.end,
         "launches": described,
-        "inputs": [_border(name, shape, net, maps, dram, config) for name, shape in net.inputs.items()],
+        "inputs": [
+            _border(name, shape, net, maps, dram, config, columns.get(name)) for name, shape in net.inputs.items()
+        ],
         "outputs": [_border(name, shape, net, maps, dram, config) for name, shape in net.outputs.items()],
         "constants": [
             {"name": name, "address": dram.addresses[name], "bytes": array.nbytes, "role": roles[name]}
@@ -307,17 +318,24 @@ def _text(program: _Program, config: VtaConfig) -> str:
 
 
 def _border(
-    name: str, shape: tuple[int, ...], net: Network, maps: Mapping[str, FeatureMap], dram: Dram, config: VtaConfig
+    name: str,
+    shape: tuple[int, ...],
+    net: Network,
+    maps: Mapping[str, FeatureMap],
+    dram: Dram,
+    config: VtaConfig,
+    columns: Columns | None = None,
 ) -> dict[str, Any]:
     """An input or output: where it lies, and how."""
     map_ = maps[root(name, net.aliases)]
-    return {
+    about = {
         "name": name,
         "address": dram.addresses[name],
         "bytes": elements(map_, config) * config.inp_bytes,
         "shape": list(shape),
         "map": [map_.batch, map_.channels, map_.height, map_.width],
     }
+    return about if columns is None else {**about, "columns": columns.to_json()}
 
 
 def _role(name: str, lowered: Sequence[_Lowered]) -> str:
