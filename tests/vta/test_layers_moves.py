@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_nets import PYNQ, Graph, check, reasons, regions
+from layer_nets import PYNQ, Graph, check, compare, inputs_of, reasons, regions
 
 from nestc.targets.vta.layer import Clip, Init, Product, Shift
 from nestc.targets.vta.layers import Alias, layers_of, refusal
@@ -51,11 +51,25 @@ def test_split() -> None:
     assert len(check(graph.model(*parts))) == 3
 
 
-def test_pad() -> None:
+@pytest.mark.parametrize("sizes", [(0, 0, 1, 2, 0, 0, 3, 0), (0, 5, 0, 1, 0, 3, 0, 0)])
+def test_pad(sizes: tuple[int, ...]) -> None:
     graph = Graph()
-    pads = graph.constant(np.array([0, 0, 1, 2, 0, 0, 3, 0]))
-    y = graph.node("Pad", graph.input((1, 20, 4, 5)), pads)
+    y = graph.node("Pad", graph.input((1, 20, 4, 5)), graph.constant(np.array(sizes)))
     check(graph.model(y))
+
+
+def test_negative_pads_cut_off() -> None:
+    graph = Graph()
+    y = graph.node("Pad", graph.input((1, 20, 4, 5)), graph.constant(np.array([0, -3, -1, 0, 0, 2, 0, -1])))
+    model = graph.model(y)
+    values = inputs_of(model, 0)
+    (region,) = regions(model)
+    x = values["x0"]
+    values[y] = np.pad(x[:, 3:, 1:, :4], [(0, 0), (0, 2), (0, 0), (0, 0)])
+    compare(region, layers_of(region, PYNQ), values)
+
+
+def test_pads_with_another_number_are_refused() -> None:
     graph = Graph()
     pads, value = graph.constant(np.array([0, 0, 1, 2, 0, 0, 3, 0])), graph.constant(np.int8(5))
     y = graph.node("Pad", graph.input((1, 20, 4, 5)), pads, value)

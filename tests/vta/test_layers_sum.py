@@ -134,7 +134,7 @@ def test_what_is_refused_has_a_reason() -> None:
 
     graph = Graph()
     a, b = (graph.input((1, 8, 4, 4)) for _ in range(2))
-    assert "on int8 without scales" in reasons(graph.model(graph.node("Add", a, b)))[0]
+    assert "on int8, not on quantized numbers" in reasons(graph.model(graph.node("Add", a, b)))[0]
 
     graph = Graph()
     y = graph.quantize(graph.node("Sigmoid", graph.real(graph.input((1, 8, 4, 4)), -5)), -7)

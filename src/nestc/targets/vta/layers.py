@@ -50,14 +50,6 @@ def layers_of(region: Region, config: VtaConfig) -> tuple[Layer | Alias, ...]:
     return tuple(_layer(chain, region, i, config) for i, chain in enumerate(_walked(region, config)))
 
 
-def layer_of(region: Region, config: VtaConfig) -> Layer | Alias:
-    """The one layer that computes a region. Raises Refused with the reason, also where it takes several."""
-    made = layers_of(region, config)
-    if len(made) != 1:
-        raise Refused(f"region {region.name} takes {len(made)} layers")
-    return made[0]
-
-
 def refusal(region: Region, config: VtaConfig) -> str | None:
     """Why VTA does not take a region, in words; None if `layers_of` gives its layers."""
     try:
@@ -111,7 +103,8 @@ class _Walk:
             if handler is None:
                 raise Refused(_unknown(op))
             if op.op_type not in _ON_INTEGERS and self.region.types[op.outputs[0]].dtype != "float32":
-                raise Refused(f"{op.op_type} (node {op.name!r}) is computed on {_kind(op, self.region)} without scales")
+                dtype = self.region.types[op.outputs[0]].dtype
+                raise Refused(f"{op.op_type} (node {op.name!r}) is computed on {dtype}, not on quantized numbers")
             results = handler(self, op)
             for name, value in zip(op.outputs, results if isinstance(results, list) else [results], strict=False):
                 self.values[name] = self.stored(name, value)
@@ -151,8 +144,6 @@ class _Walk:
         value = self.value(op.inputs[index])
         if isinstance(value, Sum):
             chain = settled(value)
-            if chain is None and value.head is None and len(value.terms) == 1 and value.clipped:
-                raise Refused(f"a bound between {op.inputs[index]!r} and {op.op_type} is not quantized")
             if chain is None:
                 raise Refused(f"operand {op.inputs[index]!r} of {op.op_type} is not quantized")
             value = chain
@@ -171,8 +162,8 @@ class _Walk:
         """The sum without integers in the accumulators: those become a map in memory."""
         if value.head is None:
             return value
-        rest = dataclasses.replace(value, head=None)
-        return lift(self.spilled(value.head)).plus(rest) if not rest.clipped else rest
+        assert not value.clipped and value.factor is None
+        return lift(self.spilled(value.head)).plus(dataclasses.replace(value, head=None))
 
     def requantized(self, value: Sum, exponent: int, name: str) -> Chain:
         """A sum as integers in units of 2**exponent."""
@@ -383,10 +374,6 @@ _CURVES = frozenset(
 
 _ON_INTEGERS = frozenset("Clip Concat GlobalMaxPool MaxPool Pad QuantizeLinear Relu Slice Split".split())
 """Operators that mean the same on integers as on the real numbers that those stand for."""
-
-
-def _kind(op: Op, region: Region) -> str:
-    return region.types[op.outputs[0]].dtype
 
 
 def _unknown(op: Op) -> str:

@@ -60,7 +60,8 @@ def _padded(op: Op, x: Source, region: Region) -> Sum:
     spatial = [0] * (4 - rank) + before[2:] if rank > 2 else [0, before[0]]
     if before[0] and rank > 2:
         raise Refused("Pad is along the batch")
-    return _shifted(x, shape, before[1], 0, (-spatial[0], -spatial[1]), (1, 1))
+    # Negative pads cut off.
+    return _shifted(x, shape, max(before[1], 0), max(-before[1], 0), (-spatial[0], -spatial[1]), (1, 1))
 
 
 def _sliced(op: Op, x: Source, region: Region) -> Sum:

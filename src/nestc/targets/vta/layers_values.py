@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import frexp
 
 import numpy as np
 
@@ -17,14 +16,6 @@ ABSENT = 1 << 20
 
 class Refused(UnsupportedOp):
     """VTA does not take a region; the message is the reason shown to the user."""
-
-
-def exponent_of(scale: float, name: str) -> int:
-    """log2 of a scale. Raises Refused if it is not a power of two."""
-    mantissa, exponent = frexp(scale)
-    if mantissa != 0.5:
-        raise Refused(f"scale {scale:.6g} of {name!r} is not a power of two: quantize with scheme int8-pow2")
-    return exponent - 1
 
 
 def feature_map(name: str, shape: tuple[int, ...]) -> FeatureMap:
@@ -122,7 +113,7 @@ class Term:
 
     ``ins`` None: every output channel in order, from every channel of the source. ``weights`` are integers of any
     width, (n, j, taps). ``exponents`` (int64, one an output channel): the unit of the products is 2**exponent; ABSENT
-    where nothing is added. ``diagonal``: at most one product an output element.
+    where nothing is added.
     """
 
     source: FeatureMap
