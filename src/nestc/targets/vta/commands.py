@@ -153,7 +153,11 @@ def _constant(about: Mapping[str, Any], array: np.ndarray) -> dict[str, Any]:
     """A constant, the memory that it is loaded to, and how it lies."""
     element = "acc" if array.dtype == np.int32 else "inp" if about["role"] == "unit" else "wgt"
     layouts = {
-        ("weights", "wgt"): "[pairs of output and input block, sorted][taps, row by row][out][in]",
+        (
+            "weights",
+            "wgt",
+        ): "[pairs of output and input block, sorted][taps, row by row][out][in]; one is kept where all"
+        " pairs or all taps are alike",
         ("bias", "wgt"): "[output block][digit][out][in]: multiplied with the constant vta/unit, digits add up",
         ("bias", "acc"): "[output block][batch][out]",
         ("shift", "acc"): "[output block][batch][out]: right shifts",
