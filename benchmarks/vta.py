@@ -20,12 +20,12 @@ from typing import Any
 import nestc
 import quantized_zoo
 import vta_bus
+import vta_tvm
 import zoo
 from nestc.errors import Error
 from nestc.measure import context
 from nestc.runtime.vta.config import PRESETS
 from nestc.targets import resolve
-from nestc.targets.vta.target import VtaTarget
 from vta_network import LayerRow, NetworkResult, run_network
 
 MODELS = "resnet18,resnet34,resnet50_v2,mobilenetv2,efficientnet_lite0,resnet50"
@@ -113,22 +113,30 @@ def _summary(result: NetworkResult, published: int | None) -> list[str]:
     return lines + [f"  not on vta: {each}" for each in result.on_cpu]
 
 
-def bus_table(options: argparse.Namespace, tell: Tell) -> list[dict[str, Any]]:
+def bus_table(tell: Tell) -> list[dict[str, Any]]:
     """Layer C2 of ResNet-18 with wider and wider buses."""
-    (target,) = resolve([f"vta:config={options.config}"])
-    assert isinstance(target, VtaTarget)
     tell(
         "\nResNet-18's layer C2 (3x3, 64>64, 56x56) by bits of the bus, in million cycles, simulated but for those\n"
         "published (tvm-vta pull request 32). Same schedule: five runs of theirs, as far as the figures tell; ours: one"
     )
     tell(f"{'bits':>6}{'published':>12}{'same schedule':>16}{'ratio':>8}{'ours':>10}")
     rows: list[dict[str, Any]] = []
-    for row in vta_bus.bus_widths(target.config, options.config):
+    for row in vta_bus.bus_widths():
         ratio = row.same / row.published
         tell(f"{row.bits:6}{row.published / 1e6:12.1f}{row.same / 1e6:16.1f}{ratio:8.3f}{row.ours / 1e6:10.3f}")
         rows.append(
             {"bits": row.bits, "published_cycles": row.published, "cycles": row.same, "our_schedule_cycles": row.ours}
         )
+    return rows
+
+
+def tvm_table(tell: Tell) -> list[dict[str, Any]]:
+    """Whole networks in the schedules that TVM has for VTA: a check of the timing model, not of our compiler."""
+    tell("\nconvolutions in TVM's schedules (vta_tvm.py) on pynq_1x16x16: cycles simulated, published, and their ratio")
+    rows: list[dict[str, Any]] = []
+    for row in vta_tvm.networks():
+        tell(f"{row.network:24}{row.simulated:12,}{row.published:12,}{row.simulated / row.published:8.3f}")
+        rows.append({"model": row.network, "cycles": row.simulated, "published_cycles": row.published})
     return rows
 
 
@@ -149,6 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", help="comma-separated names or patterns of layers to print; default: all")
     parser.add_argument("--no-check", action="store_true", help="do not compare layers with exact arithmetic")
     parser.add_argument("--bus-widths", action="store_true", help="also the cycles of one layer by width of the bus")
+    parser.add_argument(
+        "--tvm", action="store_true", help="also networks in TVM's schedules, to check the timing model"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of what runs on the CPU (default 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args(arguments)
@@ -176,7 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             more, totals[name] = benchmark(name, options, tell)
             rows += more
         if options.bus_widths:
-            answer["bus_widths"] = bus_table(options, tell)
+            answer["bus_widths"] = bus_table(tell)
+        if options.tvm:
+            answer["tvm_schedules"] = tvm_table(tell)
     except Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
