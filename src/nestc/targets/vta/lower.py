@@ -19,13 +19,16 @@ from nestc.targets.vta.shape import (
     Chunk,
     Rectangle,
     Span,
+    block_amounts,
     block_count,
     chunks,
     elements,
     groups_of,
     rectangle,
+    shift_runs,
     source_span,
     stored_weights,
+    tap_groups,
 )
 from nestc.targets.vta.sram import Slots
 from nestc.targets.vta.tiling import Share, Tiling
@@ -35,7 +38,7 @@ from nestc.tensor.ir import Buffer, Call, Expr, For, Intrinsic, Kernel, Stmt, Va
 LARGEST = (1 << 16) - 1
 """Elements in a row of a DMA instruction, and between two rows."""
 
-VERSION = 2
+VERSION = 3
 """Raised when kernels of the same layer and tiling change: stored tilings are searched anew."""
 
 Dimension: TypeAlias = tuple[int, tuple[int, ...]]
@@ -236,27 +239,29 @@ class _Lowering:
             return
         pairs, taps = self.weights[number].shape[:2]
         move = taps if pairs == len(step.pairs) else 0
+        groups = tap_groups(step.strides, step.taps, source, tile.y, tile.x)
         for chunk in chunks(step.pairs, tile.blocks, self.tiling.inputs):
             weights = self.load_weights(number, step, chunk)
             parts = groups_of(chunk, tile.blocks[0])
             place = self.load_source(tile, source, chunk.inputs, span)
-            for tap, (dy, dx) in enumerate(step.taps):
-                area = rectangle(step.strides, (dy, dx), source, tile.y, tile.x)
-                if area is None:
-                    continue
+            for group in groups:
                 for part in parts:
                     dimensions: list[Dimension] = [
                         (extent, (o * tile.positions, i * span.size, pair * move))
                         for extent, (o, i, pair) in part.dimensions
                     ]
-                    offset = self.spatial(area, tile, span, dimensions, weights=True)
+                    dimensions += [
+                        (extent, (0, down // span.row_step * span.width + across, tap * min(taps - 1, 1)))
+                        for extent, (down, across, tap) in group.loops
+                    ]
+                    offset = self.spatial(group.area, tile, span, dimensions, weights=True)
                     self.emit(
                         vta.gemm(self.config),
                         dimensions,
                         [
                             (self.acc, base + part.output * tile.positions + offset[0]),
                             (self.inp, place + part.input * span.size + offset[1]),
-                            (self.wgt, weights + part.pair * move + min(tap, taps - 1)),
+                            (self.wgt, weights + part.pair * move + min(group.tap, taps - 1)),
                         ],
                     )
 
@@ -284,19 +289,13 @@ class _Lowering:
                 self.emit(vta.alu(AluOp.MAX, None, self.config), dimensions, operands)
 
     def shift(self, tile: _Tile, base: int, number: int, step: Shift) -> None:
-        amounts = self.vectors.blocked(step.amounts)
-        of_tile = amounts[tile.blocks[0] : tile.blocks[1]]
-        if (of_tile == of_tile.flat[0]).all():
-            if of_tile.flat[0]:
-                self.immediate(AluOp.SHR, int(of_tile.flat[0]), base, tile.size)
-            return
-        # An instruction for each block costs its start, a vector of amounts a second cycle for each accumulator.
-        if (of_tile == of_tile[:, :1]).all() and tile.positions > 16:
-            for block, amount in enumerate(of_tile[:, 0]):
-                if amount:
-                    self.immediate(AluOp.SHR, int(amount), base + block * tile.positions, tile.positions)
-            return
-        self.vector_alu(tile, base, number, AluOp.SHR)
+        """Blocks of channels of one amount are shifted by an immediate, those of several by a vector of amounts."""
+        amounts = block_amounts(self.vectors.blocked(step.amounts)[tile.blocks[0] : tile.blocks[1]])
+        for first, last, amount in shift_runs(amounts, tile.positions):
+            if amount is None:
+                self.vector_alu(tile, base, number, AluOp.SHR, (first, last))
+            elif amount:
+                self.immediate(AluOp.SHR, amount, base + first * tile.positions, (last - first) * tile.positions)
 
     def clip(self, tile: _Tile, base: int, step: Clip) -> None:
         if step.low is not None:
@@ -340,14 +339,18 @@ class _Lowering:
     def immediate(self, op: AluOp, value: int, base: int, size: int) -> None:
         self.emit(vta.alu(op, value, self.config), [(size, (1,))], [(self.acc, base)])
 
-    def vector_alu(self, tile: _Tile, base: int, number: int, op: AluOp) -> None:
-        """An ALU operation whose second operand is a vector of channels, the same at every position."""
+    def vector_alu(self, tile: _Tile, base: int, number: int, op: AluOp, part: tuple[int, int] | None = None) -> None:
+        """An ALU operation whose second operand is a vector of channels, the same at every position.
+
+        ``part``: the blocks of the tile, counted from its first; all if None.
+        """
+        begin, end = part or (0, tile.count)
         first, last = self.load_vectors(tile)
-        place = self.vector_base + self.vectors.numbers.index(number) * (last - first) + tile.blocks[0] - first
+        place = self.vector_base + self.vectors.numbers.index(number) * (last - first) + tile.blocks[0] + begin - first
         self.emit(
             vta.alu(op, None, self.config),
-            [(tile.count, (tile.positions, 1)), (tile.positions, (1, 0))],
-            [(self.acc, base), (self.acc, place)],
+            [(end - begin, (tile.positions, 1)), (tile.positions, (1, 0))],
+            [(self.acc, base + begin * tile.positions), (self.acc, place)],
         )
 
     def emit(self, call: Intrinsic, dimensions: Sequence[Dimension], operands: Sequence[tuple[Buffer, int]]) -> None:

@@ -7,6 +7,7 @@ and timing cost a hundred times that. It ranks tilings; `schedule` verifies the 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -18,7 +19,7 @@ from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.timing import RTL, Timing
 from nestc.targets.vta.constants import Vectors
 from nestc.targets.vta.layer import Clip, Init, Layer, Maximum, Product, Shift
-from nestc.targets.vta.shape import block_count, stored_weights
+from nestc.targets.vta.shape import block_amounts, block_count, shift_runs, stored_weights
 from nestc.targets.vta.tiling import Share, Tiling
 
 Range: TypeAlias = tuple[int, int]
@@ -80,10 +81,9 @@ class Elementwise:
 
 @dataclass(frozen=True, eq=False)
 class Shifts:
-    """A shift by amounts that differ: which blocks have one amount, and which have that of the block before."""
+    """A shift by amounts that differ: a number for each block that tells amounts apart, None where channels differ."""
 
-    uniform: tuple[bool, ...]
-    same: tuple[bool, ...]
+    amounts: tuple[int | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +167,8 @@ def _part(layer: Layer, number: int, vectors: Vectors, config: VtaConfig) -> Par
         if (amounts == amounts.flat[0]).all():
             instructions = int(amounts.flat[0] != 0)
             return Elementwise(instructions, instructions)
-        uniform = (amounts == amounts[:, :1]).all(axis=1)
-        same = np.concatenate([[True], (amounts[1:] == amounts[:-1]).all(axis=1)])
-        return Shifts(tuple(uniform.tolist()), tuple(same.tolist()))
+        names: dict[int | None, int | None] = {None: None}
+        return Shifts(tuple(names.setdefault(amount, len(names)) for amount in block_amounts(amounts)))
     return Elementwise(1, 1)
 
 
@@ -209,7 +208,7 @@ class _Axis:
     """One dimension of what a tile reads: source positions loaded, and for each tap the outputs that have a source."""
 
     size: int
-    counts: tuple[int, ...]
+    outputs: tuple[Range, ...]
 
 
 @lru_cache(maxsize=65536)
@@ -218,7 +217,7 @@ def _rows(cut: Range, stride: int, size: int, offsets: tuple[int, ...], step: in
     first, bottom = cut[0] * stride + min(offsets), (cut[1] - 1) * stride + max(offsets)
     top = first if first >= 0 else first + -(first // step) * step
     bottom -= max(0, -(-(bottom - size + 1) // step)) * step
-    return _Axis(max(0, (bottom - top) // step + 1), _counts(cut, stride, size, offsets))
+    return _Axis(max(0, (bottom - top) // step + 1), _outputs(cut, stride, size, offsets))
 
 
 @lru_cache(maxsize=65536)
@@ -227,13 +226,40 @@ def _columns(cut: Range, stride: int, size: int, offsets: tuple[int, ...]) -> _A
     left, right = max(0, cut[0] * stride + min(offsets)), min(size - 1, (cut[1] - 1) * stride + max(offsets))
     if left < stride and right >= size - stride:
         left, right = 0, size - 1
-    return _Axis(max(0, right - left + 1), _counts(cut, stride, size, offsets))
+    return _Axis(max(0, right - left + 1), _outputs(cut, stride, size, offsets))
 
 
-def _counts(cut: Range, stride: int, size: int, offsets: tuple[int, ...]) -> tuple[int, ...]:
+def _outputs(cut: Range, stride: int, size: int, offsets: tuple[int, ...]) -> tuple[Range, ...]:
+    """Outputs of `cut`, counted from its first, whose source exists, for each offset."""
     return tuple(
-        max(0, min(cut[1], (size - 1 - offset) // stride + 1) - max(cut[0], -(offset // stride))) for offset in offsets
+        (max(cut[0], -(offset // stride)) - cut[0], min(cut[1], (size - 1 - offset) // stride + 1) - cut[0])
+        for offset in offsets
     )
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a tile of outputs reads of a source: (rows, columns) that are loaded, and how its taps are summed.
+
+    ``sums``: micro-ops of a pair of blocks. ``groups``: extents (height, width, taps) of each instruction.
+    """
+
+    rows: int
+    columns: int
+    sums: int
+    groups: tuple[tuple[int, int, int], ...]
+
+
+@lru_cache(maxsize=65536)
+def _reach(rows: _Axis, columns: _Axis) -> Reach:
+    """Taps under which the same outputs have a source are one instruction; see `shape.tap_groups`."""
+    alike = Counter(zip(rows.outputs, columns.outputs, strict=True))
+    groups = tuple(
+        (bottom - top, right - left, taps)
+        for ((top, bottom), (left, right)), taps in alike.items()
+        if top < bottom and left < right
+    )
+    return Reach(rows.size, columns.size, sum(h * w * taps for h, w, taps in groups), groups)
 
 
 @dataclass(frozen=True)
@@ -259,6 +285,7 @@ class Walk:
         self.sizes, self.share, self.config, self.costs = sizes, share, config, costs
         self._chunks: dict[tuple[int, int, int], tuple[tuple[Chunk, ...], ...]] = {}
         self._chunk_sizes: dict[tuple[int, int, int], tuple[int, int, int]] = {}
+        self._reaches: dict[tuple[int, Range, Range], Reach] = {}
         self._spans: dict[tuple[int, int, int], int] = {}
 
     def chunks(self, read: int, blocks: int, inputs: int) -> tuple[tuple[Chunk, ...], ...]:
@@ -288,22 +315,25 @@ class Walk:
         ]
         return max(1, *counts, 1)
 
-    def reach(self, read: Read, rows: Range, columns: Range) -> tuple[_Axis, _Axis]:
-        """The rows and the columns of the source that outputs read."""
-        _, height, width = read.source
-        return (
-            _rows(rows, read.strides[0], height, read.down, read.row_step),
-            _columns(columns, read.strides[1], width, read.across),
-        )
+    def reach(self, number: int, rows: Range, columns: Range) -> Reach:
+        """What outputs read of the source of a read."""
+        key = number, rows, columns
+        if key not in self._reaches:
+            read = self.sizes.reads[number]
+            _, height, width = read.source
+            self._reaches[key] = _reach(
+                _rows(rows, read.strides[0], height, read.down, read.row_step),
+                _columns(columns, read.strides[1], width, read.across),
+            )
+        return self._reaches[key]
 
     def span(self, number: int, rows: int, columns: int) -> int:
         """Source positions of the largest tile."""
         key = number, rows, columns
         if key not in self._spans:
-            read, across = self.sizes.reads[number], _cuts(0, self.sizes.width, columns)
-            down = _cuts(*self.share.rows, rows)
-            self._spans[key] = max(self.reach(read, cut, across[0])[0].size for cut in down) * max(
-                self.reach(read, down[0], cut)[1].size for cut in across
+            down, across = _cuts(*self.share.rows, rows), _cuts(0, self.sizes.width, columns)
+            self._spans[key] = max(self.reach(number, cut, across[0]).rows for cut in down) * max(
+                self.reach(number, down[0], cut).columns for cut in across
             )
         return self._spans[key]
 
@@ -346,11 +376,19 @@ class Walk:
         places *= -(-self.sizes.width // tiling.columns)
         tiles = -(-(self.share.blocks[1] - self.share.blocks[0]) // tiling.blocks)
         starts = tiles * sum(part.starts for part in self.sizes.parts if isinstance(part, Elementwise))
-        for number, read in enumerate(self.sizes.reads):
-            starts += self.chunk_sizes(number, tiling.blocks, tiling.inputs)[2] * len(read.down)
+        columns = min(tiling.columns, self.sizes.width)
+        for number in range(len(self.sizes.reads)):
+            groups = self.reach(number, self._middle(*self.share.rows, tiling.rows), (0, columns)).groups
+            starts += self.chunk_sizes(number, tiling.blocks, tiling.inputs)[2] * len(groups)
         source, weights, _, sums = self.largest(tiling)
         fill = (source * self.config.inp_bytes + weights * self.config.wgt_bytes) * 8 // self.config.bus_bits
         return places * starts * self.costs.start + (fill + int(sums * self.costs.element)) // 2
+
+    @staticmethod
+    def _middle(first: int, last: int, step: int) -> Range:
+        """A cut that is not the first, if there are several."""
+        at = first + (last - first) // (2 * step) * step
+        return at, min(at + step, last)
 
     def estimate(self, tiling: Tiling) -> Estimate:
         """The three clocks when the last store has ended."""
@@ -468,11 +506,11 @@ class _Clocks:
                 if part.vector:
                     self._vectors()
                 self._computed(part.cycles * count * positions, part.starts)
-            elif all(part.uniform[cut[0] : cut[1]]) and (positions > 16 or all(part.same[cut[0] + 1 : cut[1]])):
-                self._computed(count * positions, 1 if all(part.same[cut[0] + 1 : cut[1]]) else count)
             else:
-                self._vectors()
-                self._computed(self.walk.costs.tensor * count * positions, 1)
+                for first, last, amount in shift_runs(part.amounts[cut[0] : cut[1]], positions):
+                    if amount is None:
+                        self._vectors()
+                    self._computed((last - first) * positions * (1 if amount else self.walk.costs.tensor), 1)
         wide = columns[1] - columns[0] == sizes.width
         stores = 1 if wide else count
         bursts = count * (1 if wide else rows[1] - rows[0])
@@ -502,8 +540,8 @@ class _Clocks:
     def _chunk(
         self, place: tuple[int, Range, Range], read: Read, name: tuple[int, int, int], chunk: Chunk, acc: int
     ) -> None:
-        down, across = self.walk.reach(read, place[1], place[2])
-        if not (down.size and across.size):
+        reach = self.walk.reach(name[0], place[1], place[2])
+        if not (reach.rows and reach.columns):
             return
         ready = wgt = 0
         if not read.maximum:
@@ -516,17 +554,16 @@ class _Clocks:
             wgt, ready = found, self.wgt.ready[found]
         key = (place, name[0], chunk.inputs)
         inp = self.inp.where.get(key)
-        size = len(chunk.inputs) * down.size * across.size
+        size = len(chunk.inputs) * reach.rows * reach.columns
         if inp is None:
             inp = self.inp.take(key)
-            single = across.size == read.source[2] and read.row_step == 1
+            single = reach.columns == read.source[2] and read.row_step == 1
             loads = 1 if single and chunk.inputs[-1] - chunk.inputs[0] < len(chunk.inputs) else len(chunk.inputs)
             self.inp.ready[inp] = self._loaded(size * self.inp_cycles, loads, self.inp.free[inp])
-        areas = [high * wide for high, wide in zip(down.counts, across.counts, strict=True) if high and wide]
-        shape = (acc, inp, wgt, name[0], down, across, len(chunk.inputs), chunk.pairs)
+        shape = (acc, inp, wgt, name[0], reach, len(chunk.inputs), chunk.pairs)
         if shape not in self.known:
             self.known.add(shape)
-            uops = len(areas) * chunk.parts * _micro_ops(chunk, down, across)
+            uops = chunk.parts * sum(_micro_ops(chunk, reach, group) for group in reach.groups)
             self.uops += uops
             self._computed(int(uops * _UOP_BITS / self.walk.config.bus_bits), 0)  # LOAD UOP runs there
         ready = max(ready, self.inp.ready[inp])
@@ -535,15 +572,17 @@ class _Clocks:
         self.compute = max(self.compute, ready)
         if read.maximum:
             self._computed(2 * size, 2)
-            self._computed(self.walk.costs.tensor * len(chunk.inputs) * sum(areas), len(areas))
+            self._computed(self.walk.costs.tensor * len(chunk.inputs) * reach.sums, sum(g[2] for g in reach.groups))
         else:
-            self._computed(chunk.pairs * sum(areas), len(areas) * chunk.parts)
+            self._computed(chunk.pairs * reach.sums, len(reach.groups) * chunk.parts)
             self.wgt.free[wgt] = self.compute
         self.inp.free[inp] = self.compute
 
 
-def _micro_ops(chunk: Chunk, down: _Axis, across: _Axis) -> int:
-    """Micro-ops of a GEMM: the product of what its two longest loops leave."""
+def _micro_ops(chunk: Chunk, reach: Reach, group: tuple[int, int, int]) -> int:
+    """Micro-ops of a GEMM: what its two longest loops leave; rows of whole width are one loop."""
+    height, width, taps = group
     inputs = len(chunk.inputs)
-    extents = sorted((max(down.counts), max(across.counts), inputs, -(-chunk.pairs // inputs)))
-    return extents[0] * extents[1]
+    place = (height * width, 1) if width == reach.columns else (height, width)
+    extents = sorted((*place, taps, inputs, -(-chunk.pairs // inputs)))
+    return extents[0] * extents[1] * extents[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -12,6 +13,10 @@ from nestc.runtime.vta.config import VtaConfig
 from nestc.targets.vta.layer import FeatureMap, Maximum, Product
 
 Range = tuple[int, int]
+Move = tuple[int, int, int]
+
+START = 8
+"""About the cycles of an ALU instruction beside its micro-ops, to weigh one of two cycles against several of one."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,59 @@ def rectangle(
     return Rectangle((first_y, first_x), (last_y - first_y, last_x - first_x), pixel, strides)
 
 
+@dataclass(frozen=True)
+class TapGroup:
+    """Taps under which the same outputs have a pixel: from number `tap`, whose rectangle is `area`.
+
+    ``loops``: extents, and the moves (rows, columns, taps) in the source and in the list of taps.
+    """
+
+    area: Rectangle
+    tap: int
+    loops: tuple[tuple[int, Move], ...]
+
+
+@lru_cache(maxsize=65536)
+def tap_groups(
+    strides: tuple[int, int], taps: tuple[tuple[int, int], ...], source: FeatureMap, y: Range, x: Range
+) -> tuple[TapGroup, ...]:
+    """The taps that reach a pixel from rows `y` and columns `x`, those at equal distances together, also in two loops.
+
+    Inside a map a square of taps is one group; at a border those that reach over it are others.
+    """
+    alike: dict[tuple[Range, Range], list[tuple[int, Rectangle]]] = {}
+    for tap, offset in enumerate(taps):
+        area = rectangle(strides, offset, source, y, x)
+        if area is not None:
+            alike.setdefault((area.first, area.extent), []).append((tap, area))
+    groups: list[TapGroup] = []
+    for members in alike.values():
+        areas = dict(members)
+        runs = _runs_of_taps([(*area.source, tap) for tap, area in members])
+        outer: tuple[tuple[int, Move], ...] = ()
+        squares = _runs_of_taps([first for first, _, _ in runs])
+        if len(squares) == 1 and len({run[1:] for run in runs}) == 1:
+            outer, runs = (squares[0][1:],), runs[:1]
+        groups += [TapGroup(areas[first[2]], first[2], (*outer, (count, move))) for first, count, move in runs]
+    return tuple(groups)
+
+
+def _runs_of_taps(places: list[Move]) -> list[tuple[Move, int, Move]]:
+    """Places (row, column, tap) cut into runs (first, count, move) of equal moves that go on in the source."""
+    runs: list[tuple[Move, int, Move]] = []
+    for place in places:
+        if runs:
+            first, count, move = runs[-1]
+            if count == 1:
+                move = place[0] - first[0], place[1] - first[1], place[2] - first[2]
+            next_ = first[0] + count * move[0], first[1] + count * move[1], first[2] + count * move[2]
+            if place == next_ and move[:2] > (0, 0):
+                runs[-1] = first, count + 1, move
+                continue
+        runs.append((place, 1, (0, 0, 0)))
+    return runs
+
+
 @lru_cache(maxsize=1024)
 def chunks(pairs: tuple[tuple[int, int], ...], blocks: Range, inputs: int) -> tuple[Chunk, ...]:
     """The pairs of a product whose output block is among `blocks`, cut into chunks of `inputs` input blocks."""
@@ -153,6 +211,26 @@ def _runs(indices: list[int]) -> tuple[tuple[int, int, int, int, int], ...]:
         merged.append((first, length, 1, length, place))
         place += length
     return tuple(merged)
+
+
+def block_amounts(amounts: np.ndarray) -> list[int | None]:
+    """The one amount by which a block is shifted, or None where its channels differ; int64 (blocks, block)."""
+    return [int(row[0]) if (row == row[0]).all() else None for row in amounts]
+
+
+def shift_runs(amounts: Sequence[int | None], positions: int) -> list[tuple[int, int, int | None]]:
+    """Runs (first, last, amount) of a tile's blocks, each with one amount, or None for those shifted by a vector.
+
+    A vector takes two cycles an accumulator; another instruction costs `START` cycles.
+    """
+    runs: list[tuple[int, int, int | None]] = []
+    for block, amount in enumerate(amounts):
+        if runs and runs[-1][2] == amount:
+            runs[-1] = runs[-1][0], block + 1, amount
+        else:
+            runs.append((block, block + 1, amount))
+    cycles = sum(START + (last - first) * positions * (2 if amount is None else 1) for first, last, amount in runs)
+    return runs if cycles <= START + 2 * len(amounts) * positions else [(0, len(amounts), None)]
 
 
 @lru_cache(maxsize=1024)
