@@ -76,6 +76,15 @@ def test_pads_with_another_number_are_refused() -> None:
     assert "other than zeros" in reasons(graph.model(y))[0]
 
 
+@pytest.mark.parametrize("shape", [(1, 20, 4, 5), (1, 3, 7), (1, 16, 2, 2)])
+def test_small_maps_are_flattened_by_products(shape: tuple[int, ...]) -> None:
+    graph = Graph()
+    y = graph.node("Flatten", graph.input(shape))
+    x = graph.real(y, -5)
+    y = graph.node("Gemm", x, graph.weight((int(np.prod(shape)), 10), -9))
+    check(graph.model(graph.quantize(y, -3)))
+
+
 @pytest.mark.parametrize(
     ("before", "after", "same"),
     [
@@ -83,7 +92,7 @@ def test_pads_with_another_number_are_refused() -> None:
         ((1, 20, 4, 5), (1, 20, 20), True),
         ((2, 20, 20), (2, 20, 4, 5), True),
         ((1, 20), (1, 20, 1, 1), True),
-        ((1, 20, 4, 5), (1, 400), False),
+        ((1, 512, 7, 7), (1, 25088), False),
         ((2, 20, 1, 1), (2, 20), False),
         ((1, 20, 4, 5), (1, 4, 5, 20), False),
     ],

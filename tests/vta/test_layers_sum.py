@@ -87,6 +87,16 @@ def test_scale_and_shift_of_channels(channels: int, first: int, last: int, relu:
     check(graph.model(graph.quantize(y, last)), seed=seed)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_bounds_by_max_and_min(swapped: bool) -> None:
+    graph = Graph()
+    y = graph.real(graph.input((1, 20, 4, 5)), -5)
+    for op, bound in (("Max", -0.7), ("Min", 2.1)):
+        operands = [y, graph.constant(np.float32(bound))]
+        y = graph.node(op, *(operands[::-1] if swapped else operands))
+    check(graph.model(graph.quantize(y, -5)))
+
+
 def test_scale_and_shift_after_a_residual_take_a_second_layer() -> None:
     graph = Graph()
     shape = (1, 20, 6, 6)

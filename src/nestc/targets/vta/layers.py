@@ -15,7 +15,7 @@ from nestc.graph.region import Op, Region
 from nestc.runtime.vta.config import VtaConfig
 from nestc.targets.vta.layer import FeatureMap, Init, Layer
 from nestc.targets.vta.layers_linear import convolution, matrix_product
-from nestc.targets.vta.layers_moves import concatenated, is_alias, moved
+from nestc.targets.vta.layers_moves import concatenated, elsewhere, flattened, is_alias, moved
 from nestc.targets.vta.layers_pool import average, is_spatial_mean, maximum
 from nestc.targets.vta.layers_steps import packed
 from nestc.targets.vta.layers_sum import Chain, Factor, Sum, lift, output_map, quantized, settled
@@ -318,6 +318,20 @@ class _Walk:
             bounds.append(None if number is None or not np.isfinite(number) else Fraction(number))
         return self.bounded(op, *bounds)
 
+    def extreme(self, op: Op) -> Value:
+        """Max or Min of a value and a constant number."""
+        given = [self.value(name) for name in op.inputs]
+        places = [place for place, value in enumerate(given) if isinstance(value, Constant)]
+        if len(given) != 2 or len(places) != 1:
+            raise Refused(f"{op.op_type} of computed values: VTA's layers bound by constants")
+        bound, kept = given[places[0]], given[1 - places[0]]
+        assert isinstance(bound, Constant) and not isinstance(kept, Constant)
+        self.same_shape(op, kept)
+        if bound.integers.size != 1:
+            raise Refused(f"{op.op_type} has a bound for each channel; VTA takes one for all")
+        number = Fraction(int(bound.integers.reshape(()))) * Fraction(2) ** int(bound.exponents.reshape(()))
+        return lift(kept).clip(*((number, None) if op.op_type == "Max" else (None, number)))
+
     def bounded(self, op: Op, low: Fraction | None, high: Fraction | None) -> Value:
         value = self.value(op.inputs[0])
         if isinstance(value, Constant):
@@ -348,6 +362,9 @@ class _Walk:
     def concat(self, op: Op) -> Value:
         return concatenated(op, [self.source(op, i) for i in range(len(op.inputs))], self.shape(op))
 
+    def flatten(self, op: Op) -> Value:
+        return flattened(op, self.source(op), self.shape(op))
+
     def move(self, op: Op) -> Value | list[Value]:
         found = moved(op, self.source(op), self.region)
         return list(found)
@@ -372,7 +389,9 @@ _CURVES = frozenset(
 )
 
 
-_ON_INTEGERS = frozenset("Clip Concat GlobalMaxPool MaxPool Pad QuantizeLinear Relu Slice Split".split())
+_ON_INTEGERS = frozenset(
+    "Clip Concat Flatten GlobalMaxPool Max MaxPool Min Pad QuantizeLinear Relu Reshape Slice Split".split()
+)
 """Operators that mean the same on integers as on the real numbers that those stand for."""
 
 
@@ -380,7 +399,7 @@ def _unknown(op: Op) -> str:
     if op.op_type in _CURVES and not op.domain:
         return f"activation {op.op_type} has no power-of-two integer form on VTA"
     if op.op_type in VIEWS and not op.domain:
-        return f"{op.op_type} gives a shape that lies differently in VTA's layout of channel blocks"
+        return elsewhere(op)
     name = op.op_type if not op.domain else f"{op.domain}::{op.op_type}"
     return f"operator {name} has no form of products, maxima and shifts on VTA"
 
@@ -392,16 +411,20 @@ _HANDLERS: Mapping[str, Callable[[_Walk, Op], Value | list[Value]]] = {
     "Concat": _Walk.concat,
     "Conv": _Walk.conv,
     "DequantizeLinear": _Walk.dequantize,
+    "Flatten": _Walk.flatten,
     "Gemm": _Walk.gemm,
     "GlobalAveragePool": _Walk.average_pool,
     "GlobalMaxPool": _Walk.max_pool,
     "MatMul": _Walk.matmul,
+    "Max": _Walk.extreme,
     "MaxPool": _Walk.max_pool,
+    "Min": _Walk.extreme,
     "Mul": _Walk.multiply,
     "Pad": _Walk.move,
     "QuantizeLinear": _Walk.quantize,
     "ReduceMean": _Walk.average_pool,
     "Relu": _Walk.relu,
+    "Reshape": _Walk.flatten,
     "Slice": _Walk.move,
     "Split": _Walk.move,
     "Sub": _Walk.subtract,

@@ -1,4 +1,4 @@
-"""Concat, Pad, Slice and Split as products with ones, and views that lie alike in memory."""
+"""Concat, Flatten, Pad, Slice and Split as products with ones, and views that lie alike in memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from nestc.graph.kinds import VIEWS
 from nestc.graph.region import Op, Region
 from nestc.targets.vta.layers_sum import Sum
 from nestc.targets.vta.layers_values import Refused, Source, Term, identity
+
+_MOST_FLATTENED = 1 << 16
+"""Elements times places of a map that is flattened; its weights take 16 to 32 times as many bytes."""
 
 
 def concatenated(op: Op, sources: Sequence[Source], shape: tuple[int, ...]) -> Sum:
@@ -24,6 +27,30 @@ def concatenated(op: Op, sources: Sequence[Source], shape: tuple[int, ...]) -> S
         terms.append(identity(source, shape[1], first))
         first += source.map.channels
     return Sum(shape, None, tuple(terms))
+
+
+def flattened(op: Op, x: Source, shape: tuple[int, ...]) -> Sum:
+    """A map [1, c, h, w] as a matrix of one row, in ONNX's order: element (c * h + y) * w + x.
+
+    VTA's layout has another order, so that each element is a product with 1 at a place of its own. The weights for it
+    grow with the square of the places; a large map is refused.
+    """
+    places = x.map.height * x.map.width
+    if shape != (1, x.map.channels * places) or x.map.batch != 1 or len(x.shape) == 2:
+        raise Refused(elsewhere(op))
+    if shape[1] * places > _MOST_FLATTENED:
+        raise Refused(f"{elsewhere(op)}, and {shape[1]} elements are too many to be moved one by one")
+    outs = np.arange(shape[1])
+    weights = np.zeros((shape[1], 1, places), np.int8)
+    weights[outs, 0, outs % places] = 1
+    taps = tuple((y, column) for y in range(x.map.height) for column in range(x.map.width))
+    exponents = np.full(shape[1], x.exponent, np.int64)
+    return Sum(shape, None, (Term(x.map, (1, 1), taps, outs, (outs // places)[:, None], weights, exponents),))
+
+
+def elsewhere(op: Op) -> str:
+    """The reason why a view is not free."""
+    return f"{op.op_type} gives a shape that lies differently in VTA's layout of channel blocks"
 
 
 def moved(op: Op, x: Source, region: Region) -> tuple[Sum, ...]:
