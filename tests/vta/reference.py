@@ -106,6 +106,8 @@ def _apply(op: Op, x: list[np.ndarray | None], region: Region, half_up: bool) ->
         "Sub": lambda: a - others[0],
         "Mul": lambda: a * others[0],
         "Relu": lambda: np.maximum(a, 0),
+        "Max": lambda: np.maximum(a, others[0]),
+        "Min": lambda: np.minimum(a, others[0]),
     }
     return [simple[kind]()]
 
