@@ -17,6 +17,7 @@ from nestc.targets.vta.layer import FeatureMap, Init, Layer
 from nestc.targets.vta.layers_linear import convolution, matrix_product
 from nestc.targets.vta.layers_moves import concatenated, elsewhere, flattened, is_alias, moved
 from nestc.targets.vta.layers_pool import average, is_spatial_mean, maximum
+from nestc.targets.vta.layers_size import require_room
 from nestc.targets.vta.layers_steps import packed
 from nestc.targets.vta.layers_sum import Chain, Factor, Sum, lift, output_map, quantized, settled
 from nestc.targets.vta.layers_values import (
@@ -54,7 +55,8 @@ def refusal(region: Region, config: VtaConfig) -> str | None:
     """Why VTA does not take a region, in words; None if `layers_of` gives its layers."""
     try:
         if alias_of(region) is None:
-            _walked(region, config)
+            for chain in _walked(region, config):
+                require_room(chain.steps, chain.maps, config)
     except Refused as reason:
         return str(reason)
     return None
@@ -389,9 +391,7 @@ _CURVES = frozenset(
 )
 
 
-_ON_INTEGERS = frozenset(
-    "Clip Concat Flatten GlobalMaxPool Max MaxPool Min Pad QuantizeLinear Relu Reshape Slice Split".split()
-)
+_ON_INTEGERS = frozenset("Clip Concat Flatten Max MaxPool Min Pad QuantizeLinear Relu Reshape Slice Split".split())
 """Operators that mean the same on integers as on the real numbers that those stand for."""
 
 
