@@ -54,6 +54,13 @@ def test_a_clip_keeps_its_bound_in_every_channel() -> None:
     assert least.outputs[0].name == "a6"
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8-pow2"])
+def test_weights_with_a_scale_a_channel_need_no_bound_a_channel(scheme: str) -> None:
+    prepared, profile, context = ready(mobile(spread=256.0), scheme)
+    equalize(prepared, profile, context)
+    assert "Min" not in ops(prepared) and ops(prepared).count("Clip") == 2
+
+
 def test_powers_of_two_fit_each_tensor_best_afterwards() -> None:
     scheme = scheme_named("int8-pow2")
     prepared, profile, context = ready(mobile(), "int8-pow2")
