@@ -151,6 +151,51 @@ def test_parts_that_it_refuses_run_on_the_cpu_in_between(tmp_path: Path) -> None
     assert all(one["end_us"] <= other["start_us"] + 1e-6 for one, other in itertools.pairwise(marks))
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"LOG_UOP_BUFF_SIZE": 4},
+        {"LOG_INP_BUFF_SIZE": 8},
+        {"LOG_WGT_BUFF_SIZE": 12},
+        {"LOG_ACC_BUFF_SIZE": 16},  # fewer accumulators than inputs: a micro-op names no more inputs than accumulators
+        {"LOG_ACC_BUFF_SIZE": 10},
+        {"LOG_BLOCK": 6, "LOG_WGT_BUFF_SIZE": 20, "LOG_INP_BUFF_SIZE": 16, "LOG_ACC_BUFF_SIZE": 18},
+        {"LOG_BATCH": 2, "LOG_INP_BUFF_SIZE": 17, "LOG_ACC_BUFF_SIZE": 19},
+    ],
+    ids=str,
+)
+def test_machines_of_other_sizes_compute_the_same(tmp_path: Path, sizes: dict[str, int]) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps({**KEYS, **sizes}))
+    path = residual(tmp_path / "m.onnx")
+    executable = nestc.compile(path, targets=[f"vta:config={file}"])
+    assert [part.device for part in executable.plan.partitions] == ["vta"]
+    np.testing.assert_array_equal(executable(X), run_qdq(nestc.load(path), {"x": X})["y"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"LOG_INP_BUFF_SIZE": 7}, "a window of 3 x 3 pixels does not fit VTA's input buffer of 8 elements"),
+        ({"LOG_WGT_BUFF_SIZE": 11}, "9 taps do not fit VTA's weight buffer of 8 blocks"),
+    ],
+)
+def test_windows_that_no_buffer_holds_are_refused(tmp_path: Path, sizes: dict[str, int], words: str) -> None:
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps({**KEYS, **sizes}))
+    plan = nestc.compile(residual(tmp_path / "m.onnx"), targets=[f"vta:config={file}"]).plan
+    assert plan.regions[0].device == "cpu" and plan.regions[0].refusals["vta"] == words
+
+
+def test_a_mean_over_more_pixels_than_the_input_buffer_holds_is_refused(tmp_path: Path) -> None:
+    net = Net()
+    x = net.input("x", [1, 20, 64, 64])
+    net.nodes.append(onnx.helper.make_node("GlobalAveragePool", [net.real(x)], ["mean"]))
+    net.output(net.quantize("mean", "y", -6), [1, 20, 1, 1])
+    plan = nestc.compile(net.save(tmp_path / "m.onnx"), targets=["vta"]).plan
+    assert "64 x 64 pixels does not fit VTA's input buffer" in plan.regions[0].refusals["vta"]
+
+
 def test_a_float_model_stays_on_the_cpu_and_says_why(tmp_path: Path) -> None:
     nodes = [onnx.helper.make_node("Conv", ["x", "w"], ["h"]), onnx.helper.make_node("Relu", ["h"], ["y"])]
     value = onnx.helper.make_tensor_value_info

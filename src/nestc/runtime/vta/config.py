@@ -161,6 +161,11 @@ class VtaConfig:
         return 1 << self.log_inp_depth
 
     @property
+    def inp_reach(self) -> int:
+        """Elements of the input buffer that a micro-op can name: its source is as wide as an accumulator's address."""
+        return min(self.inp_depth, self.acc_depth)
+
+    @property
     def wgt_depth(self) -> int:
         """Elements of the weight buffer."""
         return 1 << self.log_wgt_depth

@@ -125,8 +125,8 @@ class _Lowering:
                     weights = max(weights, min(pairs, self.most_pairs(step)) * taps)
                 else:
                     staging = max(staging, wanted * span)
-        self.ones = c.inp_depth - 1
-        self.inputs = Slots(0, c.inp_depth - 1, source)
+        self.ones = c.inp_reach - 1
+        self.inputs = Slots(0, c.inp_reach - 1, source)
         top = c.wgt_depth - 1  # the identity block of Maximum
         self.identity = top
         bias = self.vectors.digits * largest.count

@@ -348,7 +348,7 @@ class Walk:
         vectors = sizes.vectors * blocks
         vectors = vectors if vectors <= config.acc_depth // 8 else sizes.vectors * tile
         counts = (
-            (config.inp_depth - 1) // source,
+            (config.inp_reach - 1) // source,
             (config.wgt_depth - 1 - bias) // weights,
             (config.acc_depth - vectors - staging) // sums,
         )
@@ -371,7 +371,9 @@ class Walk:
         return source, weights, staging, blocks * rows * min(tiling.columns, sizes.width)
 
     def bound(self, tiling: Tiling) -> int:
-        """Cycles besides the work that all tilings have in common: starts of instructions, half of the edges."""
+        """Cycles besides the work that all tilings have in common: starts of instructions, half of the edges, and what
+        no slot hides.
+        """
         places = self.sizes.images * -(-(self.share.rows[1] - self.share.rows[0]) // tiling.rows)
         places *= -(-self.sizes.width // tiling.columns)
         tiles = -(-(self.share.blocks[1] - self.share.blocks[0]) // tiling.blocks)
@@ -382,7 +384,13 @@ class Walk:
             starts += self.chunk_sizes(number, tiling.blocks, tiling.inputs)[2] * len(groups)
         source, weights, _, sums = self.largest(tiling)
         fill = (source * self.config.inp_bytes + weights * self.config.wgt_bytes) * 8 // self.config.bus_bits
-        return places * starts * self.costs.start + (fill + int(sums * self.costs.element)) // 2
+        cycles = places * starts * self.costs.start + (fill + int(sums * self.costs.element)) // 2
+        inp, _, acc = self.slots(tiling) or (1, 1, 1)
+        if acc == 1:  # no sums while a tile is stored
+            cycles += int((places * tiles - 1) * sums * self.costs.element)
+        if inp == 1:  # and none while a chunk is loaded
+            cycles += places * source * self.config.inp_bytes * 8 // self.config.bus_bits
+        return cycles
 
     @staticmethod
     def _middle(first: int, last: int, step: int) -> Range:
