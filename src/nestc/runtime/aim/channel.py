@@ -185,6 +185,10 @@ class Channel:
         queue.append(_Access(command, bank, row, entered))
         return entered
 
+    def close(self, tick: int) -> None:
+        """Nothing more comes; what is under way goes on until `tick`, the last one."""
+        self._accesses_until(tick)
+
     # Requests in order.
 
     def _issue(self, burst: Burst, tick: int, left: int) -> tuple[int, int]:
@@ -307,6 +311,8 @@ class Channel:
             if self._interval:
                 later = min(later, max(self._next_refresh, tick + 1))
             self._clock = min(later - 1, last)
+        self._refreshed(last)
+        self._look(last)
 
     def _take_turns(self) -> None:
         """Writes have their turn when many wait or no reads do (watermarks of 80 and 20 %)."""

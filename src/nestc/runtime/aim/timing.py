@@ -60,8 +60,8 @@ class Report:
     """Modelled execution of a stream.
 
     ``ticks``: until EOC is answered. ``start``: the tick at which the host takes up each request, int64 in stream
-    order; ``end``: at which its last command is done in its last channel. ``issued``: DRAM commands by name, summed over
-    channels; ``active``: channel-ticks with a row open. ``machine``: the one that was modelled.
+    order; ``end``: at which its last command is done in its last channel. ``issued``: DRAM commands by name,
+    summed over channels; ``active``: channel-ticks with a row open. ``machine``: the one that was modelled.
     """
 
     ticks: int
@@ -137,6 +137,8 @@ def simulate_timing(commands: Sequence[Command], machine: AimMachine, refresh: b
                 end[index] = max(end[index], done)
         tick = sent + 1
     ticks = tick - 1
+    for channel in channels:
+        channel.close(ticks)
     counts = np.bincount(np.array(groups), minlength=len(channels)).tolist()
     issued = {
         name: sum(count * channel.rows.issued[place] for count, channel in zip(counts, channels, strict=True))
