@@ -115,13 +115,14 @@ def pack(memory: np.ndarray, item: Mapping[str, Any], array: np.ndarray, config:
     """Write the value `item` (an entry of ``inputs``) into DRAM; `array` is int8 of the ONNX shape."""
     columns = layout.columns_from_json(item.get("columns"))
     array = array if columns is None else columns.apply(array)
-    _put(memory, item["name"], item["address"], layout.pack(array, item["map"], config))
+    _put(memory, item["name"], item["address"], layout.pack(array, item["map"], config, bool(item.get("rows"))))
 
 
 def unpack(memory: np.ndarray, item: Mapping[str, Any], config: VtaConfig) -> np.ndarray:
     """Read the value `item` (an entry of ``inputs`` or ``outputs``) from DRAM: a new int8 array of the ONNX shape."""
     size = layout.map_bytes(item["map"], config)
-    return layout.unpack(memory[item["address"] : item["address"] + size], item["map"], item["shape"], config)
+    data = memory[item["address"] : item["address"] + size]
+    return layout.unpack(data, item["map"], item["shape"], config, bool(item.get("rows")))
 
 
 def _put(memory: np.ndarray, name: str, address: int, data: np.ndarray) -> None:

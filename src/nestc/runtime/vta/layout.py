@@ -57,14 +57,15 @@ def map_bytes(sizes: Sequence[int], config: VtaConfig) -> int:
     return math.prod(_blocked(sizes, config))
 
 
-def pack(array: np.ndarray, sizes: Sequence[int], config: VtaConfig) -> np.ndarray:
+def pack(array: np.ndarray, sizes: Sequence[int], config: VtaConfig, rows: bool = False) -> np.ndarray:
     """The bytes of a map in DRAM, flat uint8, with zeros in lanes beyond the last channel and batch.
 
-    `array`: int8, an ONNX value of any shape that `channels_first` tells how to read as (N, C, H, W) `sizes`.
+    `array`: int8, an ONNX value of any shape that `channels_first` tells how to read as (N, C, H, W) `sizes`; with
+    `rows` its last axis is the channels, whatever else it could be.
     """
     count, channels, height, width = sizes
     outer, blocks, _, _, batch, block = _blocked(sizes, config)
-    if channels_first(array.shape, sizes):
+    if channels_first(array.shape, sizes) and not rows:
         values = array.reshape(count, channels, height, width)
     else:
         values = array.reshape(height * width, channels).T.reshape(count, channels, height, width)
@@ -75,13 +76,15 @@ def pack(array: np.ndarray, sizes: Sequence[int], config: VtaConfig) -> np.ndarr
     return np.ascontiguousarray(parts.transpose(0, 2, 4, 5, 1, 3)).view(np.uint8).ravel()
 
 
-def unpack(data: np.ndarray, sizes: Sequence[int], shape: Sequence[int], config: VtaConfig) -> np.ndarray:
+def unpack(
+    data: np.ndarray, sizes: Sequence[int], shape: Sequence[int], config: VtaConfig, rows: bool = False
+) -> np.ndarray:
     """The ONNX value of `shape`, int8, in `data`, the bytes of a map of (N, C, H, W) `sizes`; a new array."""
     count, channels, height, width = sizes
     outer, blocks, _, _, batch, block = blocked = _blocked(sizes, config)
     parts = data.view(np.int8).reshape(blocked).transpose(0, 4, 1, 5, 2, 3)
     values = parts.reshape(outer * batch, blocks * block, height, width)[:count, :channels]
-    if not channels_first(shape, sizes):
+    if rows or not channels_first(shape, sizes):
         values = values.reshape(channels, height * width).T
     return np.array(values, order="C").reshape(shape)
 

@@ -59,7 +59,7 @@ class _Program:
 class Network:
     """What a partition computes: layers in order, the source of each value that is only a view, and the border.
 
-    ``inputs`` and ``outputs``: ONNX shapes by name.
+    ``inputs`` and ``outputs``: ONNX shapes by name. ``rows``: values of three axes that lie as rows of a matrix.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Network:
     aliases: Mapping[str, str]
     inputs: Mapping[str, tuple[int, ...]]
     outputs: Mapping[str, tuple[int, ...]]
+    rows: frozenset[str] = frozenset()
 
 
 def compile_network(
@@ -328,13 +329,15 @@ def _border(
 ) -> dict[str, Any]:
     """An input or output: where it lies, and how."""
     map_ = maps[root(name, net.aliases)]
-    about = {
+    about: dict[str, Any] = {
         "name": name,
         "address": dram.addresses[name],
         "bytes": elements(map_, config) * config.inp_bytes,
         "shape": list(shape),
         "map": [map_.batch, map_.channels, map_.height, map_.width],
     }
+    if name in net.rows:
+        about["rows"] = True
     return about if columns is None else {**about, "columns": columns.to_json()}
 
 

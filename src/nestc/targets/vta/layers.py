@@ -31,6 +31,7 @@ from nestc.targets.vta.layers_values import (
     scale_of,
     spread,
 )
+from nestc.targets.vta.rows import by_rows, rank3
 
 Value: TypeAlias = Source | Chain | Sum | Constant
 
@@ -43,8 +44,13 @@ class Alias:
     source: str
 
 
-def layers_of(region: Region, config: VtaConfig) -> tuple[Layer | Alias, ...]:
-    """The layers that compute a region, in order; values between them are new maps. Raises Refused with the reason."""
+def layers_of(region: Region, config: VtaConfig, rows: frozenset[str] = frozenset()) -> tuple[Layer | Alias, ...]:
+    """The layers that compute a region, in order; values between them are new maps. Raises Refused with the reason.
+
+    ``rows``: values of three axes that lie as rows of a matrix (see `rows.row_values`).
+    """
+    if rows.intersection(rank3(region)):
+        region = by_rows(region) or region
     alias = alias_of(region)
     if alias is not None:
         return (alias,)
@@ -53,6 +59,23 @@ def layers_of(region: Region, config: VtaConfig) -> tuple[Layer | Alias, ...]:
 
 def refusal(region: Region, config: VtaConfig) -> str | None:
     """Why VTA does not take a region, in words; None if `layers_of` gives its layers."""
+    if not needs_rows(region, config):
+        return _refusal(region, config)
+    lying = by_rows(region)
+    return _refusal(region if lying is None else lying, config)
+
+
+def needs_rows(region: Region, config: VtaConfig) -> bool:
+    """Whether values of three axes have to lie as rows of a matrix for VTA to take the region."""
+    if not rank3(region):
+        return False
+    if any(op.op_type == "MatMul" and not op.domain for op in region.ops):
+        return True
+    lying = by_rows(region)
+    return lying is not None and _refusal(region, config) is not None and _refusal(lying, config) is None
+
+
+def _refusal(region: Region, config: VtaConfig) -> str | None:
     try:
         if alias_of(region) is None:
             for chain in _walked(region, config):

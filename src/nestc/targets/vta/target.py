@@ -16,8 +16,9 @@ from nestc.runtime.vta.energy import HOROWITZ_45NM, Energy
 from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partition
 from nestc.targets.vta.cost import seconds
 from nestc.targets.vta.layer import Layer
-from nestc.targets.vta.layers import Alias, layers_of
+from nestc.targets.vta.layers import Alias, layers_of, needs_rows
 from nestc.targets.vta.offers import offers
+from nestc.targets.vta.rows import row_values
 
 if TYPE_CHECKING:
     from nestc.targets.vta.compiler import Network
@@ -78,8 +79,9 @@ def network(partition: Partition, config: VtaConfig) -> Network:
 
     layers: list[Layer] = []
     aliases: dict[str, str] = {}
+    rows = row_values(partition.regions, lambda region: needs_rows(region, config))
     for region in partition.regions:
-        for made in layers_of(region, config):
+        for made in layers_of(region, config, rows):
             if isinstance(made, Alias):
                 aliases[made.name] = made.source
             else:
@@ -87,7 +89,7 @@ def network(partition: Partition, config: VtaConfig) -> Network:
     inputs, outputs = (
         {name: partition.types[name].shape for name in names} for names in (partition.inputs, partition.outputs)
     )
-    return Network(partition.name, layers, aliases, inputs, outputs)
+    return Network(partition.name, layers, aliases, inputs, outputs, rows)
 
 
 def machine(config: VtaConfig, count: int, energy: Energy) -> Machine:
