@@ -80,7 +80,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Gemm:
-    """acc[dst + i * dst_out + j * dst_in] += inp[src + ...] * wgt[wgt + ...] for i < iter_out, j < iter_in, each micro-op.
+    """acc[dst + i * dst_out + j * dst_in] += inp[src + ...] * wgt[wgt + ...], i < iter_out, j < iter_in, each micro-op.
 
     With ``reset`` the accumulators become 0 instead.
     """
