@@ -141,3 +141,85 @@ def bert_base(batch: int = 1) -> onnx.ModelProto:
 def minilm(batch: int = 1) -> onnx.ModelProto:
     """MiniLM-L6 (width 384, 12 heads) at sequence length 128, random weights."""
     return bert("minilm", 6, 384, 12, batch=batch)
+
+
+def gpt2_step(
+    layers: int = 12, width: int = 768, heads: int = 12, vocabulary: int = 50257, past: int = 127
+) -> onnx.ModelProto:
+    """One step of GPT-2's decoder (Radford et al. 2019; the defaults are its smallest size), batch 1, random weights.
+
+    Inputs: `token` [1] and `position` [1], int64; keys and values of the tokens before, [layers, heads, past, depth].
+    Outputs: `logits` [1, vocabulary], and the new token's `keys` and `values` [layers, heads, 1, depth]. The table of
+    tokens is the last layer's matrix as well.
+    """
+    net = NetBuilder("gpt2_step")
+    depth = width // heads
+    token, position = (net.input(name, (1,), TensorProto.INT64) for name in ("token", "position"))
+    cache = [net.input(name, (layers, heads, past, depth)) for name in ("past_keys", "past_values")]
+    tokens = net.normal((vocabulary, width), 0.5, "embedding")
+    x = net.op("Gather", [tokens, token], (1, width))
+    x = net.add(x, net.op("Gather", [net.normal((1024, width), 0.2, "positions"), position], (1, width)))
+    made: tuple[list[Value], list[Value]] = ([], [])
+    for layer in range(layers):
+        normal = net.layer_norm(x, 1e-5)
+        parts = [net.linear(normal, width) for _ in range(3)]
+        query, key, value = (net.reshape(part, (heads, 1, depth), (heads, 1, depth)) for part in parts)
+        for new, known in zip((key, value), made):
+            known.append(net.op("Unsqueeze", [new, net.integers(0)], (1, heads, 1, depth)))
+        index = net.constant(np.array(layer, np.int64), "layer")
+        every = [
+            net.concat([net.op("Gather", [old, index], (heads, past, depth), axis=0), new], axis=1)
+            for old, new in zip(cache, (key, value))
+        ]
+        turned = net.transpose(every[0], (0, 2, 1))
+        scores = net.op("MatMul", [query, turned], (heads, 1, past + 1))
+        scores = net.op("Div", [scores, net.scalar(math.sqrt(depth))], scores.shape)
+        attention = net.op("Softmax", [scores], scores.shape, axis=-1)
+        mixed = net.op("MatMul", [attention, every[1]], (heads, 1, depth))
+        x = net.add(x, net.linear(net.reshape(mixed, (1, width), (1, width)), width))
+        hidden = net.linear(net.layer_norm(x, 1e-5), 4 * width, "gelu")
+        x = net.add(x, net.linear(hidden, width, gain=0.5))
+    x = net.layer_norm(x, 1e-5)
+    net.output(net.op("Gemm", [x, tokens], (1, vocabulary), transB=1, alpha=1.0), "logits")
+    for name, known in zip(("keys", "values"), made):
+        net.output(net.concat(known, axis=0), name)
+    return net.model()
+
+
+def lstm(width: int = 512, inputs: int = 256, steps: int = 8, layers: int = 2) -> onnx.ModelProto:
+    """A stacked LSTM (Hochreiter and Schmidhuber 1997) written out step by step, random weights.
+
+    Input `x` [steps, inputs]; output `y` [steps, width]. Gates are one product with the input and one with the state
+    for each step, as PyTorch's LSTMCell is exported.
+    """
+    net = NetBuilder("lstm")
+    sequence = net.input("x", (steps, inputs))
+    rows = [
+        net.op("Gather", [sequence, net.constant(np.array([step], np.int64), "step")], (1, inputs), axis=0)
+        for step in range(steps)
+    ]
+    for _ in range(layers):
+        size = rows[0].shape[1]
+        weights = {n: net.normal((4 * width, k), 1 / math.sqrt(k)) for n, k in (("input", size), ("state", width))}
+        biases = {name: net.normal((4 * width,), 0.1, "bias") for name in weights}
+        zero = net.constant(np.zeros((1, width), np.float32), "zero")
+        state, cell = zero, zero
+        for step, row in enumerate(rows):
+            products = {
+                name: net.op("Gemm", [value, weights[name], biases[name]], (1, 4 * width), transB=1)
+                for name, value in (("input", row), ("state", state))
+            }
+            both = net.add(products["input"], products["state"])
+            gates = [
+                net.op(
+                    "Slice", [both, net.integers(i * width), net.integers((i + 1) * width), net.integers(1)], (1, width)
+                )
+                for i in range(4)
+            ]
+            enter, forget, leave = (net.activate(gates[i], "sigmoid") for i in (0, 1, 3))
+            fresh = net.op("Mul", [enter, net.op("Tanh", [gates[2]], (1, width))], (1, width))
+            cell = net.add(net.op("Mul", [forget, cell], (1, width)), fresh)
+            state = net.op("Mul", [leave, net.op("Tanh", [cell], (1, width))], (1, width))
+            rows[step] = state
+    net.output(net.concat(rows, axis=0), "y")
+    return net.model()

@@ -18,7 +18,7 @@ from nestc.graph.passes.fold_constants import LiftConstants
 from nestc.graph.passes.implied_clamps import ImpliedClamps
 from nestc.graph.passes.integer_moves import IntegerMoves
 from nestc.graph.passes.integer_operators import IntegerOperators
-from nestc.graph.passes.own_dequantize import OwnDequantize
+from nestc.graph.passes.own_dequantize import NarrowViews, OwnDequantize
 from nestc.graph.passes.quantized_weights import DequantizeWeights, QuantizeWeights
 from nestc.graph.passes.rewrite import Rewrite
 from nestc.graph.qdq import Quantization
@@ -141,6 +141,20 @@ CASES = [
             d = DequantizeLinear(x, s, z)  y = Exp(d)  u = Add(d, v)  w = Mul(v, d) }""",
         "d.DequantizeLinear = DequantizeLinear(x, 0.5, 3.0)\nd = DequantizeLinear(x, 0.5, 3.0)\n"
         "y = Exp(d.DequantizeLinear)\nu = Add(d, v)\nw = Mul(v, d)",
+    ),
+    Case(
+        "each consumer widens bfloat16 itself",
+        OwnDequantize,
+        "g (float[4] x) => (float[4] y, float[4] u) { n = Cast<to=16>(x)  d = Cast<to=1>(n)  y = Relu(d)  u = Exp(d) }",
+        "n = Cast(x) {to=16}\nd.Cast = Cast(n) {to=1}\nd = Cast(n) {to=1}\ny = Relu(d)\nu = Exp(d.Cast)",
+    ),
+    Case(
+        "a view of widened numbers",
+        NarrowViews,
+        "g (float[2,2] x) => (float[1,4] y, float[2,2] f) "
+        "{ n = Cast<to=16>(x)  d = Cast<to=1>(n)  e = Flatten<axis=0>(d)  f = Exp(d)  y = Relu(e) }",
+        "n = Cast(x) {to=16}\nd = Cast(n) {to=1}\ne.narrow = Flatten(n) {axis=0}\ne.Cast = Cast(e.narrow) {to=1}\n"
+        "f = Exp(d)\ny = Relu(e.Cast)",
     ),
     Case(
         "quantizing what was dequantized by the same numbers",

@@ -18,7 +18,7 @@ from nestc.graph.passes.fuse_pad import FusePad
 from nestc.graph.passes.implied_clamps import ImpliedClamps
 from nestc.graph.passes.integer_moves import IntegerMoves
 from nestc.graph.passes.integer_operators import IntegerOperators
-from nestc.graph.passes.own_dequantize import OwnDequantize
+from nestc.graph.passes.own_dequantize import NarrowViews, OwnDequantize
 from nestc.graph.passes.own_outputs import OwnOutputs
 from nestc.graph.passes.quantized_weights import DequantizeWeights, QuantizeWeights
 from nestc.graph.passes.simplify import Simplify
@@ -71,6 +71,7 @@ def passes(notes: list[str]) -> list[ir.passes.PassBase]:
         # The folded weights may be shared constants again, and dead ones must not reach the bundle.
         FoldConstants(notes),
         common.RemoveUnusedNodesPass(),
+        NarrowViews(notes),
         # After the last pass that shares equal nodes.
         OwnDequantize(notes),
         InferShapes(),

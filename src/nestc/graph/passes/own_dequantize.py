@@ -1,16 +1,40 @@
-"""Give every consumer of a dequantized tensor a DequantizeLinear of its own, so that a region can take it in."""
+"""Give every consumer of a narrow tensor a DequantizeLinear (or Cast) of its own, so that a region can take it in."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from nestc.graph.kinds import is_elementwise
+from nestc.graph.kinds import is_elementwise, is_view, widens
 from nestc.graph.model import static_shape
-from nestc.graph.passes.rewrite import Rewrite
+from nestc.graph.passes.rewrite import Rewrite, producer
+
+
+class NarrowViews(Rewrite):
+    """A Cast from bfloat16 sinks below views: what is reshaped is narrow, and who reads it widens it."""
+
+    what = "views moved to bfloat16"
+
+    def rewrite(self, node: ir.Node) -> bool:
+        source = producer(node.inputs[0], "Cast") if is_view(node) else None
+        if source is None or not widens(source):
+            return False
+        narrow, result = source.inputs[0], node.outputs[0]
+        assert narrow is not None
+        shaped = self.insert(
+            node, node.op_type, [narrow, *node.inputs[1:]], like=result, dtype=ir.DataType.BFLOAT16,
+            name=f"{result.name}.narrow",
+        )  # fmt: skip
+        made = shaped.producer()
+        assert made is not None
+        made.attributes.update(node.attributes)
+        self.replace(result, self.insert(node, "Cast", [shaped], {"to": int(ir.DataType.FLOAT)}, like=result))
+        return True
 
 
 class OwnDequantize(Rewrite):
     """A DequantizeLinear with several uses is repeated for each; all of them read the same integers.
+
+    So is a Cast from bfloat16.
 
     Not for an elementwise operator with a larger result, which would dequantize each element many times: those share
     one.
@@ -19,13 +43,13 @@ class OwnDequantize(Rewrite):
     what = "dequantizers given to each consumer"
 
     def rewrite(self, node: ir.Node) -> bool:
-        if node.op_type != "DequantizeLinear":
+        if not widens(node):
             return False
         result = node.outputs[0]
         uses = [(user, index) for user, index in result.uses() if not self.shares(user, result)]
         kept = 0 if result.is_graph_output() or len(uses) < len(result.uses()) else 1
         for user, index in uses[kept:]:
-            copy = self.insert(node, "DequantizeLinear", list(node.inputs), like=result)
+            copy = self.insert(node, node.op_type, list(node.inputs), like=result)
             made = copy.producer()
             assert made is not None
             made.attributes.update(node.attributes)
