@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from nestc.runtime.aim.constraints import AIM_COMMANDS, Table
+from nestc.runtime.aim.constraints import AIM_COMMANDS, NO_BANK, Ready, Table
 from nestc.runtime.aim.machine import AimMachine
 
 _CODE = {name: place for place, name in enumerate(AIM_COMMANDS)}
@@ -14,7 +14,6 @@ _WRA16 = _CODE["WRA16"]
 _ONE_BANK = frozenset(_CODE[name] for name in ("RD", "WR", "MAC", "RDCP", "WRCP"))
 _ALL_BANKS = frozenset(_CODE[name] for name in ("MAC16", "AF16", "EWMUL16", "WRA16"))
 _CLOSED = -1
-_NO_BANK = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +37,15 @@ class _Access:
     arrive: int
 
 
-class Rows:
-    """Open rows of the banks of a channel, and the first tick at which each command may be issued."""
+class Rows(Ready):
+    """Open rows of the banks of a channel, beside the first tick at which each command may be issued."""
 
     def __init__(self, machine: AimMachine, table: Table) -> None:
-        self._following = table.following
-        self._groups = machine.banks_per_group
+        super().__init__(machine, table)
         self.open = [_CLOSED] * machine.banks
-        self.issued = [0] * len(table.commands)
         self.active = 0
         """Ticks with a row open, up to the last time that all were closed."""
         self._open_since = -1
-        commands = len(table.commands)
-        self._channel = [0] * commands
-        self._group = [[0] * commands for _ in range(machine.bank_groups)]
-        self._bank = [[0] * commands for _ in range(machine.banks)]
 
     def needed(self, command: int, bank: int, row: int) -> int:
         """`command`, or the one that must come before it, with the rows that are open."""
@@ -67,33 +60,21 @@ class Rows:
             return PREA
         return command
 
-    def earliest(self, command: int, bank: int) -> int:
-        """The first tick at which the rules allow `command`."""
-        tick = self._channel[command]
-        if bank != _NO_BANK:
-            tick = max(tick, self._group[bank // self._groups][command], self._bank[bank][command])
-        return tick
-
     def issue(self, command: int, bank: int, row: int, tick: int, count: int = 1) -> None:
         """`command` is issued, for the last of `count` times at `tick`."""
-        for after, ticks in self._following[0][command]:
-            self._channel[after] = max(self._channel[after], tick + ticks)
-        if bank != _NO_BANK:
-            for level, places in ((1, self._group[bank // self._groups]), (2, self._bank[bank])):
-                for after, ticks in self._following[level][command]:
-                    places[after] = max(places[after], tick + ticks)
-        self.issued[command] += count
+        self.record(command, bank, tick, count)
         if command in (ACT, ACT16):
-            self.open[:] = [row] * len(self.open) if command == ACT16 else self.open
             if command == ACT:
                 self.open[bank] = row
+            else:
+                self.open = [row] * len(self.open)
             if self._open_since < 0:
                 self._open_since = tick
         elif command in (PREA, _WRA16, PRE):
             if command == PRE:
                 self.open[bank] = _CLOSED
             else:
-                self.open[:] = [_CLOSED] * len(self.open)
+                self.open = [_CLOSED] * len(self.open)
             if self._open_since >= 0 and all(found == _CLOSED for found in self.open):
                 self.active += tick - self._open_since
                 self._open_since = -1
@@ -136,7 +117,8 @@ class Channel:
         Returns:
             The tick at which the last one enters the queue, and that at which the last one is done.
         """
-        start = max(self._accesses_gone(tick), self._clock + 1)
+        tick = self._accesses_gone(tick)
+        start = max(tick, self._clock + 1)
         left, issued = burst.count, start
         while left:
             issued, count = self._issue(burst, start, left)
@@ -153,8 +135,8 @@ class Channel:
 
     def finish(self, tick: int) -> tuple[int, int]:
         """SYNC or EOC, which the host has from `tick` on: when it enters the queue, and when all before it is done."""
-        found = max(self._accesses_gone(tick), self._clock + 1)
-        found = self._refreshed(found)
+        tick = self._accesses_gone(tick)
+        found = self._refreshed(max(tick, self._clock + 1))
         while self._opened and self._next_opened(self._clock + 1) <= found:
             self._issue_opened(self._next_opened(self._clock + 1))
             found = max(found, self._clock + 1)
@@ -227,7 +209,7 @@ class Channel:
         return last, count
 
     def _change_mode(self, tick: int) -> None:
-        self.rows.issue(TMOD, _NO_BANK, 0, tick)
+        self.rows.issue(TMOD, NO_BANK, 0, tick)
         self._register_mode = not self._register_mode
         self._look(tick)
 
@@ -264,14 +246,14 @@ class Channel:
         rows = self.rows
         tick = self._next_refresh
         while True:
-            command = rows.needed(REFAB, _NO_BANK, 0)
-            tick = max(tick, self._clock + 1, rows.earliest(command, _NO_BANK))
+            command = rows.needed(REFAB, NO_BANK, 0)
+            tick = max(tick, self._clock + 1, rows.earliest(command, NO_BANK))
             if self._opened and self._next_opened(self._clock + 1) <= tick:
                 self._issue_opened(self._next_opened(self._clock + 1))
             elif self._register_mode:
                 self._change_mode(tick)
             else:
-                rows.issue(command, _NO_BANK, 0, tick)
+                rows.issue(command, NO_BANK, 0, tick)
                 self._look(tick)
                 if command == REFAB:
                     self._next_refresh += self._interval

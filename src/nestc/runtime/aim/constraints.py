@@ -10,6 +10,9 @@ from nestc.runtime.aim.machine import AimMachine
 CHANNEL, GROUP, BANK = 0, 1, 2
 """Where a rule holds: between commands to the same channel, to the same bank group, to the same bank."""
 
+NO_BANK = -1
+"""Stands for a bank where a command is for none, or for all."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -151,6 +154,37 @@ class Table:
         """Ticks from a command to the same one again, to the same bank; at least 1, since a tick issues one command."""
         waits = [ticks for level in self.following for after, ticks in level[command] if after == command]
         return max([1, *waits])
+
+
+class Ready:
+    """The first tick at which the rules allow each command, in one channel, after what was issued so far."""
+
+    def __init__(self, machine: AimMachine, table: Table) -> None:
+        commands = len(table.commands)
+        self._following = table.following
+        self._per_group = machine.banks_per_group
+        self._channel = [0] * commands
+        self._group = [[0] * commands for _ in range(machine.bank_groups)]
+        self._bank = [[0] * commands for _ in range(machine.banks)]
+        self.issued = [0] * commands
+        """How often each command was issued."""
+
+    def earliest(self, command: int, bank: int = NO_BANK) -> int:
+        """The first tick for `command`, to one bank or to none or all."""
+        tick = self._channel[command]
+        if bank != NO_BANK:
+            tick = max(tick, self._group[bank // self._per_group][command], self._bank[bank][command])
+        return tick
+
+    def record(self, command: int, bank: int, tick: int, count: int = 1) -> None:
+        """`command` was issued `count` times, the last time at `tick`."""
+        self.issued[command] += count
+        places = [self._channel]
+        if bank != NO_BANK:
+            places += [self._group[bank // self._per_group], self._bank[bank]]
+        for level, ready in enumerate(places):
+            for after, ticks in self._following[level][command]:
+                ready[after] = max(ready[after], tick + ticks)
 
 
 def rules(machine: AimMachine) -> tuple[Rule, ...]:
