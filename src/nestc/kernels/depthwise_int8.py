@@ -1,7 +1,8 @@
 """Depthwise convolution of 8-bit maps: rows are widened to 16 bits in pairs, so that one multiply-add does two taps.
 
 Every multiply-add takes the same channel of two neighbouring kernel rows: 2 * lanes products of 16 bits become lanes
-sums of 32 bits (x86 pmaddwd), which is exact. A 3x3 kernel is six of them for one vector of outputs.
+sums of 32 bits (x86 pmaddwd), which is exact. A 3x3 kernel is six of them for one vector of outputs. A kernel of one
+tap has no second row, and multiplies what it loads.
 """
 
 from __future__ import annotations
@@ -132,6 +133,8 @@ class _Depthwise:
         s = self.shape
         dilation, stride = s.dilations[0], s.strides[0]
         self.columns = s.kernel[1]
+        reach = [(out - 1) * step < size for out, step, size in zip(s.out, s.strides, s.size, strict=True)]
+        self.single = s.kernel == (1, 1) and not any(s.pads_begin) and all(reach)
         self.width = (s.out[1] - 1) * s.strides[1] + (s.kernel[1] - 1) * s.dilations[1] + 1
         self.parities = 1 if dilation == 1 and stride % 2 == 0 else 2
         self.pairs = (s.kernel[0] + self.parities) // 2
@@ -159,13 +162,15 @@ class _Depthwise:
             self.tail.declare()
         tiles = cut_row(s.out[1], self.width, self.columns, s.strides[1], s.dilations[1], 0, self.widest)
         self.acc = k.regs("acc", (max(t.width for t in tiles),), lanes, "int32")
-        self.wreg = k.regs("w", (min(self.columns, _UNROLLED_TAPS),), 2 * lanes, "int16")
-        self.xreg = k.regs("x", (), 2 * lanes, "int16")
-        self.staged = k.scratch("staged", (s.dilations[0], self.staged_pairs, self.width, 2 * lanes), "int16")
+        if not self.single:
+            self.wreg = k.regs("w", (min(self.columns, _UNROLLED_TAPS),), 2 * lanes, "int16")
+            self.xreg = k.regs("x", (), 2 * lanes, "int16")
+            self.staged = k.scratch("staged", (s.dilations[0], self.staged_pairs, self.width, 2 * lanes), "int16")
         with k.parallel("item", s.batch, ceil(s.out_channels / lanes), self.parts) as (n, block, part):
             first = ix.add(ix.mul(part, self.rows * s.strides[0]), -s.pads_begin[0])
-            with k.loop("c", s.dilations[0]) as c, k.loop("j", self.staged_pairs) as j:
-                self.stage(n, block, first, c, j)
+            if not self.single:
+                with k.loop("c", s.dilations[0]) as c, k.loop("j", self.staged_pairs) as j:
+                    self.stage(n, block, first, c, j)
             with k.loop("r", self.rows) as r:
                 row = ix.add(ix.mul(part, self.rows), r)
                 with k.when(binary("lt", row, ix.const(s.out[0]))):
@@ -175,8 +180,8 @@ class _Depthwise:
         return Lowered((self.operands.launch(),), constants={**self.operands.constants, **constants})
 
     def pack(self, bias: np.ndarray | None) -> dict[str, np.ndarray]:
-        """Weights [C, 1, KH, KW] -> int16 [C/lanes][parity][pair][KW][lane][2]; int32 sums that accumulation starts
-        from, the bias less what the input's zero point adds, [C/lanes][lanes]."""
+        """Weights [C, 1, KH, KW] -> int16 [C/lanes][parity][pair][KW][lane][2], or int32 [C/lanes][lanes] of a single
+        tap; int32 sums to start from, the bias less what the input's zero point adds, [C/lanes][lanes]."""
         s, lanes = self.shape, self.lanes
         weights = self.region.constant(self.w.name)
         assert weights is not None
@@ -191,7 +196,9 @@ class _Depthwise:
                 packed[:, parity, pair, :, :, half] = blocked[:, tap]
         start = -int(self.x.zero_point) * taps.astype(np.int64).sum((1, 2)) + (0 if bias is None else bias)
         arrays: dict[str, np.ndarray] = {
-            f"{self.w.name}.packed": packed.reshape(*packed.shape[:4], 2 * lanes),
+            f"{self.w.name}.packed": blocked.reshape(blocks, lanes).astype(np.int32)
+            if self.single
+            else packed.reshape(*packed.shape[:4], 2 * lanes),
             f"{self.w.name}.start": to_layout(start.astype(np.int32).reshape(1, -1), Layout(lanes))[0],
         }
         for name, array in arrays.items():
@@ -265,15 +272,11 @@ class _Depthwise:
 
     def tile(self, tile: Tile, n: Expr, block: Expr, row: Expr, r: Expr, start: Expr) -> None:
         """Neighbouring outputs of a row, each in a register."""
-        s, k, lanes = self.shape, self.builder, self.lanes
-        for j in range(tile.width):
-            k.store(self.acc, (j, 0), load(self.start, block, 0, lanes=lanes))
-        place = ix.mul(r, s.strides[0])
-        remainder, above = ix.mod(place, s.dilations[0]), ix.floordiv(place, s.dilations[0])
-        parity = ix.const(0) if self.parities == 1 else ix.mod(above, 2)
-        pair = ix.floordiv(above, 2)
-        for p in range(self.pairs):
-            self.row(tile, (block, parity, ix.const(p)), (remainder, ix.add(pair, p)), start)
+        k, lanes = self.builder, self.lanes
+        if self.single:
+            self.scaled(tile, n, block, row, start)
+        else:
+            self.sums(tile, block, r, start)
         outer = (row,) if self.rank == 2 else ()
         if self.bytes_out is not None:
             self.finish_row(tile, self.bytes_out, (n, block, *outer), start)
@@ -283,6 +286,27 @@ class _Depthwise:
             index = (n, ix.add(ix.mul(block, lanes), lane), *outer, ix.add(start, j))
             value = Load(self.acc, (ix.const(j), lane))
             k.emit(vectorize(self.tail.stores(index, value), lane, ix.const(0), lanes))
+
+    def scaled(self, tile: Tile, n: Expr, block: Expr, row: Expr, start: Expr) -> None:
+        """Outputs of a single tap: bytes are widened and multiplied as they come."""
+        s, k, lanes = self.shape, self.builder, self.lanes
+        source = (n, block, ix.mul(row, s.strides[0]))
+        for j in range(tile.width):
+            pixel = self.bytes(source, ix.mul(ix.add(start, j), s.strides[1]), lanes)
+            product = binary("mul", Cast(pixel, "int32"), load(self.weights, block, 0, lanes=lanes))
+            k.store(self.acc, (j, 0), binary("add", product, load(self.start, block, 0, lanes=lanes)))
+
+    def sums(self, tile: Tile, block: Expr, r: Expr, start: Expr) -> None:
+        """Outputs as sums over pairs of staged rows."""
+        s, k, lanes = self.shape, self.builder, self.lanes
+        for j in range(tile.width):
+            k.store(self.acc, (j, 0), load(self.start, block, 0, lanes=lanes))
+        place = ix.mul(r, s.strides[0])
+        remainder, above = ix.mod(place, s.dilations[0]), ix.floordiv(place, s.dilations[0])
+        parity = ix.const(0) if self.parities == 1 else ix.mod(above, 2)
+        pair = ix.floordiv(above, 2)
+        for p in range(self.pairs):
+            self.row(tile, (block, parity, ix.const(p)), (remainder, ix.add(pair, p)), start)
 
     def narrow_views(self) -> tuple[Buffer | None, Buffer | None]:
         """The output as (image, block of channels, outer axis, bytes of a row), if the tail ends in one quantization
