@@ -73,7 +73,7 @@ def compile_(
         typer.Option(
             "--emit",
             help="Write an intermediate form into --emit-dir; repeatable. `commands` writes, for each partition of a "
-            "device that takes commands (vta), all that another simulator needs to replay it.",
+            "device that takes commands (vta, aim), all that another simulator needs to replay it.",
         ),
     ] = None,
     emit_dir: Annotated[
@@ -194,9 +194,12 @@ def show(report: dict[str, Any], sink: Sink | None) -> None:
 
 def simulated_words(timing: Mapping[str, Any]) -> str:
     """What a simulator says of a partition, in a line."""
-    words = [f"{timing['cycles']} cycles, {timing['seconds'] * 1e3:.3f} ms"]
+    count, unit = (timing["ticks"], "ticks") if "ticks" in timing else (timing["cycles"], "cycles")
+    words = [f"{count} {unit}, {timing['seconds'] * 1e3:.3f} ms"]
     engines = timing.get("engines", {})
     words += [f"{name} busy {100 * told['utilization']:.0f} %" for name, told in engines.items()]
+    if "bandwidth_fraction" in timing:
+        words.append(f"{100 * timing['bandwidth_fraction']:.0f} % of the internal bandwidth")
     return f"simulated: {', '.join(words)}, {timing['energy_joules'] * 1e3:.3f} mJ"
 
 
@@ -240,7 +243,7 @@ class Sink:
         if not parts:
             raise Error(
                 "--emit commands: no partition runs on a device that takes commands; "
-                "give such a target (--target vta), and nestc explain for what it refuses"
+                "give such a target (--target vta or --target aim), and nestc explain for what it refuses"
             )
         for part in parts:
             for name, data in makers[part.device].commands(part.name, part.artifact).items():

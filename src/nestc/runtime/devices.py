@@ -13,6 +13,7 @@ ENTRY_POINTS = "nestc.devices"
 """Group of entry points: the name is an artifact kind, the value a function without arguments that returns a Device."""
 
 _OWN = {
+    "aim": ("nestc.runtime.aim.device", "AimDevice"),
     "cpu-native": ("nestc.runtime.native", "CpuDevice"),
     "host-onnx": ("nestc.runtime.host", "HostDevice"),
     "vta": ("nestc.runtime.vta.device", "VtaDevice"),

@@ -1,0 +1,188 @@
+"""The device "aim": runs artifacts of kind ``aim`` on the functional memory; its times are modelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from nestc.bundle.artifact import Artifact, Elapsed
+from nestc.bundle.dtypes import numpy_dtype
+from nestc.errors import BundleError, TargetError
+from nestc.runtime.aim import host, layout
+from nestc.runtime.aim.commands import Command, CopyGbBk, EwMul, ReadGpr, WrAbk, WriteGpr, WriteMem, WrSbk, check
+from nestc.runtime.aim.encode import decode
+from nestc.runtime.aim.host import HostOp
+from nestc.runtime.aim.layout import Layout
+from nestc.runtime.aim.machine import AimMachine, parse
+from nestc.runtime.aim.simulate import NUMBERS, Machine
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+KIND = "aim"
+MACHINE_FILE = "machine.yaml"
+BANKS = "banks"
+"""The constant that holds the banks' rows: 16-bit patterns (channels, banks, rows, columns, lanes)."""
+
+_WRITING = (WrSbk, WrAbk, CopyGbBk, EwMul, WriteMem)
+"""Requests after which banks are not what they were."""
+
+
+class AimDevice:
+    """A memory that computes, simulated."""
+
+    name = "aim"
+
+    def load(self, artifact: Artifact, threads: int) -> AimProgram:
+        """Decode streams and check them; `threads` is not used. Raises BundleError if something is amiss."""
+        return AimProgram(artifact)
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A matrix times vectors: requests, and what the host writes before and reads after (``layout``).
+
+    ``bias`` is added by the host if the layout says so. ``take``: where in the flat source the vectors' elements are
+    (int64 (vectors, k), -1: a zero); None: all of it in order. ``order``: which of the flat results stands at each
+    place of the output; None: in order.
+    """
+
+    layer: str
+    source: str
+    output: str
+    shape: tuple[int, ...]
+    commands: Sequence[Command]
+    layout: Layout
+    bias: Array | None
+    take: Array | None
+    order: Array | None
+
+    @property
+    def changes_memory(self) -> bool:
+        """Whether banks hold something else afterwards: columns that openers spoil."""
+        return any(isinstance(command, _WRITING) for command in self.commands)
+
+    def vectors(self, source: Array) -> Array:
+        """The vectors, (vectors, k) of the 16-bit format, of a source of any float type."""
+        with np.errstate(over="ignore"):
+            flat = np.ascontiguousarray(source).reshape(-1).astype(NUMBERS[self.layout.number])
+        if self.take is None:
+            return flat.reshape(self.layout.vectors, self.layout.k)
+        return np.append(flat, np.zeros(1, flat.dtype))[self.take]
+
+    def run(self, source: Array, machine: AimMachine, banks: Array) -> Array:
+        """The output, float32 of ``shape``; ``banks`` are what all rows hold, which may be written to."""
+        memory = Machine(machine, self.layout.number, memory=banks.view(NUMBERS[self.layout.number]))
+        reads = memory.run(self.commands, self.layout.pack(self.vectors(source)))
+        return self.result(reads)
+
+    def result(self, reads: Sequence[Array]) -> Array:
+        """The output, float32 of ``shape``, from the registers that were read."""
+        flat = self.layout.unpack(reads, self.bias).reshape(-1)
+        return (flat if self.order is None else flat[self.order]).reshape(self.shape)
+
+
+class AimProgram:
+    """A loaded partition. May be called from several threads: what a call changes is its own."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        try:
+            about = artifact.metadata
+            self.machine = machine_of(artifact)
+            self._banks: Array | None = artifact.weights[BANKS] if about["launches"] else np.zeros(0, np.uint16)
+            self._steps = steps(artifact, self.machine)
+            self._private = any(isinstance(step, Launch) and step.changes_memory for step in self._steps)
+            self.inputs, self.outputs = (tuple(_border(each) for each in about[side]) for side in ("inputs", "outputs"))
+            self._constants = {name: artifact.weights[key] for name, key in about["constants"].items()}
+            self.seconds = float(about["timing"]["seconds"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(f"the metadata of an AiM partition is not complete: {error!r}") from error
+        except TargetError as error:
+            raise BundleError(f"an AiM partition cannot be run: {error}") from error
+
+    def __call__(
+        self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray | None]
+    ) -> tuple[Sequence[np.ndarray], Elapsed]:
+        if self._banks is None:
+            raise TargetError("this executable is closed")
+        banks = self._banks.copy() if self._private else self._banks
+        values: dict[str, Array] = dict(self._constants)
+        for (name, dtype, shape), array in zip(self.inputs, inputs, strict=True):
+            if array.dtype != numpy_dtype(dtype) or array.shape != shape:
+                raise TargetError(
+                    f"code for AiM was compiled for {name!r} as {dtype}{list(shape)}, not {array.dtype}"
+                    f"{list(array.shape)}"
+                )
+            values[name] = array
+        evaluate(self._steps, values, self.machine, banks)
+        results: list[np.ndarray] = []
+        for (name, dtype, shape), given in zip(self.outputs, outputs, strict=True):
+            with np.errstate(over="ignore"):
+                result = values[name].astype(numpy_dtype(dtype)).reshape(shape)
+            if given is not None:
+                given[...] = result
+            results.append(result if given is None else given)
+        return results, Elapsed(self.seconds, "modelled")
+
+    def close(self) -> None:
+        """Let go of the banks; later calls raise TargetError."""
+        self._banks = None
+        self._steps = ()
+
+
+def evaluate(steps: Sequence[Launch | HostOp], values: dict[str, Array], machine: AimMachine, banks: Array) -> None:
+    """Run the steps one after the other; their results are added to ``values``."""
+    for step in steps:
+        if isinstance(step, Launch):
+            values[step.output] = step.run(values[step.source], machine, banks)
+        else:
+            values[step.output] = host.evaluate(step, [values[name] if name else None for name in step.inputs])
+
+
+def machine_of(artifact: Artifact) -> AimMachine:
+    """The machine that an artifact was compiled for. Raises TargetError, or KeyError if something is missing."""
+    return parse(artifact.files[MACHINE_FILE].decode(), artifact.metadata["machine"])
+
+
+def steps(artifact: Artifact, machine: AimMachine) -> tuple[Launch | HostOp, ...]:
+    """What a partition does, in order. Raises BundleError or TargetError if it cannot be done."""
+    return tuple(
+        host.from_json(about) if about["kind"] == "host" else _launch(about, artifact, machine)
+        for about in artifact.metadata["steps"]
+    )
+
+
+def _launch(about: Mapping[str, Any], artifact: Artifact, machine: AimMachine) -> Launch:
+    commands = decode(artifact.files[about["file"]])
+    check(commands, machine)
+
+    def array(key: str) -> Array | None:
+        return artifact.weights[about[key]] if about.get(key) else None
+
+    made = Launch(
+        layer=about["layer"],
+        source=about["source"],
+        output=about["output"],
+        shape=tuple(about["shape"]),
+        commands=commands,
+        layout=layout.from_json(about["layout"]),
+        bias=array("bias"),
+        take=array("take"),
+        order=array("order"),
+    )
+    layout.require_activation(made.layout.activation)
+    written = sum(isinstance(command, WriteGpr) for command in commands)
+    read = sum(isinstance(command, ReadGpr) for command in commands)
+    wanted = made.layout.vectors * made.layout.inputs, made.layout.vectors * len(made.layout.outputs)
+    if made.layout.number not in NUMBERS or (written, read) != wanted:
+        raise BundleError(
+            f"the requests of layer {made.layer!r} of an AiM partition write {written} registers and read {read}, "
+            f"where its layout has {wanted[0]} and {wanted[1]}"
+        )
+    return made
+
+
+def _border(about: Mapping[str, Any]) -> tuple[str, str, tuple[int, ...]]:
+    return about["name"], about["dtype"], tuple(about["shape"])
