@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
 
-Memory = Literal["param", "regs", "stack", "scratch", "vta.inp", "vta.wgt", "vta.acc"]
+Memory = Literal[
+    "param", "regs", "stack", "scratch", "vta.inp", "vta.wgt", "vta.acc", "aim.gb", "aim.mac", "aim.af", "aim.gpr"
+]
 LoopKind = Literal["serial", "parallel", "unroll"]
 
 UNARY = frozenset(

@@ -1,0 +1,117 @@
+"""Layers become streams of requests and an image of the banks: AiM's pipeline, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nestc.errors import TargetError
+from nestc.runtime.aim.commands import Command, Eoc, ReadGpr, WriteGpr, check
+from nestc.runtime.aim.layout import Array, Layout
+from nestc.runtime.aim.machine import AimMachine
+from nestc.runtime.aim.simulate import NUMBERS
+from nestc.targets.aim.emit import Addresses, emit
+from nestc.targets.aim.layer import MatrixVector
+from nestc.targets.aim.lower import bias_registers, lower
+from nestc.targets.aim.mapping import Mapping, plan, write_weights
+from nestc.tensor.ir import Kernel
+from nestc.tensor.verify import verify
+
+Choose = Callable[[MatrixVector, AimMachine, str], Mapping]
+"""Which mapping a layer gets on a machine, in a 16-bit format."""
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One layer on the machine; it may be executed any number of times.
+
+    ``commands`` end with EOC; the host writes ``layout.pack(x)`` and reads what ``layout.unpack`` takes. ``row``: first
+    of the layer's ``rows`` of every bank.
+    """
+
+    layer: MatrixVector
+    mapping: Mapping
+    layout: Layout
+    kernel: Kernel
+    commands: tuple[Command, ...]
+    row: int
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Launches that share one memory.
+
+    ``memory``: (channels, banks, rows, columns, lanes), 16 bits, what banks hold from row 0 on. ``registers``: (n,
+    lanes), 16 bits, constants in registers 0 and on. Both are written once.
+    """
+
+    launches: tuple[Launch, ...]
+    memory: Array
+    registers: Array
+
+
+def compile_layers(
+    layers: Sequence[MatrixVector],
+    machine: AimMachine,
+    number: str = "bfloat16",
+    choose: Choose | None = None,
+) -> Program:
+    """Map, lower and emit layers; rows are given out in order.
+
+    Args:
+        layers: in any order; each is a launch.
+        machine: of the family ``aim``.
+        number: ``bfloat16`` or ``float16``.
+        choose: gives a layer its mapping; the search if not given.
+
+    Raises:
+        TargetError: weights do not fit in the banks, or constants and vectors in the registers.
+    """
+    from nestc.targets.aim.search import best
+
+    choose = choose or best
+    plans = [plan(layer, choose(layer, machine, number), machine, number) for layer in layers]
+    rows = sum(found.rows for found in plans)
+    if rows > machine.rows:
+        raise TargetError(f"the weights take {rows} rows of every bank, and {machine.name} has {machine.rows}")
+    memory = np.zeros((machine.channels, machine.banks, max(rows, 1), machine.columns, machine.lanes), NUMBERS[number])
+    constants = [bias_registers(layer, found, machine) for layer, found in zip(layers, plans, strict=True)]
+    homes, registers = _constants(constants, machine, number)
+    launches: list[Launch] = []
+    base = 0
+    for layer, found, home in zip(layers, plans, homes, strict=True):
+        write_weights(memory, base, layer, found)
+        kernel = lower(layer, found, machine)
+        verify(kernel)
+        addresses = Addresses(base, len(registers), home)
+        commands = (*emit(kernel, addresses, machine), Eoc())
+        check(commands, machine)
+        launches.append(Launch(layer, found.mapping, found.layout, kernel, commands, base, found.rows))
+        base += found.rows
+    return Program(tuple(launches), memory, registers)
+
+
+def without_host(commands: Sequence[Command]) -> list[Command]:
+    """A stream without the host's accesses to registers, whose ticks compare with traces that have none."""
+    return [command for command in commands if not isinstance(command, (WriteGpr, ReadGpr))]
+
+
+def _constants(constants: Sequence[Array], machine: AimMachine, number: str) -> tuple[list[int], Array]:
+    """First register of every layer's constants, and all of them; layers with the same share them."""
+    homes: dict[bytes, int] = {}
+    found: list[int] = []
+    parts: list[Array] = []
+    end = 0
+    for array in constants:
+        narrow = array.astype(NUMBERS[number])
+        key = narrow.tobytes()
+        if key not in homes:
+            homes[key] = end
+            parts.append(narrow)
+            end += len(narrow)
+        found.append(homes[key])
+    registers = np.concatenate(parts) if parts else np.zeros((0, machine.lanes), NUMBERS[number])
+    return found, registers
