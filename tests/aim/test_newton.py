@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from nestc.errors import TargetError
 from nestc.runtime.aim.constraints import NEWTON_RULES, evaluate
+from nestc.runtime.aim.energy import joules_newton
 from nestc.runtime.aim.machine import TIMINGS, preset
 from nestc.runtime.aim.newton import (
     KINDS,
@@ -42,6 +43,14 @@ def test_a_step_of_16_rows_takes_126_cycles():
     t = MACHINE.timing
     steps = [simulate_newton(matrix_vector(16 * n, 512, MACHINE), MACHINE).ticks for n in (1, 2, 3)]
     assert steps[2] - steps[1] == steps[1] - steps[0] == 3 * t["nFAW"] + t["nRCDR"] + 32 * t["nCCDS"] == 126
+
+
+def test_energy_by_part():
+    found = joules_newton(simulate_newton(matrix_vector(32, 512, MACHINE), MACHINE))
+    e = MACHINE.energies
+    assert found["activate"] == pytest.approx(2 * 16 * e.activate_bank * 1e-12)
+    assert found["mac"] == pytest.approx(64 * e.mac_all_banks * 1e-12)
+    assert found["total"] == pytest.approx(sum(value for name, value in found.items() if name != "total"))
 
 
 def test_without_refresh_only_steps_and_writes_count():

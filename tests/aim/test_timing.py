@@ -9,6 +9,7 @@ from tick_by_tick import run
 from nestc.errors import TargetError
 from nestc.runtime.aim import commands as c
 from nestc.runtime.aim.constraints import table
+from nestc.runtime.aim.energy import joules
 from nestc.runtime.aim.machine import TIMINGS, preset
 from nestc.runtime.aim.timing import simulate_timing
 
@@ -70,6 +71,23 @@ def test_fraction_of_the_internal_bandwidth():
     assert report.issued["MAC16"] == 32 * 2048
     assert report.bandwidth_fraction == pytest.approx(2048 * 2 / 9665)
     assert report.seconds == 9665 * 0.5e-9
+
+
+def test_energy_by_part():
+    # One row of 64 columns: an activation of 16 banks a channel, and what the figures of the machine say of each.
+    report = simulate_timing([c.WrGb(64, 0, ALL), c.MacAbk(64, ALL, 0), c.RdMac(0, ALL), c.Eoc()], MACHINE)
+    e = MACHINE.energies
+    found = joules(report)
+    assert found["activate"] == pytest.approx(32 * 16 * e.activate_bank * 1e-12)
+    assert found["mac"] == pytest.approx(32 * 64 * e.mac_all_banks * 1e-12)
+    assert found["column"] == pytest.approx(32 * e.read_column * 1e-12)
+    assert found["transfer"] == pytest.approx(32 * 65 * e.transfer * 1e-12)
+    assert found["control"] == pytest.approx(32 * ((64 + 64 + 1 + 1 + 3) * e.command + 129 * e.request) * 1e-12)
+    assert found["buffer"] == pytest.approx(32 * 64 * (e.global_buffer_read + e.global_buffer_write) * 1e-12)
+    closed = 32 * report.ticks - report.active
+    milliwatts = e.active_mw * report.active + e.precharged_mw * closed + e.global_buffer_mw * 32 * report.ticks
+    assert found["background"] == pytest.approx(milliwatts * 1e-3 * 0.5e-9)
+    assert found["total"] == pytest.approx(sum(value for name, value in found.items() if name != "total"))
 
 
 def test_start_and_end_of_requests():

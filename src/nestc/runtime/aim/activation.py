@@ -34,8 +34,8 @@ def apply(name: str, values: np.ndarray, number: np.dtype[np.generic]) -> np.nda
         return np.maximum(values, np.float32(0))
     offset, slope = _table(name, number.name)
     step = np.float32(2 * RANGE / SEGMENTS)
-    inside = np.clip(np.nan_to_num(values, nan=0.0), -RANGE, RANGE - step / 2)
-    index = np.floor((inside + np.float32(RANGE)) / step).astype(np.int64)
+    inside = np.clip(np.nan_to_num(values, nan=0.0), -RANGE, RANGE)
+    index = np.minimum(np.floor((inside + np.float32(RANGE)) / step).astype(np.int64), SEGMENTS - 1)
     start = index.astype(np.float32) * step - np.float32(RANGE)
     lines = offset[index] + slope[index] * (inside - start)
     below, above = _ASYMPTOTES[name]
