@@ -102,7 +102,7 @@ def test_emit_commands_writes_all_that_a_replay_needs(nestc, model: Path, tmp_pa
 def test_emit_commands_without_such_a_device_is_said(nestc, model: Path, tmp_path: Path) -> None:
     arguments = ("--emit", "commands", "--emit-dir", tmp_path / "out", "-o", tmp_path / "m.nest")
     result = nestc("compile", model, *arguments)
-    assert result.status == 2 and "give such a target (--target vta)" in result.err
+    assert result.status == 2 and "give such a target" in result.err
 
 
 def test_other_levels_of_a_vta_model_are_emitted(nestc, model: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from nestc.runtime.vta.assembly import disassemble
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.encode import encode, encode_uops
 from nestc.runtime.vta.energy import HOROWITZ_45NM, Energy
-from nestc.runtime.vta.isa import Finish, Load, MemoryId, Stream
+from nestc.runtime.vta.isa import Finish, Load, MemoryId, Store, Stream
 from nestc.runtime.vta.layout import Columns
 from nestc.targets.vta.concat import Part, join
 from nestc.targets.vta.emit import Piece, emit
@@ -125,6 +125,7 @@ def compile_network(
             program = _assemble(kernels, dram.addresses, config, uop_end // UOP_BYTES, regions)
             uop_end += len(program.stream.uops) * UOP_BYTES
             launch.append(program)
+        _require_apart(launch, config)
         launches.append(launch)
     dram.place("micro-ops", uop_end - uop_address)
     if emit_form is not None:
@@ -296,6 +297,24 @@ def _assemble(
     # Linking adds only LOADs of micro-ops, tokens among them, and the end; the others are the pieces, in order.
     ours = [number for number, instruction in enumerate(stream.instructions) if not _is_added(instruction)]
     return _Program(stream, {name: ours[end - 1] for name, end in ends.items()})
+
+
+def _require_apart(launch: Sequence[_Program], config: VtaConfig) -> None:
+    """Raise TargetError if two devices of a launch store to the same bytes; each stream is verified by itself."""
+    rows = [
+        (store.dram + row * store.x_stride, store.x_size, device)
+        for device, program in enumerate(launch)
+        for store in program.stream.instructions
+        if isinstance(store, Store) and len(launch) > 1
+        for row in range(store.y_size)
+    ]
+    end, owner = 0, 0
+    for start, size, device in sorted(rows):
+        if start < end and device != owner:
+            where = f"byte {start * config.inp_bytes:#x}"
+            raise TargetError(f"devices {owner} and {device} of one launch both store to {where}")
+        if start + size > end:
+            end, owner = start + size, device
 
 
 def _is_added(instruction: object) -> bool:
