@@ -27,6 +27,7 @@ class Layout:
     channel computes the partial sums of its `segments`, one a step. Columns of bank ``spare_bank`` are multiplied apart
     after the steps, in ``spares`` sums more, each for as many steps as there are banks (see targets/aim/mapping.py). ``bias_inside``: accumulators
     start with the bias; else the host adds it. ``activation``: what the host applies to sums, None for nothing.
+    ``writes``: the order in which the host writes the registers of its vectors; empty for their own order.
     """
 
     m: int
@@ -42,6 +43,7 @@ class Layout:
     spare_bank: int = 0
     bias_inside: bool = False
     activation: str | None = None
+    writes: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, which `from_json` reads back."""
@@ -95,13 +97,14 @@ class Layout:
         return sums + (0 if self.bias_inside else self.m)
 
     def pack(self, vectors: Array) -> Array:
-        """What the host writes to registers: 16-bit (vectors * inputs, lanes), from numbers of vectors * k in order."""
+        """What the host writes to registers, 16-bit (vectors * inputs, lanes), from vectors * k numbers in order."""
         rows = np.asarray(vectors).reshape(self.vectors, self.k)
         with np.errstate(over="ignore"):
             narrow = rows.astype(NUMBERS[self.number])
         padded = np.zeros((self.vectors, self.inputs * self.lanes), narrow.dtype)
         padded[:, : self.k] = narrow
-        return padded.reshape(-1, self.lanes)
+        registers = padded.reshape(-1, self.lanes)
+        return registers[list(self.writes)] if self.writes else registers
 
     def unpack(self, reads: Sequence[Array] | Array, bias: Array | None = None) -> Array:
         """Results, float32 (vectors, m), from the registers that were read, in order.
@@ -123,7 +126,7 @@ class Layout:
 def from_json(data: Mapping[str, Any]) -> Layout:
     """The layout that `to_json` wrote."""
     segments = tuple(tuple((int(s), int(b), int(n)) for s, b, n in channel) for channel in data["segments"])
-    return Layout(**{**data, "segments": segments})
+    return Layout(**{**data, "segments": segments, "writes": tuple(map(int, data["writes"]))})
 
 
 def _gelu(x: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -87,9 +87,11 @@ def compile_layers(
         kernel = lower(layer, found, machine)
         verify(kernel)
         addresses = Addresses(base, len(registers), home)
-        commands = (*emit(kernel, addresses, machine), Eoc())
+        emitted = emit(kernel, addresses, machine)
+        commands = (*emitted.commands, Eoc())
         check(commands, machine)
-        launches.append(Launch(layer, found.mapping, found.layout, kernel, commands, base, found.rows))
+        layout = replace(found.layout, writes=tuple(emitted.writes))
+        launches.append(Launch(layer, found.mapping, layout, kernel, commands, base, found.rows))
         base += found.rows
     return Program(tuple(launches), memory, registers)
 

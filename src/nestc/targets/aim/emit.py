@@ -35,8 +35,17 @@ class Addresses:
     constants: int
 
 
-def emit(kernel: Kernel, addresses: Addresses, machine: AimMachine) -> list[Command]:
-    """The requests of a kernel, in order, without EOC.
+@dataclass(frozen=True)
+class Emitted:
+    """Requests without EOC, and for each W GPR and R GPR the line of the host's numbers that it moves."""
+
+    commands: list[Command]
+    writes: list[int]
+    reads: list[int]
+
+
+def emit(kernel: Kernel, addresses: Addresses, machine: AimMachine) -> Emitted:
+    """The requests of a kernel, in order.
 
     Raises TargetError, naming the statement, for one that is no request: an index that is not affine in the loops.
     """
@@ -50,7 +59,7 @@ def emit(kernel: Kernel, addresses: Addresses, machine: AimMachine) -> list[Comm
             raise TargetError(
                 f"kernel {kernel.name}, statement {number}: {problem}, so that it is no AiM request: {text}"
             ) from None
-    return commands
+    return Emitted(commands, emitter.writes, emitter.reads)
 
 
 class _Refused(Exception):
@@ -61,6 +70,8 @@ class _Emitter:
     def __init__(self, kernel: Kernel, addresses: Addresses, machine: AimMachine) -> None:
         self.addresses, self.machine = addresses, machine
         self.banks, self.constants = kernel.params[1].name, kernel.params[2].name
+        self.writes: list[int] = []
+        self.reads: list[int] = []
         self.forms: dict[int, tuple[Call, Callable[[Mapping[str, int]], Command]]] = {}
 
     def block(self, block: Block, values: dict[str, int]) -> Iterator[Command]:
@@ -88,17 +99,28 @@ class _Emitter:
             return lambda values: command
         places = [_affine(window) for window in call.operands]
         if isinstance(step, Host):
-            place, base = (places[0], self.register(call.operands[0])) if step.write else (
-                places[1],
-                self.register(call.operands[1]),
-            )
-            kind = WriteGpr if step.write else ReadGpr
-            return lambda values: kind(base + place(values))
+            return self.moves(step, call.operands, places)
         if isinstance(step, Register):
             return self.registers(step, call.operands, places)
         if isinstance(step, Column):
             return self.columns(step, call.operands, places)
         raise _Refused(f"there is no request {step.name}")
+
+    def moves(
+        self, step: Host, operands: Sequence[Window], places: Sequence[_Place]
+    ) -> Callable[[Mapping[str, int]], Command]:
+        to, source = places
+        base = self.register(operands[0 if step.write else 1])
+
+        def write(values: Mapping[str, int]) -> Command:
+            self.writes.append(source(values))
+            return WriteGpr(base + to(values))
+
+        def read(values: Mapping[str, int]) -> Command:
+            self.reads.append(to(values))
+            return ReadGpr(base + source(values))
+
+        return write if step.write else read
 
     def registers(
         self, step: Register, operands: Sequence[Window], places: Sequence[_Place]

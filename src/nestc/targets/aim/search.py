@@ -57,7 +57,7 @@ def search(layer: MatrixVector, machine: AimMachine, number: str = "bfloat16", t
     found: list[Found] = []
     for each in plans[:timed]:
         kernel = lowering.lower(layer, each, machine)
-        commands = [*emit(kernel, Addresses(0, 0, 0), machine), Eoc()]
+        commands = [*emit(kernel, Addresses(0, 0, 0), machine).commands, Eoc()]
         found.append(Found(each.mapping, simulate_timing(commands, machine).ticks))
     return sorted(found, key=lambda each: each.ticks)
 
