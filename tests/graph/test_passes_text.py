@@ -232,17 +232,19 @@ CASES = [
         "a scale without a shift has no bias, and what is read twice stays",
         AffineToConvolution,
         """g (float[1,2,2,2] x) => (float[1,2,2,2] y, float[1,2,2,2] z) {
-            m = Mul(column, x)  y = Add(m, column)  z = Mul(m, x) }""",
-        """m.Conv = Conv(x, [[[[1.0]]], [[[3.0]]]]) {group=2}
+            r = Relu(x)  m = Mul(column, r)  y = Add(m, column)  z = Mul(m, x) }""",
+        """r = Relu(x)
+m.Conv = Conv(r, [[[[1.0]]], [[[3.0]]]]) {group=2}
 y = Add(m.Conv, [[[1.0]], [[3.0]]])
 z = Mul(m.Conv, x)""",
         PAIRS,
     ),
     Case(
-        "plain numbers, shifts alone, matrices and what does not start with the data stay elementwise",
+        "plain numbers, shifts alone, matrices, inputs and what does not start with the data stay elementwise",
         AffineToConvolution,
-        """g (float[1,2,2,2] x, float[3,2] u) => (float[1,2,2,2] y, float[1,2,2,2] z, float[3,2] v) {
-            m = Mul(x, t)  y = Add(m, column)  z = Div(column, x)  v = Mul(u, p) }""",
+        """g (float[1,2,2,2] x, float[3,2] u) => (float[1,2,2,2] y, float[1,2,2,2] z, float[3,2] v, float[1,2,2,2] k) {
+            r = Relu(x)  m = Mul(r, t)  y = Add(m, column)  z = Sub(column, r)  w1 = Relu(u)  v = Mul(w1, p)
+            k = Mul(x, column) }""",
         weights=PAIRS,
         same=True,
     ),

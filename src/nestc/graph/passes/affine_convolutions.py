@@ -17,8 +17,8 @@ class AffineToConvolution(Rewrite):
     """Mul, Div, Add, Sub and BatchNormalization in a row that no convolution took in become one depthwise 1x1 Conv.
 
     For images in float32 (rank 4), and only where channels have scales of their own: a plain number is cheaper as it
-    is. Quantized, a Conv has a scale for the weight of each channel and adds its bias to int32 sums, whereas the
-    constant of a Mul is rounded with one scale for all channels.
+    is. Not for inputs of the model, whose three channels fill no vector. Quantized, a Conv has a scale for the weight
+    of each channel and adds its bias to int32 sums, whereas the constant of a Mul is rounded with one scale for all.
     """
 
     what = "scales and shifts a channel written as depthwise convolutions"
@@ -26,7 +26,7 @@ class AffineToConvolution(Rewrite):
     def rewrite(self, node: ir.Node) -> bool:
         index = _data_index(node)
         data = None if index is None else node.inputs[index]
-        if index is None or data is None or data.shape is None or len(data.shape) != 4:
+        if index is None or data is None or data.shape is None or len(data.shape) != 4 or data.is_graph_input():
             return False
         channels = channels_of(data)
         affine = None if channels is None else affine_of(node, index, channels)
