@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,13 @@ def test_every_candidate_fits(config: VtaConfig) -> None:
     found = list(candidates(Walk(geometry(layer, config), whole(layer, config), config, Costs.of(RTL, config))))
     assert found and len(set(found)) == len(found)
     assert all(fits(layer, whole(layer, config), tiling, config) for tiling in found)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=IDS)
+def test_few_micro_ops_are_enough(layer: Layer) -> None:
+    few = replace(CONFIG, name="few", log_uop_buff_size=6)
+    tiling = choose(layer, whole(layer, few), few, search=False)
+    assert simulated(layer, whole(layer, few), tiling, few) > 0
 
 
 def test_parts_cover_from_the_whole_down() -> None:

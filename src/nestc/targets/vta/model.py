@@ -7,6 +7,7 @@ and timing cost a hundred times that. It ranks tilings; `schedule` verifies the 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ import numpy as np
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.timing import RTL, Timing
 from nestc.targets.vta.constants import Vectors
+from nestc.targets.vta.emit import MOST_ITERATIONS
 from nestc.targets.vta.layer import Clip, Init, Layer, Maximum, Product, Shift
 from nestc.targets.vta.shape import block_amounts, block_count, shift_runs, stored_weights
 from nestc.targets.vta.tiling import Share, Tiling
@@ -353,6 +355,19 @@ class Walk:
             (config.acc_depth - vectors - staging) // sums,
         )
         return counts if min(counts) >= 1 else None
+
+    def encodes(self, tiling: Tiling) -> bool:
+        """Whether loops fit in their fields, and micro-ops of an instruction in their buffer; a little too strict."""
+        _, _, staging, sums = self.largest(tiling)
+        if max(staging, sums) > MOST_ITERATIONS:
+            return False
+        for number, read in enumerate(self.sizes.reads):
+            inputs, pairs, _ = self.chunk_sizes(number, tiling.blocks, tiling.inputs)
+            taps = len(set(read.down)), len(set(read.across))
+            extents = sorted((tiling.rows, tiling.columns, *taps, inputs, -(-pairs // max(inputs, 1))))
+            if math.prod(extents[:-2]) > self.config.uop_depth:
+                return False
+        return True
 
     def largest(self, tiling: Tiling) -> tuple[int, int, int, int]:
         """Elements of the largest chunk of inputs, of its weights, of inputs copied for a `Maximum`, and of a tile."""

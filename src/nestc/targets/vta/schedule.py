@@ -33,7 +33,6 @@ _SOURCES = {
     "nestc.runtime.vta": ("config", "isa", "timing"),
 }
 _found: dict[str, Choice] = {}
-_STORE = TuningStore()
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def search_tiling(
     key = _key(sizes.key, share, config, timing, budget if search else 0)
     if key in _found:
         return _found[key]
-    store = store or _STORE
+    store = store or TuningStore()
     kept = _read(store.get(key)) if search else None
     walk = Walk(sizes, share, config, Costs.of(timing, config))
     if kept is None or walk.slots(kept.tiling) is None:
@@ -136,7 +135,7 @@ def candidates(walk: Walk) -> Iterator[Tiling]:
             for count in parts(blocks):
                 for inputs in parts(walk.most_inputs(count)):
                     tiling = Tiling(rows, columns, count, inputs)
-                    if walk.slots(tiling) is None:
+                    if walk.slots(tiling) is None or not walk.encodes(tiling):
                         continue
                     found = True
                     yield tiling
