@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from dataclasses import dataclass
 
@@ -110,6 +111,7 @@ class Channel:
         self._opened: list[_Access] = []
         """Accesses whose row was opened for them; they go before all others."""
         self._write_turn = False
+        self._end = sys.maxsize
 
     def send(self, burst: Burst, tick: int) -> tuple[int, int]:
         """The host has a burst of PIM commands from `tick` on.
@@ -169,6 +171,7 @@ class Channel:
 
     def close(self, tick: int) -> None:
         """Nothing more comes; what is under way goes on until `tick`, the last one."""
+        self._end = tick
         self._accesses_until(tick)
 
     # Requests in order.
@@ -248,6 +251,9 @@ class Channel:
         while True:
             command = rows.needed(REFAB, NO_BANK, 0)
             tick = max(tick, self._clock + 1, rows.earliest(command, NO_BANK))
+            if min([tick, *(self._ready(access) for access in self._opened)]) > self._end:
+                self._interval = 0
+                return
             if self._opened and self._next_opened(self._clock + 1) <= tick:
                 self._issue_opened(self._next_opened(self._clock + 1))
             elif self._register_mode:
