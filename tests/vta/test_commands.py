@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import onnx
 import pytest
 from qdq_nets import residual
 
@@ -112,6 +113,16 @@ def test_other_levels_of_a_vta_model_are_emitted(nestc, model: Path, tmp_path: P
     names = [path.name for path in folder.iterdir()]
     assert "model.onnx" in names and any(name.endswith(".tensor") for name in names)
     assert not any(name.endswith((".txt", ".bin")) for name in names if not name.endswith(".onnx.txt"))
+
+
+def test_a_target_that_takes_nothing_is_said(nestc, tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "float", values[:1], values[1:])
+    onnx.save(onnx.helper.make_model(graph, ir_version=8), tmp_path / "f.onnx")
+    shown = nestc("compile", tmp_path / "f.onnx", "--target", "vta", "-o", tmp_path / "f.nest").out
+    assert "vta takes nothing: nestc explain" in shown
+    assert "quantize with scheme int8-pow2" in nestc("explain", tmp_path / "f.onnx", "--target", "vta").out
 
 
 def test_explain_and_targets_know_it(nestc, model: Path) -> None:

@@ -146,6 +146,9 @@ def compile_(
         common.print_json(report)
         return
     show(report, sink)
+    taking = {partition["device"] for partition in report["partitions"]}
+    for name in (each.name for each in chosen if each.name not in taking):
+        print(f"  {name} takes nothing: nestc explain {model} --target {name} says why")
 
 
 def summary(executable: Executable | Specialised, destination: Path, seconds: float) -> dict[str, Any]:
