@@ -14,9 +14,10 @@ from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.timing import RTL
 from nestc.targets.vta import schedule
+from nestc.targets.vta.geometry import geometry
 from nestc.targets.vta.layer import Clip, FeatureMap, Init, Layer, Maximum, Product, Shift, Step
 from nestc.targets.vta.lower import lower
-from nestc.targets.vta.model import Costs, Walk, estimate, fits, geometry, whole
+from nestc.targets.vta.model import Costs, Walk, estimate, fits, whole
 from nestc.targets.vta.schedule import candidates, choose, parts, rank, search_tiling, simulated
 from nestc.targets.vta.split import choose_split, seconds, shares
 from nestc.targets.vta.store import TuningStore

@@ -16,11 +16,12 @@ from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.timing import RTL, UOP_BYTES, Timing, simulate_timing
 from nestc.targets.vta.emit import emit
+from nestc.targets.vta.geometry import geometry
 from nestc.targets.vta.layer import Layer
 from nestc.targets.vta.link import link
 from nestc.targets.vta.lower import lower
 from nestc.targets.vta.memory import Dram
-from nestc.targets.vta.model import Costs, Estimate, Walk, geometry
+from nestc.targets.vta.model import Costs, Estimate, Walk
 from nestc.targets.vta.store import TuningStore
 from nestc.targets.vta.tiling import Share, Tiling
 
@@ -29,7 +30,18 @@ _TRUST = 0.01  # difference to the simulator within which the order of the model
 _BEST = 4  # tilings that have to be better than what is not walked
 _SIZES = 10  # sizes tried of a dimension; more of them differ too little to matter
 _SOURCES = {
-    "nestc.targets.vta": ("schedule", "model", "tiling", "lower", "shape", "sram", "constants", "emit", "link"),
+    "nestc.targets.vta": (
+        "schedule",
+        "model",
+        "geometry",
+        "tiling",
+        "lower",
+        "shape",
+        "sram",
+        "constants",
+        "emit",
+        "link",
+    ),
     "nestc.runtime.vta": ("config", "isa", "timing"),
 }
 _found: dict[str, Choice] = {}
