@@ -274,12 +274,11 @@ class Machine:
             self.memory[channels, command.bank, command.row, columns] = self.global_buffer[channels, columns]
 
     def _multiply(self, command: EwMul) -> None:
-        groups = self.machine.bank_groups if self.cfr[CFR_EWMUL] else 1
+        per_group = self.machine.banks_per_group
+        end = self.machine.banks if self.cfr[CFR_EWMUL] else per_group
         columns = slice(command.column, command.column + command.size)
-        for channel in channels_of(command.mask):
-            for group in range(groups):
-                bank = group * self.machine.banks_per_group
-                first = widen(self.memory[channel, bank, command.row, columns])
-                second = widen(self.memory[channel, bank + 1, command.row, columns])
-                with np.errstate(over="ignore", invalid="ignore"):
-                    self.memory[channel, bank + 2, command.row, columns] = narrow(first * second, self.number)
+        channels = self._channels(command.mask)
+        first = widen(self.memory[channels, 0:end:per_group, command.row, columns])
+        second = widen(self.memory[channels, 1:end:per_group, command.row, columns])
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.memory[channels, 2:end:per_group, command.row, columns] = narrow(first * second, self.number)
