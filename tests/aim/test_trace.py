@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,6 +166,12 @@ def test_a_stream_must_end():
         c.check([c.Sync()], MACHINE)
     with pytest.raises(TargetError, match="registers 8 to 8 are not all among the 8"):
         c.check([c.WriteGpr(8), c.Eoc()], MACHINE, gprs=8)
+
+
+def test_products_of_banks_need_three_banks_a_group():
+    machine = replace(MACHINE, bank_groups=8, banks_per_group=2)
+    with pytest.raises(TargetError, match="takes three banks of a group, and 'gddr6_aim' has 2"):
+        c.check([c.EwMul(1, 1, 0), c.Eoc()], machine)
 
 
 def test_kinds_are_counted():

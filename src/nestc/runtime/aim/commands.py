@@ -362,6 +362,11 @@ def check(commands: Sequence[Command], machine: AimMachine, gprs: int | None = N
             )
         if isinstance(command, WrAbk) and mask & (mask - 1):
             raise TargetError(f"request {index} (WR_ABK): it takes one channel, and the mask {mask:#x} names several")
+        if isinstance(command, EwMul) and machine.banks_per_group < 3:
+            raise TargetError(
+                f"request {index} (EWMUL): it takes three banks of a group, and '{machine.name}' has "
+                f"{machine.banks_per_group}"
+            )
         if isinstance(command, WriteCfr):
             _within(index, command, "value", command.value, CFR_LIMITS[command.cfr])
 
