@@ -10,12 +10,13 @@ from nestc.graph.passes.rewrite import Rewrite, producer
 
 
 class NarrowViews(Rewrite):
-    """A Cast from bfloat16 sinks below views: what is reshaped is narrow, and who reads it widens it."""
+    """A Cast from bfloat16 sinks below views and Transposes: what they give is narrow, and who reads it widens it."""
 
     what = "views moved to bfloat16"
 
     def rewrite(self, node: ir.Node) -> bool:
-        source = producer(node.inputs[0], "Cast") if is_view(node) else None
+        moves = is_view(node) or node.op_type == "Transpose"
+        source = producer(node.inputs[0], "Cast") if moves else None
         if source is None or not widens(source):
             return False
         narrow, result = source.inputs[0], node.outputs[0]

@@ -26,8 +26,11 @@ MACHINE_FILE = "machine.yaml"
 BANKS = "banks"
 """The constant that holds the banks' rows: 16-bit patterns (channels, banks, rows, columns, lanes)."""
 
+REGISTERS = "registers"
+"""The constant that holds what registers 0 and on hold: 16-bit patterns (n, lanes)."""
+
 _WRITING = (WrSbk, WrAbk, CopyGbBk, EwMul, WriteMem)
-"""Requests after which banks are not what they were."""
+"""Requests that write to banks."""
 
 
 class AimDevice:
@@ -60,9 +63,9 @@ class Launch:
     order: Array | None
 
     @property
-    def changes_memory(self) -> bool:
-        """Whether banks hold something else afterwards: columns that openers spoil."""
-        return any(isinstance(command, _WRITING) for command in self.commands)
+    def writes(self) -> frozenset[type[Command]]:
+        """Kinds of its requests that write to banks."""
+        return frozenset(type(command) for command in self.commands if isinstance(command, _WRITING))
 
     def vectors(self, source: Array) -> Array:
         """The vectors, (vectors, k) of the 16-bit format, of a source of any float type."""
@@ -72,11 +75,12 @@ class Launch:
             return flat.reshape(self.layout.vectors, self.layout.k)
         return np.append(flat, np.zeros(1, flat.dtype))[self.take]
 
-    def run(self, source: Array, machine: AimMachine, banks: Array) -> Array:
-        """The output, float32 of ``shape``; ``banks`` are what all rows hold, which may be written to."""
-        memory = Machine(machine, self.layout.number, memory=banks.view(NUMBERS[self.layout.number]))
-        reads = memory.run(self.commands, self.layout.pack(self.vectors(source)))
-        return self.result(reads)
+    def execute(self, writes: Array, machine: AimMachine, banks: Array, registers: Array) -> list[Array]:
+        """What the host reads, (lanes,) each, after it wrote ``writes``; ``banks`` may be written to."""
+        number = NUMBERS[self.layout.number]
+        memory = Machine(machine, self.layout.number, memory=banks.view(number))
+        memory.gpr[: len(registers)] = registers.view(number)
+        return memory.run(self.commands, list(writes))
 
     def result(self, reads: Sequence[Array]) -> Array:
         """The output, float32 of ``shape``, from the registers that were read."""
@@ -91,9 +95,16 @@ class AimProgram:
         try:
             about = artifact.metadata
             self.machine = machine_of(artifact)
-            self._banks: Array | None = artifact.weights[BANKS] if about["launches"] else np.zeros(0, np.uint16)
             self._steps = steps(artifact, self.machine)
-            self._private = any(isinstance(step, Launch) and step.changes_memory for step in self._steps)
+            written = frozenset[type[Command]]().union(
+                *(each.writes for each in self._steps if isinstance(each, Launch))
+            )
+            self._banks: Array | None = artifact.weights[BANKS]
+            if written:
+                self._banks = self._banks.copy()  # it may be mapped from the bundle
+            # An EWMUL of ours only opens a row: what it writes is the same each time, and nothing reads it.
+            self._private = bool(written - {EwMul})
+            self._registers = artifact.weights[REGISTERS]
             self.inputs, self.outputs = (tuple(_border(each) for each in about[side]) for side in ("inputs", "outputs"))
             self._constants = {name: artifact.weights[key] for name, key in about["constants"].items()}
             self.seconds = float(about["timing"]["seconds"])
@@ -116,7 +127,12 @@ class AimProgram:
                     f"{list(array.shape)}"
                 )
             values[name] = array
-        evaluate(self._steps, values, self.machine, banks)
+        for step in self._steps:
+            if isinstance(step, Launch):
+                writes = step.layout.pack(step.vectors(values[step.source]))
+                values[step.output] = step.result(step.execute(writes, self.machine, banks, self._registers))
+            else:
+                values[step.output] = host.evaluate(step, [values[name] if name else None for name in step.inputs])
         results: list[np.ndarray] = []
         for (name, dtype, shape), given in zip(self.outputs, outputs, strict=True):
             with np.errstate(over="ignore"):
@@ -130,15 +146,6 @@ class AimProgram:
         """Let go of the banks; later calls raise TargetError."""
         self._banks = None
         self._steps = ()
-
-
-def evaluate(steps: Sequence[Launch | HostOp], values: dict[str, Array], machine: AimMachine, banks: Array) -> None:
-    """Run the steps one after the other; their results are added to ``values``."""
-    for step in steps:
-        if isinstance(step, Launch):
-            values[step.output] = step.run(values[step.source], machine, banks)
-        else:
-            values[step.output] = host.evaluate(step, [values[name] if name else None for name in step.inputs])
 
 
 def machine_of(artifact: Artifact) -> AimMachine:

@@ -13,8 +13,8 @@ import numpy as np
 from nestc.bundle.artifact import Artifact
 from nestc.bundle.dtypes import numpy_dtype
 from nestc.runtime.aim import host
-from nestc.runtime.aim.device import BANKS, MACHINE_FILE, Launch, machine_of, steps
-from nestc.runtime.aim.simulate import NUMBERS, Machine
+from nestc.runtime.aim.device import BANKS, MACHINE_FILE, REGISTERS, Launch, machine_of, steps
+from nestc.runtime.aim.simulate import NUMBERS
 from nestc.runtime.aim.trace import format_trace
 
 FORMAT = "nestc-aim-commands"
@@ -25,7 +25,8 @@ SEED = 0
 
 
 def files(partition: str, artifact: Artifact) -> dict[str, bytes]:
-    """``<partition>.aim``, ``.json``, ``.banks.bin``, ``.machine.yaml``, ``.inputs.npz`` and ``.outputs.npz``.
+    """``<partition>.aim``, ``.json``, ``.banks.bin``, ``.registers.bin``, ``.machine.yaml``, ``.inputs.npz``,
+    ``.outputs.npz``.
 
     The trace holds the requests of all layers one after the other, and one EOC at the end. Inputs are random (seed 0);
     the outputs are what the functional simulator computes from them. Beside each value of a layer stand its registers:
@@ -42,16 +43,16 @@ def files(partition: str, artifact: Artifact) -> dict[str, bytes]:
     values |= inputs
     given: dict[str, np.ndarray] = {}
     found: dict[str, np.ndarray] = {}
-    banks = artifact.weights[BANKS].copy() if about["launches"] else np.zeros(0, np.uint16)
+    image, registers = artifact.weights[BANKS], artifact.weights[REGISTERS]
+    banks = image.copy()
     lines: list[str] = []
     told: list[dict[str, Any]] = []
     for step in steps(artifact, machine):
         if not isinstance(step, Launch):
             values[step.output] = host.evaluate(step, [values[name] if name else None for name in step.inputs])
             continue
-        memory = Machine(machine, step.layout.number, memory=banks.view(NUMBERS[step.layout.number]))
         writes = step.layout.pack(step.vectors(values[step.source]))
-        reads = memory.run(step.commands, writes)
+        reads = step.execute(writes, machine, banks, registers)
         values[step.output] = step.result(reads)
         given[f"{step.layer}@writes"], found[f"{step.layer}@reads"] = writes, np.stack(reads)
         first = sum(not line.startswith("#") for line in lines)
@@ -71,7 +72,8 @@ def files(partition: str, artifact: Artifact) -> dict[str, bytes]:
     return {
         f"{partition}.aim": ("\n".join(lines) + "\n").encode(),
         f"{partition}.json": _description(partition, artifact, told).encode(),
-        f"{partition}.banks.bin": np.ascontiguousarray(artifact.weights[BANKS]).tobytes() if about["launches"] else b"",
+        f"{partition}.banks.bin": image.tobytes(),
+        f"{partition}.registers.bin": registers.tobytes(),
         f"{partition}.machine.yaml": artifact.files[MACHINE_FILE],
         f"{partition}.inputs.npz": _npz({**inputs, **given}),
         f"{partition}.outputs.npz": _npz({**outputs, **found}),
@@ -81,7 +83,6 @@ def files(partition: str, artifact: Artifact) -> dict[str, bytes]:
 def _description(partition: str, artifact: Artifact, layers: list[dict[str, Any]]) -> str:
     """The JSON file: everything that is neither requests nor numbers."""
     about = artifact.metadata
-    shape = list(artifact.weights[BANKS].shape) if about["launches"] else [0]
     return json.dumps(
         {
             "format": FORMAT,
@@ -91,8 +92,14 @@ def _description(partition: str, artifact: Artifact, layers: list[dict[str, Any]
             "trace": {"file": f"{partition}.aim", "layers": layers},
             "banks": {
                 "file": f"{partition}.banks.bin",
-                "shape": shape,
+                "shape": list(artifact.weights[BANKS].shape),
                 "axes": ["channel", "bank", "row", "column", "lane"],
+                "bits": 16,
+            },
+            "registers": {
+                "file": f"{partition}.registers.bin",
+                "shape": list(artifact.weights[REGISTERS].shape),
+                "axes": ["register, from 0 on", "lane"],
                 "bits": 16,
             },
             "inputs": about["inputs"],
@@ -109,7 +116,8 @@ def _description(partition: str, artifact: Artifact, layers: list[dict[str, Any]
             "replay": [
                 f"the requests are those of {partition}.aim, in the text format of the public AiM simulator; a comment "
                 "'# column N' says at which column the request after it starts, where that is not 0",
-                f"banks hold {partition}.banks.bin before the first request, rows counted from 0; with an offset to "
+                f"banks hold {partition}.banks.bin before the first request, rows counted from 0, and "
+                f"registers {partition}.registers.bin; with an offset to "
                 "all rows the same holds at another place",
                 "each W GPR of a layer writes the next row of <layer>@writes in the inputs, each R GPR reads the next "
                 "row of <layer>@reads in the outputs",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nestc.bundle.artifact import Artifact
-from nestc.runtime.aim.device import BANKS, MACHINE_FILE
+from nestc.runtime.aim.device import BANKS, MACHINE_FILE, REGISTERS
 from nestc.runtime.aim.encode import encode
 from nestc.runtime.aim.machine import AimMachine, format_machine
 from nestc.runtime.aim.trace import format_trace
@@ -17,6 +17,7 @@ from nestc.targets.aim.layer import MatrixVector
 from nestc.targets.aim.regions import Product, read
 from nestc.targets.aim.timed import timed
 from nestc.targets.api import Partition
+from nestc.tensor.text import kernel_text
 
 Emit = Callable[[str, str, str], None]
 
@@ -32,7 +33,10 @@ def compile_partition(
     layers = [_layer(product, region.origin) for product, region in zip(products, partition.regions, strict=True)]
     program = compile_layers(layers, machine, number)
     files: dict[str, bytes] = {MACHINE_FILE: format_machine(machine).encode()}
-    weights: dict[str, np.ndarray] = {BANKS: np.ascontiguousarray(program.memory).view(np.uint16)}
+    weights: dict[str, np.ndarray] = {
+        BANKS: np.ascontiguousarray(program.memory).view(np.uint16),
+        REGISTERS: np.ascontiguousarray(program.registers).view(np.uint16),
+    }
     constants: dict[str, str] = {}
     steps: list[dict[str, Any]] = []
     for index, (product, layer, launch) in enumerate(zip(products, layers, program.launches, strict=True)):
@@ -53,11 +57,13 @@ def compile_partition(
                 "source": product.source,
                 "output": product.result,
                 "shape": list(product.result_shape),
+                "mapping": launch.mapping.to_json(),
                 "layout": launch.layout.to_json(),
                 **keys,
             }
         )
         if emit is not None:
+            emit("tensor", f"{partition.name}_{layer.name}", kernel_text(launch.kernel))
             emit("commands", f"{partition.name}_{layer.name}", format_trace(launch.commands))
         for name, array in product.constants.items():
             constants[name] = f"{index}.host.{len(constants)}"
@@ -67,8 +73,7 @@ def compile_partition(
         "machine": machine.name,
         "inputs": _border(partition, partition.inputs),
         "outputs": _border(partition, partition.outputs),
-        "launches": len(layers),
-        "rows": int(program.memory.shape[2]) if layers else 0,
+        "rows": int(program.memory.shape[2]),
         "steps": steps,
         "constants": constants,
         "timing": timed(

@@ -12,6 +12,7 @@ import numpy as np
 
 from nestc.errors import UnsupportedOp
 from nestc.graph.region import Op, Region
+from nestc.kernels.conv_shape import ConvShape, conv_shape
 from nestc.kernels.quantized import anchor_place
 from nestc.runtime.aim.host import FLOATS, OPERATORS, HostOp
 
@@ -292,11 +293,11 @@ class _MatrixProduct(_Reader):
         """The matrix is the right operand: rows of the left one are the vectors."""
         x, w = self.anchor.inputs[0], self.anchor.inputs[1]
         shape, matrix = self.shape_of(x), self.shape_of(w)
-        if len(matrix) > 2 and prod(matrix[:-2]) != 1:
+        if prod(matrix[:-2]) != 1:
             raise Refused(f"{self.where} multiplies with several matrices")
-        if len(matrix) == 1:
+        if len(matrix) < 2:
             raise Refused(f"{self.where} multiplies with one vector, not with a matrix")
-        k, m = matrix[-2], matrix[-1]
+        k, m = matrix[-2:]
         if turned[1]:
             k, m = m, k
         rows = prod(shape) // max(k, 1)
@@ -373,7 +374,7 @@ class _Convolution(_Reader):
             raise Refused(
                 f"the weights of {self.where} are no numbers of {number}; quantize the model with scheme bf16"
             )
-        take = _patches(self.anchor, image, kernel[2:], out)
+        take = _patches(conv_shape(self.anchor, self.region))
         identity = take.size == prod(image) and bool((take.reshape(-1) == np.arange(take.size)).all())
         places = rows // out[0]
         order = None
@@ -401,33 +402,21 @@ class _Convolution(_Reader):
         return replace(finished, bias=array.astype(np.float32))
 
 
-def _patches(op: Op, image: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int, ...]) -> Array:
+def _patches(shape: ConvShape) -> Array:
     """Places in the flat image (or -1) that each output position multiplies: (positions, channels x taps)."""
-    axes = len(kernel)
-    strides, dilations = (_integers(op, name, (1,) * axes) for name in ("strides", "dilations"))
-    if op.attributes.get("auto_pad", "NOTSET") not in ("NOTSET", b"NOTSET", None):
-        raise Refused(f"Conv (node {op.name!r}) has auto_pad, which should have become pads")
-    pads = _integers(op, "pads", (0,) * (2 * axes))
-    numbers = np.arange(prod(image)).reshape(image)
-    wide = np.pad(
-        numbers, [(0, 0), (0, 0), *((pads[i], max(pads[axes + i], 0)) for i in range(axes))], constant_values=-1
-    )
-    at: list[Array] = []
-    for axis in range(axes):
-        start = np.arange(out[2 + axis]) * strides[axis]
-        at.append(start[:, None] + np.arange(kernel[axis]) * dilations[axis])
-    if axes == 1:
-        found = wide[:, :, at[0]]  # (n, c, o, k)
-        return np.ascontiguousarray(found.transpose(0, 2, 1, 3)).reshape(out[0] * out[2], -1)
-    if axes == 2:
-        found = wide[:, :, at[0][:, None, :, None], at[1][None, :, None, :]]  # (n, c, oh, ow, kh, kw)
-        return np.ascontiguousarray(found.transpose(0, 2, 3, 1, 4, 5)).reshape(out[0] * out[2] * out[3], -1)
-    raise Refused(f"Conv (node {op.name!r}) has {axes} spatial axes; AiM takes one or two")
-
-
-def _integers(op: Op, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    value = op.attributes.get(name)
-    return tuple(int(v) for v in value) if isinstance(value, tuple) else default
+    image = (shape.batch, shape.in_channels, *shape.size)
+    found = np.arange(prod(image)).reshape(image)
+    for axis, size in enumerate(shape.size):
+        at = np.arange(shape.out[axis])[:, None] * shape.strides[axis] - shape.pads_begin[axis]
+        at = at + np.arange(shape.kernel[axis]) * shape.dilations[axis]  # (positions, taps)
+        place = 2 + 2 * axis  # each axis before became two
+        found = np.take(found, np.clip(at, 0, size - 1), place)
+        outside = ((at < 0) | (at >= size)).reshape(*at.shape, *(1,) * (found.ndim - place - 2))
+        found = np.where(outside, -1, found)
+    positions = tuple(range(2, found.ndim, 2))
+    taps = tuple(range(3, found.ndim, 2))
+    ordered = found.transpose(0, *positions, 1, *taps)
+    return np.ascontiguousarray(ordered).reshape(shape.batch * prod(shape.out), -1)
 
 
 def _factor(op: Op, name: str) -> float:

@@ -13,9 +13,10 @@ from nestc.runtime.aim.layout import Layout
 from nestc.runtime.aim.machine import AimMachine
 from nestc.runtime.aim.timing import simulate_timing
 
-HOST_BYTES_PER_SECOND = 10e9
+HOST_BYTES_PER_SECOND = 50e9
 """Assumed, not measured: what the processor beside the memory does on results (partial sums, bias, operators that the
-banks do not have) counts as the bytes that it reads and writes over this."""
+banks do not have) counts as the bytes that it reads and writes over this: some 16 bytes a cycle, vectors being so short
+that they stay in its first cache."""
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
