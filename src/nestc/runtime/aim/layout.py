@@ -23,10 +23,11 @@ Segment: TypeAlias = tuple[int, int, int]
 class Layout:
     """What the registers of one launch mean.
 
-    A result is cut into blocks of ``banks`` outputs, K into `slices` of ``width`` columns of ``lanes`` elements. Each
+    Results are cut into blocks of ``banks`` outputs, K into `slices` of ``width`` columns of ``lanes`` elements. Each
     channel computes the partial sums of its `segments`, one a step. Columns of bank ``spare_bank`` are multiplied apart
-    after the steps, in ``spares`` sums more, each for as many steps as there are banks (see targets/aim/mapping.py). ``bias_inside``: accumulators
-    start with the bias; else the host adds it. ``activation``: what the host applies to sums, None for nothing.
+    after the steps, in ``spares`` sums more, each for as many steps as there are banks (see targets/aim/mapping.py).
+    ``bias_inside``: accumulators start with the bias; else the host adds it. ``activation``: what the host applies to
+    sums, None for nothing.
     ``writes``: the order in which the host writes the registers of its vectors; empty for their own order.
     """
 
@@ -125,8 +126,10 @@ class Layout:
 
 def from_json(data: Mapping[str, Any]) -> Layout:
     """The layout that `to_json` wrote."""
-    segments = tuple(tuple((int(s), int(b), int(n)) for s, b, n in channel) for channel in data["segments"])
-    return Layout(**{**data, "segments": segments, "writes": tuple(map(int, data["writes"]))})
+    fields = dict(data)
+    fields["segments"] = tuple(tuple((int(s), int(b), int(n)) for s, b, n in channel) for channel in data["segments"])
+    fields["writes"] = tuple(map(int, data["writes"]))
+    return Layout(**fields)
 
 
 def _gelu(x: Array) -> Array:

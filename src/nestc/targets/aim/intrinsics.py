@@ -9,7 +9,6 @@ registers that hold constants, and what the host writes and reads. Operands are 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 from nestc.runtime.aim import activation
 from nestc.runtime.aim.commands import CFR_AF, channels_of
@@ -22,7 +21,6 @@ from nestc.tensor.ir import (
     Buffer,
     Call,
     Cast,
-    Const,
     Expr,
     For,
     Intrinsic,
@@ -111,7 +109,6 @@ class Set:
 
     # --- requests
 
-    @cache
     def write_buffer(self, size: int, mask: int) -> Column:
         """WR_GB: `size` registers to columns of the global buffers, the same to every channel."""
         m = self.machine
@@ -122,7 +119,6 @@ class Set:
         body = For(column, tuple(Store(gb, (column, ix.const(c), _ZERO), value) for c in channels_of(mask)))
         return Column(f"wr_gb[{size}, {mask:#x}]", (gb, gpr), (body,), "WR_GB", size, mask)
 
-    @cache
     def multiply(self, size: int, mask: int) -> Column:
         """MAC_ABK: accumulators += columns of banks times columns of global buffers, one column after the other.
 
@@ -143,21 +139,17 @@ class Set:
         body = For(column, (For(bank, tuple(steps)),))
         return Column(f"mac_abk[{size}, {mask:#x}]", (mac, weights, gb), (body,), "MAC_ABK", size, mask)
 
-    @cache
     def open_row(self, mask: int) -> Column:
         """EWMUL of one column in the first bank group: bank 2 = bank 0 * bank 1. It opens the row on the way."""
         m = self.machine
         weights = Buffer("banks", self.number, (1, m.channels, m.banks, m.lanes))
         steps: list[Stmt] = []
         for c in map(ix.const, channels_of(mask)):
-            first, second = (
-                Cast(Load(weights, (_ZERO, c, ix.const(b), _ZERO), m.lanes), "float32") for b in (0, 1)
-            )
+            first, second = (Cast(Load(weights, (_ZERO, c, ix.const(b), _ZERO), m.lanes), "float32") for b in (0, 1))
             product = Cast(Binary("mul", first, second), self.number)
             steps.append(Store(weights, (_ZERO, c, ix.const(2), _ZERO), product))
         return Column(f"ewmul[{mask:#x}]", (weights,), tuple(steps), "EWMUL", 1, mask)
 
-    @cache
     def write_bias(self, mask: int) -> Register:
         """WR_BIAS: accumulators of the i-th channel of the mask = register i."""
         m = self.machine
@@ -170,7 +162,6 @@ class Set:
         )
         return Register(f"wr_bias[{mask:#x}]", (mac, gpr), body, "WR_BIAS", mask)
 
-    @cache
     def read_sums(self, mask: int, results: bool = False) -> Register:
         """RD_MAC, or RD_AF for `results`: register i = accumulators of the i-th channel, rounded to 16 bits."""
         m = self.machine
@@ -186,7 +177,6 @@ class Set:
         request = "RD_AF" if results else "RD_MAC"
         return Register(f"{request.lower()}[{mask:#x}]", (gpr, source), tuple(steps), request, mask)
 
-    @cache
     def apply(self, name: str, mask: int) -> Register:
         """AF: results = the activation function `name` of accumulators; ``relu`` has a body, tables have none."""
         m = self.machine
@@ -198,12 +188,10 @@ class Set:
         )
         return Register(f"af.{name}[{mask:#x}]", (af, mac), steps, "AF", mask)
 
-    @cache
     def write_register(self) -> Host:
         """W GPR: a register = a line of the host's."""
         return self._move("w_gpr", "gpr", "host", True)
 
-    @cache
     def read_register(self) -> Host:
         """R GPR: a line of the host's = a register."""
         return self._move("r_gpr", "host", "gpr", False)
@@ -244,6 +232,3 @@ def _curve(name: str, x: Expr) -> Expr:
         return Binary("div", one, Binary("add", one, Unary("exp", Unary("neg", x))))
     half, root = constant(0.5, "float32", x.lanes), constant(0.5**0.5, "float32", x.lanes)
     return Binary("mul", Binary("mul", half, x), Binary("add", one, Unary("erf", Binary("mul", x, root))))
-
-
-__all__ = ["AF", "GB", "GPR", "MAC", "Column", "Configure", "Const", "Host", "Register", "Set", "configure"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
 
 from nestc.runtime.aim.commands import CFR_EWMUL
+from nestc.runtime.aim.layout import Array
 from nestc.runtime.aim.machine import AimMachine
 from nestc.targets.aim import intrinsics as aim
 from nestc.targets.aim.layer import MatrixVector
@@ -48,6 +49,25 @@ class _Step:
     fills: tuple[_Fill, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Near:
+    """A step, with the ones before and after it."""
+
+    before: _Step | None
+    step: _Step
+    after: _Step | None
+
+    def follows(self, other: _Near) -> bool:
+        """Whether this is what the next turn of a loop over `other` does."""
+        pairs = ((self.before, other.before), (self.step, other.step), (self.after, other.after))
+        for mine, others in pairs:
+            if mine is None or others is None or mine.row != others.row + 1:
+                return False
+            if replace(mine, row=0, bias=0, first_read=0) != replace(others, row=0, bias=0, first_read=0):
+                return False
+        return True
+
+
 def lower(layer: MatrixVector, found: Plan, machine: AimMachine) -> Kernel:
     """The kernel of a layer.
 
@@ -57,7 +77,7 @@ def lower(layer: MatrixVector, found: Plan, machine: AimMachine) -> Kernel:
     return _Lowering(layer, found, machine).run()
 
 
-def bias_registers(layer: MatrixVector, found: Plan, machine: AimMachine) -> np.ndarray:
+def bias_registers(layer: MatrixVector, found: Plan, machine: AimMachine) -> Array:
     """Constant registers, float32 (n, lanes): what accumulators start from, one register a channel and step.
 
     Without a bias there are only those of one step, zeros.
@@ -127,7 +147,7 @@ class _Lowering:
         layout, banks = self.layout, self.layout.banks
         slices, blocks = layout.steps
         for number, column in enumerate(self.plan.spares):
-            active = (blocks[number * banks : (number + 1) * banks] >= 0).any(0)
+            active = np.any(blocks[number * banks : (number + 1) * banks] >= 0, axis=0)
             fills = [
                 _Fill(int(piece) * layout.width + column, 1, (column - 1,), _mask(active & (slices[0] == piece)))
                 for piece in np.unique(slices[0][active])
@@ -137,7 +157,7 @@ class _Lowering:
             yield _Step(vector, _mask(active), row, column - 1, 2, bias, read, None, tuple(fills))
             read += int(active.sum())
 
-    def fills(self, vector: int, wanted: np.ndarray) -> tuple[_Fill, ...]:
+    def fills(self, vector: int, wanted: Array) -> tuple[_Fill, ...]:
         """What brings the slices `wanted` (-1: none) into the buffers.
 
         A request of more columns than a queue has places stops the host, so that buffers are filled in parts.
@@ -180,28 +200,26 @@ class _Lowering:
         done.update(wanted)
         return wanted
 
-    def runs(self, steps: list[_Step]) -> Iterator[list[Stmt]]:
+    def runs(self, steps: Sequence[_Step]) -> Iterator[list[Stmt]]:
         """Statements of all steps; steps that differ in nothing but their places become one loop."""
-        records: list[tuple[_Step, _Step | None, _Step | None]] = [
-            (step, steps[i - 1] if i else None, steps[i + 1] if i + 1 < len(steps) else None)
-            for i, step in enumerate(steps)
-        ]
-        for _, group in groupby(records, _kind(records)):
-            same = list(group)
-            if len(same) == 1:
-                yield self.step(*same[0], None)
+        near = [_Near(before, step, after) for before, step, after in zip([None, *steps], steps, [*steps[1:], None])]
+        start = 0
+        for end in range(1, len(near) + 1):
+            if end < len(near) and near[end].follows(near[end - 1]):
+                continue
+            if end - start == 1:
+                yield self.step(near[start], None)
             else:
-                yield [self.loop(same)]
+                var = self.var("item", end - start)
+                yield [For(var, tuple(self.step(near[start], var)))]
+            start = end
 
-    def loop(self, same: list[tuple[_Step, _Step | None, _Step | None]]) -> Stmt:
-        var = self.var("item", len(same))
-        return For(var, tuple(self.step(*same[0], var)))
-
-    def step(self, step: _Step, before: _Step | None, after: _Step | None, var: Var | None) -> list[Stmt]:
+    def step(self, near: _Near, var: Var | None) -> list[Stmt]:
         """One burst: accumulators are set, MACs, meanwhile the last results are read; then the new ones come.
 
         `var` moves rows, results and biases from step to step, where this is the body of a loop.
         """
+        before, step, after = near.before, near.step, near.after
         body: list[Stmt] = []
         channels = self.machine.channels
         bias = _moved(step.bias, var, channels if self.layout.bias_inside else 0)
@@ -272,34 +290,9 @@ class _Lowering:
         return Var(f"{name}{self.variables}", extent)
 
 
-def _kind(records: list[tuple[_Step, _Step | None, _Step | None]]):  # noqa: ANN202
-    """A key for `groupby`: steps of one key are bodies of one loop."""
-    keys: dict[int, int] = {}
-    run = 0
-    for i, (step, before, after) in enumerate(records):
-        if i and not _follows(records[i - 1], records[i]):
-            run += 1
-        keys[id(step)] = run
-    return lambda record: keys[id(record[0])]
-
-
-def _follows(
-    a: tuple[_Step, _Step | None, _Step | None], b: tuple[_Step, _Step | None, _Step | None]
-) -> bool:
-    """Whether record `b` is what the next turn of a loop over `a` does."""
-    if any(step is None for step in (*a, *b)):
-        return False
-    for first, second in zip(a, b, strict=True):
-        assert first is not None and second is not None
-        alike = replace(first, row=0, bias=0, first_read=0) == replace(second, row=0, bias=0, first_read=0)
-        if not alike or second.row != first.row + 1:
-            return False
-    return True
-
-
 def _moved(base: int, var: Var | None, by: int) -> Expr:
     return ix.const(base) if var is None or not by else ix.add(ix.mul(var, by), base)
 
 
-def _mask(active: np.ndarray) -> int:
+def _mask(active: Array) -> int:
     return sum(1 << int(channel) for channel in np.flatnonzero(active))

@@ -1,10 +1,10 @@
 """Where weights lie over channels, banks, rows and columns, and in which order a layer's commands go.
 
-A matrix (m, k) is cut into blocks of `banks` outputs, and K into slices of at most a row's columns. An item is one slice
-of one block: it fills some columns of one row in all banks of one channel, and is one burst of MAC_ABK, whose sums are
-one partial sum a bank. Every channel computes a list of items, the same number each; all channels do their i-th item at
-the same time. An accumulator holds one sum and the global buffer one row's columns of the vector, so that after every
-item the sums are read, unless the buffer were filled anew; a slice is therefore kept in a channel as long as possible.
+A matrix (m, k) is cut into blocks of `banks` outputs, and K into slices of at most a row's columns. An item is one
+slice of one block: it fills some columns of one row in all banks of one channel, and is one burst of MAC_ABK, which
+gives a partial sum in every bank. Every channel has a list of items; all channels do their i-th items together. As an
+accumulator holds one sum, and the global buffer one row's columns of the vector, sums are read after every item, which
+is cheaper than filling the buffer anew; and channels keep a slice as long as they can.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Plan:
     @property
     def items(self) -> int:
         """Items that a channel does at most."""
-        return len(self.layout.steps[0])
+        return max(sum(s[2] for s in channel) for channel in self.layout.segments)
 
     @property
     def spares(self) -> tuple[int, ...]:
@@ -201,7 +201,7 @@ def write_weights(memory: Array, base: int, layer: MatrixVector, found: Plan) ->
                 product = (widen(first) * widen(second)).astype(number)
             if not np.isfinite(product.astype(np.float32)).all():
                 raise TargetError(f"{layer.name}: EWMUL of its weights overflows, so that rows cannot be opened by it")
-            memory[channel, bank, spare, spoilt - 1], memory[channel, bank, spare, spoilt] = -product, third
+            memory[channel, bank, spare, spoilt - 1 : spoilt + 1] = np.stack([np.negative(product), third])
             memory[channel, SPARE_BANK, base + row, spoilt] = product
 
 

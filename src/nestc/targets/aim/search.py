@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from nestc.errors import TargetError
 from nestc.runtime.aim.commands import Eoc
@@ -18,12 +19,15 @@ from nestc.targets.aim.mapping import Mapping, Plan, plan
 from nestc.targets.vta.store import TuningStore
 
 TIMED = 6
-"""Mappings that are timed, of those that the closed form puts first."""
+"""Mappings that are timed at most, of those that the closed form puts first."""
+
+MARGIN, SLACK = 1.02, 40
+"""A mapping is timed if its estimate is within that factor, or as many ticks, of the best one's."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A mapping and the modelled ticks of its stream, with the host's accesses to registers."""
+    """A mapping and the modelled ticks of one vector's stream, with the host's accesses to registers."""
 
     mapping: Mapping
     ticks: int
@@ -50,13 +54,15 @@ def search(layer: MatrixVector, machine: AimMachine, number: str = "bfloat16", t
     Raises:
         TargetError: there is no mapping.
     """
-    plans = list(_plans(layer, machine, number))
+    plans = sorted(_plans(layer, machine, number), key=lambda pair: pair[0])
     if not plans:
         raise TargetError(f"{layer.name}: no mapping of {layer.m} x {layer.k} suits {machine.name}")
-    plans.sort(key=lambda each: estimate(each, machine))
+    one = replace(layer, vectors=1)  # vectors follow one another in the same way
     found: list[Found] = []
-    for each in plans[:timed]:
-        kernel = lowering.lower(layer, each, machine)
+    for ticks, each in plans[:timed]:
+        if ticks > max(MARGIN * plans[0][0], plans[0][0] + SLACK):
+            break
+        kernel = lowering.lower(one, plan(one, each.mapping, machine, number), machine)
         commands = [*emit(kernel, Addresses(0, 0, 0), machine).commands, Eoc()]
         found.append(Found(each.mapping, simulate_timing(commands, machine).ticks))
     return sorted(found, key=lambda each: each.ticks)
@@ -78,7 +84,7 @@ def mappings(layer: MatrixVector, machine: AimMachine) -> Iterator[Mapping]:
 
 
 def estimate(found: Plan, machine: AimMachine) -> float:
-    """Ticks of a plan's stream in closed form, about.
+    """Ticks of one vector in closed form, about.
 
     A row's first item waits for precharge and activation, every read of sums for two changes of mode; with an opener
     the former is hidden in part. Fills come on top. Derived from the rules in `runtime.aim.constraints`.
@@ -87,7 +93,7 @@ def estimate(found: Plan, machine: AimMachine) -> float:
     layout, mapping = found.layout, found.mapping
     mode = 2 * t["nMODCH"] + t["nCLREG"] + t["nBL"] + 4
     change = t["nRTP"] + t["nRP"]
-    gap = change + t["nRCDRDMAC"] + mode - 4
+    gap = change + t["nRCDRDMAC"] + mode - t["nRTP"] + 2
     if mapping.opener:
         gap = change + t["nRCDEWMUL"] + mode
     if mapping.inside:
@@ -95,19 +101,28 @@ def estimate(found: Plan, machine: AimMachine) -> float:
     rows = math.ceil(found.items / mapping.pack)
     same = 0 if rows == found.items else (found.items - rows) * (gap if mapping.inside else mode)
     items = found.items * (layout.width - 1) * t["nCCDS"] + rows * gap + same + layout.spares * (gap + 8)
-    slices, _ = layout.steps
-    changes = sum(bool(((slices[i] != slices[i - 1]) & (slices[i] >= 0)).any()) for i in range(1, len(slices)))
+    changes = {end for channel in layout.segments for end in accumulate(s[2] for s in channel[:-1])}
     copies = min(mapping.pack, found.items)
-    fills = (1 + changes) * layout.width * copies * t["nCCDS"] + layout.inputs
-    return layout.vectors * (items + fills)
+    fills = (1 + len(changes)) * layout.width * copies * t["nCCDS"] + layout.inputs
+    return items + fills
 
 
-def _plans(layer: MatrixVector, machine: AimMachine, number: str) -> Iterator[Plan]:
+def _plans(layer: MatrixVector, machine: AimMachine, number: str) -> Iterator[tuple[float, Plan]]:
+    """Estimates and plans, each plan once; a dense plan only where channels do less than in an even one."""
+    items: dict[tuple[int, int], int] = {}
     for mapping in mappings(layer, machine):
         try:
-            yield plan(layer, mapping, machine, number)
+            found = plan(layer, mapping, machine, number)
         except TargetError:
             continue  # this mapping does not suit; others do
+        if mapping.pack > found.items:
+            continue  # no row has that many
+        cut = (mapping.slices, mapping.pack)
+        if mapping.even:
+            items[cut] = found.items
+        elif found.items >= items.get(cut, found.items + 1):
+            continue
+        yield estimate(found, machine), found
 
 
 def _key(layer: MatrixVector, machine: AimMachine, number: str) -> str:
