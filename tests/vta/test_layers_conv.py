@@ -170,7 +170,7 @@ def test_what_is_refused_has_a_reason() -> None:
 
     graph = Graph()
     x = graph.real(graph.input((2, 4, 8)), -5)
-    y = graph.quantize(graph.node("MatMul", x, graph.weight((8, 8), -8)), -4)
+    y = graph.quantize(graph.node("MatMul", x, graph.weight((2, 8, 8), -8)), -4)
     assert "matrices of two axes" in reasons(graph.model(y))[0]
 
 

@@ -24,6 +24,7 @@ from nestc.targets.vta.link import link
 from nestc.targets.vta.lower import lower
 from nestc.targets.vta.memory import Dram, Value
 from nestc.targets.vta.model import whole
+from nestc.targets.vta.rewrite import rewritten
 from nestc.targets.vta.schedule import choose
 from nestc.targets.vta.shape import elements
 from nestc.targets.vta.split import choose_split
@@ -88,7 +89,9 @@ def compile_network(
     # Images of few channels come in unrolled, so that their first convolution fills the blocks.
     fixed = (*net.outputs, *net.aliases, *net.aliases.values())
     layers, columns = unroll_inputs(net.layers, net.inputs if unroll else {}, fixed, config)
-    net = replace(net, layers=layers)
+
+    # Layers that compute the same in fewer cycles; what somebody else sees stays what it is.
+    net = replace(net, layers=rewritten(layers, {*net.inputs, *fixed}, config))
     maps = _maps(net)
 
     # What is concatenated is written in its place at once, where blocks of channels allow it.
