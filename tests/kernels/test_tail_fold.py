@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
+import nestc
+from nestc.graph.region import TensorType
 from nestc.kernels.api import Layout
 from nestc.kernels.families import choose
 from nestc.kernels.tail_fold import fold_of, lookup_of, residual_of
@@ -143,3 +147,53 @@ def test_what_is_no_such_sum():
     for cut in (-1, -2):
         shorter = type(region)(**{**region.__dict__, "ops": region.ops[:cut], "outputs": region.ops[cut - 1].outputs})
         assert residual_of(shorter, anchor) is None
+
+
+@pytest.mark.parametrize("size", [(5,), (5, 6)])
+@pytest.mark.parametrize("channels", [3, 16, 19])
+def test_a_map_is_added_to_its_own_depthwise_convolution(channels, size):
+    """q = round(2 * x + x), where the kernel reads x both as rows of bytes and in its tail."""
+    rank = len(size)
+    constants = {"s": f32(0.25), "ws": f32(0.5), "w": np.full((channels, 1, *(1,) * rank), 4, np.int8)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["x", "s"], ["xf"]),
+        helper.make_node("DequantizeLinear", ["w", "ws"], ["wf"]),
+        helper.make_node("Conv", ["xf", "wf"], ["y"], group=channels),
+        helper.make_node("DequantizeLinear", ["x", "s"], ["x2"]),
+        helper.make_node("Add", ["y", "x2"], ["t"]),
+        helper.make_node("QuantizeLinear", ["t", "s", "z"], ["q"]),
+    ]
+    constants["z"] = np.int8(0)
+    shape = [2, channels, *size]
+    graph = helper.make_graph(
+        nodes,
+        "own",
+        [helper.make_tensor_value_info("x", TensorProto.INT8, shape)],
+        [helper.make_tensor_value_info("q", TensorProto.INT8, shape)],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = np.random.default_rng(0).integers(-40, 41, shape).astype(np.int8)
+    found = nestc.compile(nestc.load(model), targets=["cpu"], threads=1).run({"x": x})["q"]
+    np.testing.assert_array_equal(found, 3 * x)
+
+
+@pytest.mark.parametrize(("bounds", "expected"), [((40.0, None), 127), ((None, -40.0), -128)])
+def test_bounds_beyond_what_the_output_can_be(bounds, expected):
+    region, values = case_of(relu=True, dtype="int8")
+    ops = list(region.ops)
+    place = next(i for i, op in enumerate(ops) if op.op_type == "Relu")
+    names = [f"bound{i}" if bound is not None else "" for i, bound in enumerate(bounds)]
+    ops[place] = dataclasses.replace(ops[place], op_type="Clip", inputs=("t", *names))
+    extra = {name: f32(bound) for name, bound in zip(names, bounds, strict=True) if name}
+    region = dataclasses.replace(
+        region,
+        ops=tuple(ops),
+        constants={**region.constants, **{name: lambda array=array: array for name, array in extra.items()}},
+        types={**region.types, **{name: TensorType("float32", ()) for name in extra}},
+    )
+    family, _ = choose(region)
+    layouts = family.layouts(region, HOST, {name: Layout(HOST.lanes("float32")) for name in region.inputs})
+    feeds = {name: values[name] for name in region.inputs}
+    found = run_lowered(region, family.lower(region, HOST, layouts), feeds, HOST, layouts)["q"]
+    assert (found == expected).all()

@@ -116,11 +116,7 @@ class _Depthwise:
         self.rank = len(region.types[found.op.outputs[0]].shape) - 2
         self.lanes = machine.lanes("float32")
         self.builder = Builder("depthwise_int8")
-        # The input is read as rows of bytes, whatever the pixels in them.
-        self.operands = Operands(self.builder, region, {**layouts, x.name: PLAIN})
-        s = self.shape
-        blocks = ceil(s.out_channels / self.lanes)
-        self.operands.define(x.name, TensorType(x.dtype, (s.batch, blocks, s.size[0], s.size[1] * self.lanes)))
+        self.operands = Operands(self.builder, region, layouts)
         self._plan(machine)
 
     def _plan(self, machine: CpuMachine) -> None:
@@ -155,7 +151,9 @@ class _Depthwise:
         constants = self.pack(integers)
         self.weights = self.operands.buffer(f"{self.w.name}.packed")
         self.start = self.operands.buffer(f"{self.w.name}.start")
-        self.input = self.operands.buffer(self.x.name)
+        # The input is read as rows of bytes, whatever the pixels in them; the tail may read the same map as it is.
+        rows = (s.batch, ceil(s.out_channels / lanes), s.size[0], s.size[1] * lanes)
+        self.input = self.operands.view(self.x.name, rows)
         self.tail = Requantize(self.operands, self.region, self.op, scale, 1, real)
         self.bytes_out, self.bytes_in = self.narrow_views()
         if self.bytes_out is None:

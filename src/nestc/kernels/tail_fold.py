@@ -141,7 +141,9 @@ def _fold(chain: Sequence[Op], value: str, region: Region) -> Fold | None:
         # Rounding is monotone, so a clamp before it is a clamp to the rounded bounds after it.
         below, above = (float(np.rint(np.float32(b) / np.float32(scale))) for b in bounds)
         low, high = min(max(low, below), above), min(max(high, below), above)
-    return Fold(scale, low, high, float(zero))
+    # Both bounds of a clamp may lie on one side of what the output can be.
+    least, most = float(bottom - zero), float(top - zero)
+    return Fold(scale, min(max(low, least), most), min(max(high, least), most), float(zero))
 
 
 def _bounds(op: Op, region: Region) -> tuple[float, float] | None:
