@@ -29,8 +29,9 @@ MOST_DEVICES = 64
 
 class VtaTarget:
     """VTA accelerators (tvm-vta), in modelled time. Options: ``config`` (a preset or a JSON file in VTA's own keys),
-    ``count`` (devices that share each layer), ``clock_mhz`` and ``bus_bits`` (in place of the configuration's), and
-    ``energy``, a JSON file of picojoules an operation in place of those of `runtime.vta.energy`."""
+    ``count`` (devices that share each layer), ``clock_mhz`` and ``bus_bits`` (in place of the configuration's),
+    ``energy``, a JSON file of picojoules an operation in place of those of `runtime.vta.energy`, and ``unroll`` (false:
+    images of few channels are packed like any other value, and their first convolution multiplies mostly padding)."""
 
     name = "vta"
 
@@ -41,12 +42,14 @@ class VtaTarget:
         clock_mhz: float | None = None,
         bus_bits: int | None = None,
         energy: str | None = None,
+        unroll: bool = True,
     ) -> None:
         self.config = _configuration(config, clock_mhz, bus_bits)
         self.energy = HOROWITZ_45NM if energy is None else _energy(energy)
         if not 1 <= count <= MOST_DEVICES:
             raise TargetError(f"target vta runs on 1 to {MOST_DEVICES} devices, not {count}; write vta:count=N")
         self.count = count
+        self.unroll = unroll
         self.machine = machine(self.config, count, self.energy)
         self.offers: tuple[Offer, ...] = offers(self.config, self.cost)
 
@@ -58,7 +61,8 @@ class VtaTarget:
         """Streams, micro-ops and constants of a partition, verified and timed; `emit` gets levels tensor, commands."""
         from nestc.targets.vta.compiler import compile_network
 
-        return compile_network(network(partition, self.config), self.config, self.count, emit, self.energy)
+        net = network(partition, self.config)
+        return compile_network(net, self.config, self.count, emit, self.energy, unroll=self.unroll)
 
     def commands(self, partition: str, artifact: Artifact) -> Mapping[str, bytes]:
         """Files from which another VTA simulator replays a partition; see `targets.vta.commands`."""
