@@ -7,7 +7,7 @@ from itertools import pairwise
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.timing import RTL, Timing
 from nestc.targets.vta.layer import Layer
-from nestc.targets.vta.model import whole
+from nestc.targets.vta.model import Estimate, whole
 from nestc.targets.vta.schedule import estimated
 from nestc.targets.vta.tiling import Share
 
@@ -39,7 +39,15 @@ def choose_split(layer: Layer, count: int, config: VtaConfig, timing: Timing = R
 
 def split_cycles(layer: Layer, way: list[Share], config: VtaConfig, timing: Timing = RTL) -> int:
     """Modelled cycles of a layer whose shares run on a device each, with one DRAM channel for all."""
-    estimates = [estimated(layer, share, config, timing) for share in way]
+    every, known = whole(layer, config), dict[tuple[int, int, bool, bool], Estimate]()
+    estimates: list[Estimate] = []
+    for share in way:
+        (first, last), (top, bottom) = share.blocks, share.rows
+        # Shares of one size take the same time but for padding above and below, which costs nothing.
+        alike = last - first, bottom - top, top == every.rows[0], bottom == every.rows[1]
+        if alike not in known:
+            known[alike] = estimated(layer, share, config, timing)
+        estimates.append(known[alike])
     channel = sum(each.load + each.store for each in estimates)
     return max(channel if len(way) > 1 else 0, *(each.cycles for each in estimates))
 
