@@ -136,6 +136,23 @@ def test_a_residual_and_a_gate_are_added_on_the_host() -> None:
     assert relative_error(np.asarray(found), expected) < 2 * BF16
 
 
+def test_matrices_with_the_same_vectors_are_one_launch() -> None:
+    net = Net()
+    x = net.input((3, 64))
+    names = [net.node("MatMul", x, net.matrix(64, size)) for size in (40, 24)]
+    names.append(net.node("Add", net.node("MatMul", x, net.matrix(64, 24)), net.matrix(24)))
+    late = net.node("Relu", net.node("MatMul", x, net.matrix(64, 8)))
+    names.append(net.node("Add", net.node("MatMul", late, net.matrix(8, 24)), names[1]))
+    model = net.model(*names)
+    value = np.random.default_rng(9).standard_normal((3, 64)).astype(np.float32)
+    executable = nestc.compile(model, targets=["aim"])
+    found, expected = executable.run({x: value}), on_cpu(model, {x: value})
+    for name in names:
+        assert relative_error(found[name], expected[name]) < 2 * BF16
+    (artifact,) = artifacts(executable)
+    assert [layer["m"] for layer in artifact.metadata["timing"]["layers"]] == [40 + 24 + 24, 8, 24]
+
+
 def test_a_recurrent_cell_written_out() -> None:
     """Two steps of an LSTM whose weights both steps share; the gates' curves are the CPU's."""
     net = Net(4)

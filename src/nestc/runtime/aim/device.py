@@ -44,23 +44,34 @@ class AimDevice:
 
 
 @dataclass(frozen=True, eq=False)
+class Output:
+    """``count`` results of each vector, from the ``first`` on, as a value of ``shape``.
+
+    ``order``: which of them, vector by vector, stands at each place of the flat value; None: in order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    first: int
+    count: int
+    order: Array | None
+
+
+@dataclass(frozen=True, eq=False)
 class Launch:
     """A matrix times vectors: requests, and what the host writes before and reads after (``layout``).
 
     ``bias`` is added by the host if the layout says so. ``take``: where in the flat source the vectors' elements are
-    (int64 (vectors, k), -1: a zero); None: all of it in order. ``order``: which of the flat results stands at each
-    place of the output; None: in order.
+    (int64 (vectors, k), -1: a zero); None: all of it in order.
     """
 
     layer: str
     source: str
-    output: str
-    shape: tuple[int, ...]
+    outputs: tuple[Output, ...]
     commands: Sequence[Command]
     layout: Layout
     bias: Array | None
     take: Array | None
-    order: Array | None
 
     @property
     def writes(self) -> frozenset[type[Command]]:
@@ -82,10 +93,14 @@ class Launch:
         memory.gpr[: len(registers)] = registers.view(number)
         return memory.run(self.commands, list(writes))
 
-    def result(self, reads: Sequence[Array]) -> Array:
-        """The output, float32 of ``shape``, from the registers that were read."""
-        flat = self.layout.unpack(reads, self.bias).reshape(-1)
-        return (flat if self.order is None else flat[self.order]).reshape(self.shape)
+    def results(self, reads: Sequence[Array]) -> dict[str, Array]:
+        """The outputs, float32, from the registers that were read."""
+        results = self.layout.unpack(reads, self.bias)
+        found: dict[str, Array] = {}
+        for output in self.outputs:
+            flat = results[:, output.first : output.first + output.count].reshape(-1)
+            found[output.name] = (flat if output.order is None else flat[output.order]).reshape(output.shape)
+        return found
 
 
 class AimProgram:
@@ -130,7 +145,7 @@ class AimProgram:
         for step in self._steps:
             if isinstance(step, Launch):
                 writes = step.layout.pack(step.vectors(values[step.source]))
-                values[step.output] = step.result(step.execute(writes, self.machine, banks, self._registers))
+                values |= step.results(step.execute(writes, self.machine, banks, self._registers))
             else:
                 values[step.output] = host.evaluate(step, [values[name] if name else None for name in step.inputs])
         results: list[np.ndarray] = []
@@ -165,19 +180,20 @@ def _launch(about: Mapping[str, Any], artifact: Artifact, machine: AimMachine) -
     commands = decode(artifact.files[about["file"]])
     check(commands, machine)
 
-    def array(key: str) -> Array | None:
-        return artifact.weights[about[key]] if about.get(key) else None
+    def array(key: str | None) -> Array | None:
+        return None if key is None else artifact.weights[key]
 
     made = Launch(
         layer=about["layer"],
         source=about["source"],
-        output=about["output"],
-        shape=tuple(about["shape"]),
+        outputs=tuple(
+            Output(each["name"], tuple(each["shape"]), each["first"], each["count"], array(each["order"]))
+            for each in about["outputs"]
+        ),
         commands=commands,
         layout=layout.from_json(about["layout"]),
-        bias=array("bias"),
-        take=array("take"),
-        order=array("order"),
+        bias=array(about["bias"]),
+        take=array(about["take"]),
     )
     layout.require_activation(made.layout.activation)
     written = sum(isinstance(command, WriteGpr) for command in commands)

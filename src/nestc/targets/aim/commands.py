@@ -53,7 +53,7 @@ def files(partition: str, artifact: Artifact) -> dict[str, bytes]:
             continue
         writes = step.layout.pack(step.vectors(values[step.source]))
         reads = step.execute(writes, machine, banks, registers)
-        values[step.output] = step.result(reads)
+        values |= step.results(reads)
         given[f"{step.layer}@writes"], found[f"{step.layer}@reads"] = writes, np.stack(reads)
         first = sum(not line.startswith("#") for line in lines)
         lines += [f"# layer {step.layer}", *format_trace(step.commands[:-1]).splitlines()]
@@ -105,11 +105,7 @@ def _description(partition: str, artifact: Artifact, layers: list[dict[str, Any]
             "inputs": about["inputs"],
             "outputs": about["outputs"],
             "steps": [
-                {
-                    key: value
-                    for key, value in step.items()
-                    if key in ("kind", "layer", "op", "inputs", "output", "source")
-                }
+                {key: value for key, value in step.items() if key not in ("file", "layout", "bias", "take")}
                 for step in about["steps"]
             ],
             "simulated": about["timing"],

@@ -12,9 +12,9 @@ from nestc.runtime.aim.device import BANKS, MACHINE_FILE, REGISTERS
 from nestc.runtime.aim.encode import encode
 from nestc.runtime.aim.machine import AimMachine, format_machine
 from nestc.runtime.aim.trace import format_trace
-from nestc.targets.aim.compiler import compile_layers
-from nestc.targets.aim.layer import MatrixVector
-from nestc.targets.aim.regions import Product, read
+from nestc.targets.aim.compiler import Launch, compile_layers
+from nestc.targets.aim.group import Group, grouped
+from nestc.targets.aim.regions import read
 from nestc.targets.aim.timed import timed
 from nestc.targets.api import Partition
 from nestc.tensor.text import kernel_text
@@ -29,44 +29,32 @@ def compile_partition(
 
     `emit` gets the levels tensor (a kernel a layer) and commands (the trace of a layer).
     """
+    # Products with the same vectors are one launch, which comes where the first of them stands.
     products = [read(region) for region in partition.regions]
-    layers = [_layer(product, region.origin) for product, region in zip(products, partition.regions, strict=True)]
+    groups = grouped(products, [region.origin for region in partition.regions])
+    layers = [group.layer() for group in groups]
+    launched = {group.members[0].name: index for index, group in enumerate(groups)}
     program = compile_layers(layers, machine, number)
+
+    # Bytes, and what they mean.
     files: dict[str, bytes] = {MACHINE_FILE: format_machine(machine).encode()}
     weights: dict[str, np.ndarray] = {
         BANKS: np.ascontiguousarray(program.memory).view(np.uint16),
         REGISTERS: np.ascontiguousarray(program.registers).view(np.uint16),
     }
+    for index, launch in enumerate(program.launches):
+        files[f"{index}.aim.bin"] = encode(launch.commands)
+        if emit is not None:
+            emit("tensor", f"{partition.name}_{launch.layer.name}", kernel_text(launch.kernel))
+            emit("commands", f"{partition.name}_{launch.layer.name}", format_trace(launch.commands))
     constants: dict[str, str] = {}
     steps: list[dict[str, Any]] = []
-    for index, (product, layer, launch) in enumerate(zip(products, layers, program.launches, strict=True)):
-        file = f"{index}.aim.bin"
-        files[file] = encode(launch.commands)
-        arrays = {
-            "bias": None if launch.layout.bias_inside else layer.bias,
-            "take": product.take,
-            "order": product.order,
-        }
-        keys = {key: f"{index}.{key}" for key, array in arrays.items() if array is not None}
-        weights |= {keys[key]: array for key, array in arrays.items() if array is not None}
-        steps.append(
-            {
-                "kind": "launch",
-                "layer": layer.name,
-                "file": file,
-                "source": product.source,
-                "output": product.result,
-                "shape": list(product.result_shape),
-                "mapping": launch.mapping.to_json(),
-                "layout": launch.layout.to_json(),
-                **keys,
-            }
-        )
-        if emit is not None:
-            emit("tensor", f"{partition.name}_{layer.name}", kernel_text(launch.kernel))
-            emit("commands", f"{partition.name}_{layer.name}", format_trace(launch.commands))
+    for product in products:
+        if product.name in launched:
+            index = launched[product.name]
+            steps.append(_step(index, groups[index], program.launches[index], weights))
         for name, array in product.constants.items():
-            constants[name] = f"{index}.host.{len(constants)}"
+            constants[name] = f"host.{len(constants)}"
             weights[constants[name]] = np.ascontiguousarray(array).reshape(array.shape)
         steps += [{"kind": "host", **op.to_json()} for op in product.host]
     metadata = {
@@ -77,10 +65,7 @@ def compile_partition(
         "steps": steps,
         "constants": constants,
         "timing": timed(
-            [
-                (layer.name, launch.commands, launch.layout)
-                for layer, launch in zip(layers, program.launches, strict=True)
-            ],
+            [(launch.layer.name, launch.commands, launch.layout) for launch in program.launches],
             [op for product in products for op in product.host],
             machine,
         ),
@@ -88,17 +73,36 @@ def compile_partition(
     return Artifact("aim", files, weights, metadata)
 
 
-def _layer(product: Product, origin: Sequence[str]) -> MatrixVector:
-    return MatrixVector(
-        name=product.name,
-        weights=product.weights(),
-        bias=product.bias,
-        activation=product.activation,
-        inputs=product.source,
-        output=product.result,
-        vectors=product.rows,
-        origin=tuple(origin),
-    )
+def _step(index: int, group: Group, launch: Launch, weights: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A launch as JSON values; arrays that it needs are added to ``weights``."""
+    first = group.members[0]
+
+    def keep(key: str, array: np.ndarray | None) -> str | None:
+        if array is None:
+            return None
+        weights[f"{index}.{key}"] = np.ascontiguousarray(array)
+        return f"{index}.{key}"
+
+    return {
+        "kind": "launch",
+        "layer": launch.layer.name,
+        "file": f"{index}.aim.bin",
+        "source": first.source,
+        "outputs": [
+            {
+                "name": member.result,
+                "shape": list(member.result_shape),
+                "first": begin,
+                "count": member.m,
+                "order": keep(f"order.{number}", member.order),
+            }
+            for number, (member, begin) in enumerate(zip(group.members, group.first_outputs, strict=True))
+        ],
+        "mapping": launch.mapping.to_json(),
+        "layout": launch.layout.to_json(),
+        "bias": keep("bias", None if launch.layout.bias_inside else launch.layer.bias),
+        "take": keep("take", first.take),
+    }
 
 
 def _border(partition: Partition, names: Sequence[str]) -> list[Mapping[str, Any]]:
