@@ -87,6 +87,7 @@ class Layout:
         for spare in range(self.spares):
             of = blocks[spare * self.banks : (spare + 1) * self.banks]
             of = np.pad(of, ((0, self.banks - len(of)), (0, 0)), constant_values=-1)
+            of = of[:, np.any(of >= 0, axis=0)]
             places = np.where(of >= 0, of * self.banks + self.spare_bank, -1).T
             parts.append(np.where(places < self.m, places, -1))
         return np.concatenate(parts)

@@ -73,12 +73,18 @@ def compile_layers(
     from nestc.targets.aim.search import best
 
     choose = choose or best
-    plans = [plan(layer, choose(layer, machine, number), machine, number) for layer in layers]
+    mappings = [choose(layer, machine, number) for layer in layers]
+    plans = [plan(layer, each, machine, number) for layer, each in zip(layers, mappings, strict=True)]
+    constants = [bias_registers(layer, found, machine) for layer, found in zip(layers, plans, strict=True)]
+    vectors = max((found.layout.inputs for found in plans), default=0) + machine.channels
+    if sum(map(len, constants)) > machine.gprs - vectors:
+        # Biases of all layers do not fit in registers beside a vector and its results: the host adds them.
+        plans = [plan(layer, found.mapping, machine, number, bias_inside=False) for layer, found in zip(layers, plans)]
+        constants = [bias_registers(layer, found, machine) for layer, found in zip(layers, plans, strict=True)]
     rows = sum(found.rows for found in plans)
     if rows > machine.rows:
         raise TargetError(f"the weights take {rows} rows of every bank, and {machine.name} has {machine.rows}")
     memory = np.zeros((machine.channels, machine.banks, max(rows, 1), machine.columns, machine.lanes), NUMBERS[number])
-    constants = [bias_registers(layer, found, machine) for layer, found in zip(layers, plans, strict=True)]
     homes, registers = _constants(constants, machine, number)
     launches: list[Launch] = []
     base = 0

@@ -82,8 +82,10 @@ class Plan:
         return item // self.mapping.pack, item % self.mapping.pack * self.layout.width
 
 
-def plan(layer: MatrixVector, mapping: Mapping, machine: AimMachine, number: str = "bfloat16") -> Plan:
-    """The plan of a layer.
+def plan(
+    layer: MatrixVector, mapping: Mapping, machine: AimMachine, number: str = "bfloat16", *, bias_inside: bool = True
+) -> Plan:
+    """The plan of a layer; with `bias_inside` accumulators start with a bias where K is not cut.
 
     Raises:
         TargetError: the mapping does not suit the layer or the machine; says why.
@@ -94,6 +96,10 @@ def plan(layer: MatrixVector, mapping: Mapping, machine: AimMachine, number: str
     slices = math.ceil(columns / width)
     if slices != mapping.slices:
         raise TargetError(f"{layer.name}: {columns} columns are not cut into {mapping.slices} slices, but {slices}")
+    if slices * width + 2 * machine.channels > machine.gprs:
+        raise TargetError(
+            f"{layer.name}: {machine.gprs} registers do not hold a vector of {slices * width} and results"
+        )
     if width * mapping.pack > buffer:
         raise TargetError(f"{layer.name}: {mapping.pack} items of {width} columns do not fit in a row of {buffer}")
     if mapping.inside and (slices > 1 or layer.activation is None):
@@ -130,7 +136,7 @@ def plan(layer: MatrixVector, mapping: Mapping, machine: AimMachine, number: str
         segments=segments,
         spares=spares,
         spare_bank=SPARE_BANK if spares else 0,
-        bias_inside=slices == 1 and layer.bias is not None,
+        bias_inside=bias_inside and slices == 1 and layer.bias is not None,
         activation=None if mapping.inside else layer.activation,
     )
     return Plan(mapping, layout, rows + (1 if spares else 0), spoilt)
