@@ -137,6 +137,26 @@ def test_a_search_is_repeatable_and_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert search_tiling(other, share, CONFIG, budget=2, store=store) == first
 
 
+def test_a_tiling_that_becomes_no_instructions_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, store = convolution((32, 16)), TuningStore(tmp_path / "tuning.sqlite")
+    share = whole(layer, CONFIG)
+    order = rank(Walk(geometry(layer, CONFIG), share, CONFIG, Costs.of(RTL, CONFIG)))
+    real = schedule.simulated
+
+    def only_others(*given: object) -> int:
+        if given[2] == order[0].tiling:
+            raise TargetError("too long")
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(schedule, "_found", {})
+    monkeypatch.setattr(schedule, "simulated", only_others)
+    assert search_tiling(layer, share, CONFIG, store=store).tiling == order[1].tiling
+    monkeypatch.setattr(schedule, "_found", {})
+    monkeypatch.setattr(schedule, "simulated", lambda *_: (_ for _ in ()).throw(TargetError("too long")))
+    with pytest.raises(TargetError, match="too long"):
+        search_tiling(layer, share, CONFIG, store=TuningStore(tmp_path / "other.sqlite"))
+
+
 def test_results_of_other_code_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, store = convolution((16, 16)), TuningStore(tmp_path / "tuning.sqlite")
     share = whole(layer, CONFIG)

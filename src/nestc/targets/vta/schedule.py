@@ -103,7 +103,7 @@ def search_tiling(
         ranked = rank(walk)
         if not ranked:
             raise TargetError(f"layer {layer.name}: not even the smallest tile fits the buffers of {config.name}")
-        kept = _verified(layer, share, config, timing, ranked[:budget]) if search else ranked[0]
+        kept = _verified(layer, share, config, timing, ranked, budget) if search else ranked[0]
         if search:
             store.put(key, json.dumps(asdict(kept)))
     _found[key] = kept
@@ -174,13 +174,27 @@ def simulated(layer: Layer, share: Share, tiling: Tiling, config: VtaConfig, tim
     return simulate_timing(stream.instructions, config, timing).cycles
 
 
-def _verified(layer: Layer, share: Share, config: VtaConfig, timing: Timing, ranked: list[Choice]) -> Choice:
-    """The best of tilings in the order of the model, timed one after the other until model and simulator agree."""
+def _verified(
+    layer: Layer, share: Share, config: VtaConfig, timing: Timing, ranked: list[Choice], budget: int
+) -> Choice:
+    """The best of tilings in the order of the model, timed one after the other until model and simulator agree.
+
+    A tiling that becomes no instructions is passed over; raises its TargetError if none does.
+    """
     timed: list[Choice] = []
+    problem: TargetError | None = None
     for each in ranked:
-        timed.append(replace(each, simulated=simulated(layer, share, each.tiling, config, timing)))
-        if abs(timed[-1].cycles - each.modelled) <= _TRUST * each.modelled:
-            break  # the model is right here, so the next ones are no better
+        try:
+            timed.append(replace(each, simulated=simulated(layer, share, each.tiling, config, timing)))
+        except TargetError as refusal:
+            problem = problem or refusal
+            continue
+        # The model is right here, so the next ones are no better.
+        if len(timed) == budget or abs(timed[-1].cycles - each.modelled) <= _TRUST * each.modelled:
+            break
+    if not timed:
+        assert problem is not None
+        raise problem
     return min(timed, key=lambda choice: choice.order)
 
 
