@@ -150,7 +150,7 @@ def test_a_tiling_that_becomes_no_instructions_is_passed_over(tmp_path: Path, mo
 
     monkeypatch.setattr(schedule, "_found", {})
     monkeypatch.setattr(schedule, "simulated", only_others)
-    assert search_tiling(layer, share, CONFIG, store=store).tiling == order[1].tiling
+    assert search_tiling(layer, share, CONFIG, store=store).tiling in [each.tiling for each in order[1:]]
     monkeypatch.setattr(schedule, "_found", {})
     monkeypatch.setattr(schedule, "simulated", lambda *_: (_ for _ in ()).throw(TargetError("too long")))
     with pytest.raises(TargetError, match="too long"):
