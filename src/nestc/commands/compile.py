@@ -198,12 +198,18 @@ def show(report: dict[str, Any], sink: Sink | None) -> None:
 def simulated_words(timing: Mapping[str, Any]) -> str:
     """What a simulator says of a partition, in a line."""
     count, unit = (timing["ticks"], "ticks") if "ticks" in timing else (timing["cycles"], "cycles")
-    words = [f"{count} {unit}, {timing['seconds'] * 1e3:.3f} ms"]
+    milliseconds = timing["seconds"] * 1e3
+    took = f"{milliseconds:.3f} ms" if milliseconds >= 0.1 else f"{milliseconds * 1e3:.3f} us"
+    words = [f"{count} {unit}, {took}"]
     engines = timing.get("engines", {})
     words += [f"{name} busy {100 * told['utilization']:.0f} %" for name, told in engines.items()]
     if "bandwidth_fraction" in timing:
         words.append(f"{100 * timing['bandwidth_fraction']:.0f} % of the internal bandwidth")
-    return f"simulated: {', '.join(words)}, {timing['energy_joules'] * 1e3:.3f} mJ"
+    return f"simulated: {', '.join(words)}, {_joules(timing['energy_joules'])}"
+
+
+def _joules(energy: float) -> str:
+    return f"{energy * 1e3:.3f} mJ" if energy >= 1e-4 else f"{energy * 1e6:.3f} uJ"
 
 
 class Sink:
