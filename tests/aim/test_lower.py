@@ -225,6 +225,38 @@ def test_layers_share_one_memory() -> None:
         assert _error(_run(launch, state, x), launch.layer, x) <= 2.0**-7
 
 
+def test_equal_weights_are_there_once() -> None:
+    """Steps of a recurrent cell: the same matrix, with and without its bias, on different values."""
+    machine = small(3, 6)
+    layer = _layer(30, 20)
+    steps = [layer, replace(layer, name="next", inputs="h"), replace(layer, bias=None), _layer(30, 21)]
+    program = compile_layers(steps, machine, choose=lambda *_: Mapping(1, opener=True))
+    rows = [launch.row for launch in program.launches]
+    assert rows[:3] == [0, 0, 0] and rows[3] == program.launches[0].rows
+    x = _vectors(layer)
+    state = _state(program, machine, "bfloat16")
+    for launch in program.launches[:3]:
+        assert _error(_run(launch, state, x), launch.layer, x) <= 2.0**-7
+
+
+def test_large_weights_have_no_openers() -> None:
+    """EWMUL would write infinite products; another way to change rows is taken."""
+    machine = small(1, 4)
+    layer = MatrixVector("big", np.full((12, 16), 1e4, np.float32), None, None, "x", "y")
+    program = compile_layers([layer], machine, "float16", choose=lambda *_: Mapping(1, opener=True))
+    assert not program.launches[0].mapping.opener
+
+
+def test_biases_that_do_not_fit_in_registers() -> None:
+    """The host adds them."""
+    machine = replace(small(2, 4), gprs=20)
+    layer = _layer(60, 12)
+    program = compile_layers([layer], machine, choose=lambda *_: Mapping(1))
+    assert not program.launches[0].layout.bias_inside and len(program.registers) == 2
+    x = _vectors(layer)
+    assert _error(_run(program.launches[0], _state(program, machine, "bfloat16"), x), layer, x) <= 2.0**-7
+
+
 def test_golden_mapping_in_ticks() -> None:
     """Requests that the public simulator times: a pass more costs 286 ticks, 267 with the next row opened before."""
     machine = preset("gddr6_aim")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import ml_dtypes
 import numpy as np
 
 from nestc.errors import TargetError
@@ -15,7 +17,7 @@ from nestc.runtime.aim.simulate import NUMBERS
 from nestc.targets.aim.emit import Addresses, emit
 from nestc.targets.aim.layer import MatrixVector
 from nestc.targets.aim.lower import bias_registers, lower
-from nestc.targets.aim.mapping import Mapping, plan, write_weights
+from nestc.targets.aim.mapping import Mapping, Plan, plan, write_weights
 from nestc.tensor.ir import Kernel
 from nestc.tensor.verify import verify
 
@@ -59,7 +61,7 @@ def compile_layers(
     number: str = "bfloat16",
     choose: Choose | None = None,
 ) -> Program:
-    """Map, lower and emit layers; rows are given out in order.
+    """Map, lower and emit layers; rows are given out in order. Layers with the same weights share their rows.
 
     Args:
         layers: in any order; each is a launch.
@@ -73,32 +75,31 @@ def compile_layers(
     from nestc.targets.aim.search import best
 
     choose = choose or best
-    mappings = [choose(layer, machine, number) for layer in layers]
+    mappings = [_safe(choose(layer, machine, number), layer, number) for layer in layers]
     plans = [plan(layer, each, machine, number) for layer, each in zip(layers, mappings, strict=True)]
-    constants = [bias_registers(layer, found, machine) for layer, found in zip(layers, plans, strict=True)]
+    homes, registers = _constants(layers, plans, machine, number)
     vectors = max((found.layout.inputs for found in plans), default=0) + machine.channels
-    if sum(map(len, constants)) > machine.gprs - vectors:
+    if len(registers) > machine.gprs - vectors:
         # Biases of all layers do not fit in registers beside a vector and its results: the host adds them.
         plans = [plan(layer, found.mapping, machine, number, bias_inside=False) for layer, found in zip(layers, plans)]
-        constants = [bias_registers(layer, found, machine) for layer, found in zip(layers, plans, strict=True)]
-    rows = sum(found.rows for found in plans)
+        homes, registers = _constants(layers, plans, machine, number)
+    bases, rows = _rows(layers, plans)
     if rows > machine.rows:
         raise TargetError(f"the weights take {rows} rows of every bank, and {machine.name} has {machine.rows}")
     memory = np.zeros((machine.channels, machine.banks, max(rows, 1), machine.columns, machine.lanes), NUMBERS[number])
-    homes, registers = _constants(constants, machine, number)
     launches: list[Launch] = []
-    base = 0
-    for layer, found, home in zip(layers, plans, homes, strict=True):
-        write_weights(memory, base, layer, found)
+    written: set[int] = set()
+    for layer, found, home, base in zip(layers, plans, homes, bases, strict=True):
+        if base not in written:
+            write_weights(memory, base, layer, found)
+            written.add(base)
         kernel = lower(layer, found, machine)
         verify(kernel)
-        addresses = Addresses(base, len(registers), home)
-        emitted = emit(kernel, addresses, machine)
+        emitted = emit(kernel, Addresses(base, len(registers), home), machine)
         commands = (*emitted.commands, Eoc())
         check(commands, machine)
         layout = replace(found.layout, writes=tuple(emitted.writes))
         launches.append(Launch(layer, found.mapping, layout, kernel, commands, base, found.rows))
-        base += found.rows
     return Program(tuple(launches), memory, registers)
 
 
@@ -107,14 +108,40 @@ def without_host(commands: Sequence[Command]) -> list[Command]:
     return [command for command in commands if not isinstance(command, (WriteGpr, ReadGpr))]
 
 
-def _constants(constants: Sequence[Array], machine: AimMachine, number: str) -> tuple[list[int], Array]:
+def _safe(mapping: Mapping, layer: MatrixVector, number: str) -> Mapping:
+    """`mapping` without openers if products of two weights, which EWMUL writes, might overflow."""
+    if not mapping.opener:
+        return mapping
+    largest = float(np.abs(layer.weights).max(initial=0))
+    return mapping if largest**2 < float(ml_dtypes.finfo(NUMBERS[number]).max) else replace(mapping, opener=False)
+
+
+def _rows(layers: Sequence[MatrixVector], plans: Sequence[Plan]) -> tuple[list[int], int]:
+    """First row of every layer, and rows of all; layers with the same weights in the same places share them."""
+    homes: dict[tuple[object, ...], int] = {}
+    found: list[int] = []
+    end = 0
+    for layer, each in zip(layers, plans, strict=True):
+        weights = np.ascontiguousarray(layer.weights)
+        digest = hashlib.sha256(weights.view(np.uint8).data).digest()
+        key = (digest, weights.dtype.str, weights.shape, each.mapping)
+        if key not in homes:
+            homes[key] = end
+            end += each.rows
+        found.append(homes[key])
+    return found, end
+
+
+def _constants(
+    layers: Sequence[MatrixVector], plans: Sequence[Plan], machine: AimMachine, number: str
+) -> tuple[list[int], Array]:
     """First register of every layer's constants, and all of them; layers with the same share them."""
     homes: dict[bytes, int] = {}
     found: list[int] = []
     parts: list[Array] = []
     end = 0
-    for array in constants:
-        narrow = array.astype(NUMBERS[number])
+    for layer, each in zip(layers, plans, strict=True):
+        narrow = bias_registers(layer, each, machine).astype(NUMBERS[number])
         key = narrow.tobytes()
         if key not in homes:
             homes[key] = end
