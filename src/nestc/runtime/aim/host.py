@@ -46,7 +46,7 @@ class HostOp:
 
 def from_json(data: Mapping[str, Any]) -> HostOp:
     """The operator that `to_json` wrote. Raises TargetError for one that there is not, KeyError for a missing field."""
-    if data["op"] not in OPERATORS or data["dtype"] not in FLOATS:
+    if data["op"] not in {*OPERATORS, *RECURRENT} or data["dtype"] not in FLOATS:
         raise TargetError(f"the processor beside AiM has no operator {data['op']} that gives {data['dtype']}")
     attributes = dict(data["attributes"])
     shape = tuple(int(size) for size in data["shape"])
@@ -57,7 +57,11 @@ def evaluate(op: HostOp, operands: Sequence[Array | None]) -> Array:
     """The result of `op`, in its type and shape. ``operands`` are aligned with ``op.inputs``, None where absent."""
     given = [None if array is None else array.astype(np.float32) for array in operands]
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-        return OPERATORS[op.op](given, op.attributes).astype(numpy_dtype(op.dtype)).reshape(op.shape)
+        return _rule(op.op)(given, op.attributes).astype(numpy_dtype(op.dtype)).reshape(op.shape)
+
+
+def _rule(op: str) -> _Rule:
+    return OPERATORS[op] if op in OPERATORS else RECURRENT[op]
 
 
 def sigmoid(x: Array) -> Array:
@@ -110,6 +114,38 @@ def _leaky(given: _Given, attributes: Mapping[str, float | str]) -> Array:
     return np.where(x < 0, x * np.float32(attributes.get("alpha", 0.01)), x)
 
 
+def _rows(given: _Given, attributes: Mapping[str, float | str], index: int = 0) -> Array:
+    """Rows ``first`` to ``first + count`` of an operand."""
+    first, count = int(attributes["first"]), int(attributes["count"])
+    return _of(given, index)[first : first + count]
+
+
+def _gates(given: _Given, attributes: Mapping[str, float | str], count: int) -> list[Array]:
+    """Sums of a step's gates: from all steps' inputs, and from the state if there is one."""
+    sums = _rows(given, attributes)
+    return np.split(sums if given[1] is None else sums + given[1], count, axis=-1)
+
+
+def _lstm_cell(given: _Given, attributes: Mapping[str, float | str]) -> Array:
+    """The cell of ONNX's LSTM-22 from inputs of all steps, the state's product and the cell before."""
+    enter, _, forget, fresh = _gates(given, attributes, 4)
+    cell = sigmoid(enter) * np.tanh(fresh)
+    return cell if given[2] is None else cell + sigmoid(forget) * given[2]
+
+
+def _lstm_hidden(given: _Given, attributes: Mapping[str, float | str]) -> Array:
+    """The hidden state of ONNX's LSTM-22; the third operand is the new cell."""
+    return sigmoid(_gates(given, attributes, 4)[1]) * np.tanh(_of(given, 2))
+
+
+def _gru_hidden(given: _Given, attributes: Mapping[str, float | str]) -> Array:
+    """The hidden state of ONNX's GRU-22 with linear_before_reset; the third operand is the one before."""
+    update, reset, fresh = np.split(_rows(given, attributes), 3, axis=-1)
+    updates, resets, state = np.split(_of(given, 1), 3, axis=-1)
+    z = sigmoid(update + updates)
+    return (1 - z) * np.tanh(fresh + sigmoid(reset + resets) * state) + z * _of(given, 2)
+
+
 OPERATORS: Mapping[str, _Rule] = {
     "Add": _binary(lambda a, b: a + b),
     "Sub": _binary(lambda a, b: a - b),
@@ -134,3 +170,12 @@ OPERATORS: Mapping[str, _Rule] = {
     "Clip": _clip,
 }
 """By ONNX's names; views are the same numbers in another shape."""
+
+RECURRENT: Mapping[str, _Rule] = {
+    "LstmCell": _lstm_cell,
+    "LstmHidden": _lstm_hidden,
+    "GruHidden": _gru_hidden,
+    "Part": _rows,
+    "Stack": lambda given, attributes: np.stack([_of(given, i) for i in range(len(given))]),
+}
+"""Parts of recurrent nodes, which ONNX has no operators for."""

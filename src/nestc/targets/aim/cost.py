@@ -9,13 +9,13 @@ from math import ceil
 
 from nestc.graph.region import Region
 from nestc.runtime.aim.machine import AimMachine
-from nestc.targets.aim.regions import read
+from nestc.targets.aim.recurrent import read_region
 
 
-def seconds(region: Region, machine: AimMachine) -> float:
+def seconds(region: Region, machine: AimMachine, rounded: str | None = None) -> float:
     """Modelled seconds of a region that is taken."""
-    product = read(region)
-    return machine.seconds(ticks(product.m, product.k, product.rows, machine))
+    products = read_region(region, rounded)
+    return machine.seconds(sum(ticks(each.m, each.k, each.rows, machine) for each in products))
 
 
 def ticks(m: int, k: int, vectors: int, machine: AimMachine) -> int:

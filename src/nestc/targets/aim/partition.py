@@ -14,7 +14,7 @@ from nestc.runtime.aim.machine import AimMachine, format_machine
 from nestc.runtime.aim.trace import format_trace
 from nestc.targets.aim.compiler import Launch, compile_layers
 from nestc.targets.aim.group import Group, grouped
-from nestc.targets.aim.regions import read
+from nestc.targets.aim.recurrent import read_region
 from nestc.targets.aim.timed import timed
 from nestc.targets.api import Partition
 from nestc.tensor.text import kernel_text
@@ -23,15 +23,21 @@ Emit = Callable[[str, str, str], None]
 
 
 def compile_partition(
-    partition: Partition, machine: AimMachine, number: str = "bfloat16", emit: Emit | None = None
+    partition: Partition,
+    machine: AimMachine,
+    number: str = "bfloat16",
+    emit: Emit | None = None,
+    rounded: str | None = None,
 ) -> Artifact:
     """The artifact of kind ``aim``, which `runtime.aim.device` runs. Raises TargetError if the banks do not suffice.
 
-    `emit` gets the levels tensor (a kernel a layer) and commands (the trace of a layer).
+    `emit` gets the levels tensor (a kernel a layer) and commands (the trace of a layer). ``rounded``: the format that
+    float32 operands are rounded to, if they may be.
     """
     # Products with the same vectors are one launch, which comes where the first of them stands.
-    products = [read(region) for region in partition.regions]
-    groups = grouped(products, [region.origin for region in partition.regions])
+    pairs = [(product, region.origin) for region in partition.regions for product in read_region(region, rounded)]
+    products = [product for product, _ in pairs]
+    groups = grouped(products, [origin for _, origin in pairs])
     layers = [group.layer() for group in groups]
     launched = {group.members[0].name: index for index, group in enumerate(groups)}
     program = compile_layers(layers, machine, number)

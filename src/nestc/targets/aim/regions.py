@@ -67,9 +67,9 @@ class Product:
     constants: Mapping[str, Array]
 
 
-def read(region: Region) -> Product:
+def read(region: Region, rounded: str | None = None) -> Product:
     """The region as products of a matrix with vectors. Raises Refused with the reason; looks at no weights but those
-    of convolutions, which have to be numbers of 16 bits."""
+    of convolutions, which have to be numbers of 16 bits. With ``rounded``, a format, float32 is rounded to that."""
     if region.anchor not in ANCHORS:
         raise Refused("AiM multiplies constant matrices with vectors, and this region has no such product")
     place = anchor_place(region)
@@ -77,9 +77,8 @@ def read(region: Region) -> Product:
     anchor = region.ops[place]
     where = f"{anchor.op_type} (node {anchor.name!r})"
     widened = _prologue(region, place, where)
-    if anchor.op_type == "Conv":
-        return _Convolution(region, place, where, widened).read()
-    return _MatrixProduct(region, place, where, widened).read()
+    kind = _Convolution if anchor.op_type == "Conv" else _MatrixProduct
+    return kind(region, place, where, widened, rounded).read()
 
 
 def _prologue(region: Region, place: int, where: str) -> dict[str, str]:
@@ -95,11 +94,23 @@ def _prologue(region: Region, place: int, where: str) -> dict[str, str]:
     return found
 
 
+def format_of(dtype: str, where: str, rounded: str | None) -> str:
+    """The 16-bit format of an operand of this element type. Raises Refused if there is none."""
+    if dtype == "float32" and rounded is not None:
+        return rounded
+    if dtype not in NUMBERS:
+        raise Refused(
+            f"{where} multiplies {dtype} and AiM multiplies bfloat16 or float16: quantize the model with scheme bf16"
+            + (" (or have operands rounded with aim:round=true)" if dtype == "float32" else "")
+        )
+    return dtype
+
+
 class _Reader:
     """What products and convolutions have in common."""
 
-    def __init__(self, region: Region, place: int, where: str, widened: Mapping[str, str]) -> None:
-        self.region, self.where, self.widened = region, where, widened
+    def __init__(self, region: Region, place: int, where: str, widened: Mapping[str, str], rounded: str | None) -> None:
+        self.region, self.where, self.widened, self.rounded = region, where, widened, rounded
         self.anchor, self.tail = region.ops[place], region.ops[place + 1 :]
         self.result = self.anchor.outputs[0]
         self.shape = region.types[self.result].shape
@@ -114,13 +125,7 @@ class _Reader:
 
     def number(self, name: str) -> str:
         """The format in which an operand comes. Raises Refused if it has not 16 bits."""
-        dtype = self.region.types[self.widened.get(name, name)].dtype
-        if dtype not in NUMBERS:
-            raise Refused(
-                f"{self.where} multiplies {dtype} and AiM multiplies bfloat16 or float16: quantize the model with "
-                "scheme bf16"
-            )
-        return dtype
+        return format_of(self.region.types[self.widened.get(name, name)].dtype, self.where, self.rounded)
 
     def require_few(self, rows: int) -> None:
         if rows > MOST_VECTORS:
@@ -342,7 +347,7 @@ class _MatrixProduct(_Reader):
     def _matrix(self, name: str) -> Array:
         array = self.region.constant(self.widened.get(name, name))
         assert array is not None
-        return array.reshape(array.shape[-2:])
+        return array.reshape(array.shape[-2:]).astype(NUMBERS[self.number(name)])
 
     def _made(
         self, x: str, rows: int, m: int, k: int, take: Array | None, order: Array | None, weights: Callable[[], Array]
@@ -370,7 +375,7 @@ class _Convolution(_Reader):
         number = self.number(x)
         self.require_few(rows)
         narrow = array.astype(NUMBERS[number])
-        if not np.array_equal(narrow.astype(np.float32), array):
+        if self.rounded is None and not np.array_equal(narrow.astype(np.float32), array):
             raise Refused(
                 f"the weights of {self.where} are no numbers of {number}; quantize the model with scheme bf16"
             )

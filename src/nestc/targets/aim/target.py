@@ -17,11 +17,17 @@ from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partitio
 class AimTarget:
     """DRAM with multipliers in its banks (SK hynix GDDR6-AiM), in modelled time. Options: ``machine`` (a preset or a
     YAML file), ``channels`` in place of the machine's, and ``number``, the format of all it holds: bfloat16 or float16.
-    """
+    With ``round`` it also takes float32 regions, whose operands are then rounded to that."""
 
     name = "aim"
 
-    def __init__(self, machine: str = "gddr6_aim", channels: int | None = None, number: str = "bfloat16") -> None:
+    def __init__(
+        self,
+        machine: str = "gddr6_aim",
+        channels: int | None = None,
+        number: str = "bfloat16",
+        round: bool = False,
+    ) -> None:
         found = load(machine)
         if found.family != "aim":
             raise TargetError(
@@ -35,18 +41,19 @@ class AimTarget:
         if number not in NUMBERS:
             raise TargetError(f"target aim holds numbers as {' or '.join(NUMBERS)}, not as {number!r}")
         self.config, self.number = found, number
+        self.rounded = number if round else None
         self.machine = facts(found, number)
-        self.offers: tuple[Offer, ...] = offers(found, number, self.cost)
+        self.offers: tuple[Offer, ...] = offers(found, number, self.cost, round)
 
     def cost(self, region: Region) -> float:
         """Modelled seconds of a region, roughly; those of a compiled partition are in its artifact."""
-        return seconds(region, self.config)
+        return seconds(region, self.config, self.rounded)
 
     def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:
         """Streams, banks and what the host does between, timed; `emit` gets the levels tensor and commands."""
         from nestc.targets.aim.partition import compile_partition
 
-        return compile_partition(partition, self.config, self.number, emit)
+        return compile_partition(partition, self.config, self.number, emit, self.rounded)
 
     def commands(self, partition: str, artifact: Artifact) -> Mapping[str, bytes]:
         """Files from which another AiM simulator replays a partition; see `targets.aim.commands`."""
