@@ -23,12 +23,13 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class NetModel:
-    """A network by name: its file or model, and its seeded inputs."""
+    """A network by name: its file or model, and its seeded inputs. ``rounded``: by the target, not by the scheme."""
 
     name: str
     note: str
     source: Callable[[], nestc.Model]
     inputs: Callable[[], dict[str, np.ndarray]]
+    rounded: bool = False
 
 
 def vgg16_classifier() -> onnx.ModelProto:
@@ -44,8 +45,8 @@ def _normal(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
     return {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
 
 
-def _silero() -> nestc.Model:
-    model = zoo.get("silero_vad_16k")
+def _zoo(name: str) -> nestc.Model:
+    model = zoo.get(name)
     return nestc.load(zoo.path(model.name), shapes={name: list(shape) for name, shape in model.shapes.items()})
 
 
@@ -62,8 +63,12 @@ NETS = (
         lambda: {"features": np.maximum(_normal(features=(1, 25088))["features"], 0)},
     ),
     NetModel(
-        "silero_vad_16k", "trained: convolutions and an LSTM cell, one frame", _silero,
+        "silero_vad_16k", "trained: convolutions and an LSTM cell, one frame", lambda: _zoo("silero_vad_16k"),
         lambda: zoo.inputs("silero_vad_16k"),
+    ),
+    NetModel(
+        "silero_sequence", "trained: 16 frames through an LSTM node, float32 rounded by the target",
+        lambda: _zoo("silero_sequence"), lambda: zoo.inputs("silero_sequence"), rounded=True,
     ),
     NetModel(
         "lstm", "two layers of 512, eight steps, random weights", lambda: nestc.load(nets_attention.lstm()),
@@ -81,7 +86,10 @@ def run(net: NetModel, target: str, threads: int) -> dict[str, Any]:
     model, inputs = net.source(), net.inputs()
     quantized = nestc.quantize(model, None, scheme="bf16")
     begun = time.perf_counter()
-    mixed = nestc.compile(quantized, targets=[target], threads=threads)
+    if net.rounded:
+        mixed = nestc.compile(model, targets=[f"{target},round=true"], threads=threads)
+    else:
+        mixed = nestc.compile(quantized, targets=[target], threads=threads)
     compiled = time.perf_counter() - begun
     begun = time.perf_counter()
     outputs = mixed.run(inputs)
