@@ -72,7 +72,7 @@ def test_states_that_are_not_given_are_zero(op: str) -> None:
     net = Net(3)
     gates = {"LSTM": 4, "GRU": 3}[op] * HIDDEN
     x = net.input((STEPS, 1, SIZE))
-    extra: dict[str, Any] = {"linear_before_reset": 1} if op == "GRU" else {}
+    extra = {"linear_before_reset": 1} if op == "GRU" else {}
     y = net.node(op, x, net.matrix(1, gates, SIZE), net.matrix(1, gates, HIDDEN), hidden_size=HIDDEN, **extra)
     model = net.float_model(y)
     inputs = values(model)

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import onnx_ir.passes.common as common
 
-from nestc.graph.infer_shapes import InferShapes
 from nestc.graph.model import Model
 from nestc.graph.passes.affine_convolutions import AffineToConvolution
-from nestc.graph.passes.write_cells import WriteCells
 from nestc.graph.pipeline import passes
 from nestc.graph.quiet import quiet
 
 
-def prepare(model: Model, *, cells: bool = False) -> Model:
+def prepare(model: Model) -> Model:
     """A copy of `model` as calibration, overrides, reports and the quantized model see it; the same for the same model.
 
     Constants and batch normalizations are folded and composites fused; open dimensions stay open, since every pass
     leaves alone what depends on a size that is not known. Normalizations that nothing took in are convolutions, which
-    `nestc.quant.apply` undoes where they stay float. Every node has a name, which no other has. With `cells` LSTM and
-    GRU are written out as products and gates.
+    `nestc.quant.apply` undoes where they stay float. Every node has a name, which no other has.
     """
     prepared = model.clone()
     with quiet("onnxscript", "onnx_ir"):
         for step in passes(prepared.notes):
             step(prepared.ir)
-        if cells and WriteCells(prepared.notes)(prepared.ir).modified:
-            InferShapes()(prepared.ir)
         AffineToConvolution(prepared.notes)(prepared.ir)
         common.NameFixPass()(prepared.ir)
     _name_nodes(prepared)

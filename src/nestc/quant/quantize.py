@@ -36,8 +36,7 @@ def quantize(
     model, and what `choose` and the tools raise.
     """
     require_float(model)
-    # Products of recurrent operators are worth rounding where that needs no statistics of their insides.
-    prepared = prepare(model, cells=profile is None and scheme.name == "bf16")
+    prepared = prepare(model)
     if profile is None:
         needs = next(
             (each for each in (scheme, *(overrides or {}).values()) if each is not None and each.integer), None
