@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from nestc.runtime.vta.config import VtaConfig
+from nestc.runtime.vta.isa import AluOp
 from nestc.targets.vta.layer import Init, Layer, Shift
 from nestc.targets.vta.tiling import Share
 
@@ -27,6 +28,13 @@ def unit(config: VtaConfig) -> np.ndarray:
 def is_immediate(values: np.ndarray) -> bool:
     """Whether one number holds for all channels and fits the ALU's immediate (16 bits)."""
     return values.ndim == 0 and -(1 << 15) <= int(values) < 1 << 15
+
+
+def bound_that_sets(values: np.ndarray) -> AluOp | None:
+    """The operation that makes any number of 8 bits the one number of `values`; None if none does."""
+    if not is_immediate(values) or -128 < int(values) < 127:
+        return None
+    return AluOp.MAX if int(values) >= 127 else AluOp.MIN
 
 
 def digits_needed(values: np.ndarray, config: VtaConfig) -> int:

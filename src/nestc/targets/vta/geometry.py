@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from nestc.runtime.vta.config import VtaConfig
-from nestc.targets.vta.constants import Vectors
+from nestc.targets.vta.constants import Vectors, bound_that_sets
 from nestc.targets.vta.layer import Clip, Init, Layer, Maximum, Product, Shift
 from nestc.targets.vta.shape import block_amounts, block_count, stored_weights
 from nestc.targets.vta.tiling import Share
@@ -23,13 +23,15 @@ Range: TypeAlias = tuple[int, int]
 class Elementwise:
     """Steps that only touch accumulators: `cycles` an accumulator in `starts` instructions a tile.
 
-    ``digits``: weight blocks of an `Init`, an output block. ``vector``: the ALU reads a vector of channels.
+    ``digits``: weight blocks of an `Init`, an output block. ``vector``: the ALU reads a vector of channels. ``first``:
+    cycles more, in an instruction more, the first time that a slot is used.
     """
 
     cycles: int
     starts: int
     digits: int = 0
     vector: bool = False
+    first: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ def _part(layer: Layer, number: int, vectors: Vectors, config: VtaConfig) -> Par
         if not step.values.any():
             return Elementwise(1, 1)
         if step.values.ndim == 0:
-            return Elementwise(2, 2)
+            return Elementwise(2, 2) if bound_that_sets(step.values) is None else Elementwise(1, 1, first=1)
         if vectors.by_digits(number):
             return Elementwise(1 + vectors.digits, 2, vectors.digits)
         return Elementwise(3, 2, vector=True)

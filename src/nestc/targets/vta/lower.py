@@ -13,7 +13,7 @@ from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.isa import AluOp
 from nestc.targets.vta import intrinsics as vta
-from nestc.targets.vta.constants import Vectors, bias_digits, is_immediate, unit
+from nestc.targets.vta.constants import Vectors, bias_digits, bound_that_sets, is_immediate, unit
 from nestc.targets.vta.layer import Add, Clip, FeatureMap, Init, Layer, Maximum, Product, Shift
 from nestc.targets.vta.shape import (
     Chunk,
@@ -141,6 +141,7 @@ class _Lowering:
         self.vector_base = c.acc_depth - room
         self.staging = self.vector_base - staging
         self.sums = Slots(0, self.staging, largest.size)
+        self.settled: dict[int, int] = {}  # accumulators of a slot, from its first on, that hold results of a tile
         self.vectors_held: tuple[int, int] | None = None
         for what, slots in (("input", self.inputs), ("weight", self.weight_slots), ("accumulator", self.sums)):
             if slots.count < 1:
@@ -207,11 +208,19 @@ class _Lowering:
             else:
                 self.clip(tile, base, step)
         self.store(tile, base)
+        self.settled[base] = max(tile.size, self.settled.get(base, 0))
 
     # --- steps
 
     def init(self, tile: _Tile, base: int, number: int, step: Init) -> None:
-        """Sums become the bias: cleared, then a number, digits of a constant input, or a vector added."""
+        """Sums become the bias: cleared, then a number, digits of a constant input, or a vector added.
+
+        Where results of a tile before lie, which fit in 8 bits, a bound beyond these sets them all at once.
+        """
+        bound = bound_that_sets(step.values)
+        if bound is not None and self.settled.get(base, 0) >= tile.size:
+            self.immediate(bound, int(step.values), base, tile.size)
+            return
         self.emit(vta.reset(self.config), [(tile.size, (1,))], [(self.acc, base)])
         values = step.values
         if not values.any():

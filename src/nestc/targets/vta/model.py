@@ -349,7 +349,8 @@ class _Clocks:
                     self.compute = max(self.compute, self._bias(number, cut))
                 if part.vector:
                     self._vectors()
-                self._computed(part.cycles * count * positions, part.starts)
+                first = part.first if self.tiles <= len(self.acc_free) else 0
+                self._computed((part.cycles + first) * count * positions, part.starts + first)
             else:
                 for first, last, amount in shift_runs(part.amounts[cut[0] : cut[1]], positions):
                     if amount is None:
