@@ -62,8 +62,8 @@ def benchmark(name: str, options: argparse.Namespace, tell: Tell) -> tuple[list[
     tell(f"\n{name}, {target}, scales of weights a {options.granularity}")
     for row in result.layers:
         if options.layers is None or any(fnmatch.fnmatchcase(row.name, each) for each in options.layers.split(",")):
-            tell(_line(row))
-    for line in _summary(result, published):
+            tell(_line(row, options.count))
+    for line in _summary(result, published, options.count):
         tell(line)
     rows = [
         {
@@ -83,9 +83,9 @@ def benchmark(name: str, options: argparse.Namespace, tell: Tell) -> tuple[list[
     return rows, {**totals, "bit_exact": all(checked) if checked else None, **result.facts, "on_cpu": result.on_cpu}
 
 
-def _line(row: LayerRow) -> str:
+def _line(row: LayerRow, count: int) -> str:
     bits = {True: "exact", False: "DIFFER", None: "-"}[row.exact]
-    part = f"{row.ideal / row.cycles:.1%}" if row.ideal and row.cycles else "-"
+    part = f"{row.ideal / (row.cycles * count):.1%}" if row.ideal and row.cycles else "-"
     return f"{row.name[:23]:24}{row.what[:33]:34}{row.cycles:12,}{'-':>12}{_count(row.ideal)}{part:>14}  {bits}"
 
 
@@ -93,9 +93,12 @@ def _count(number: int | None) -> str:
     return f"{number:12,}" if number else f"{'-':>12}"
 
 
-def _summary(result: NetworkResult, published: int | None) -> list[str]:
+def _summary(result: NetworkResult, published: int | None, count: int) -> list[str]:
     facts = result.facts
-    whole = f"{result.cycles:12,}{_count(published)}{_count(result.ideal)}{result.ideal / max(result.cycles, 1):14.1%}"
+    part = result.ideal / max(result.cycles * count, 1)
+    judged = [row.exact for row in result.layers if row.exact is not None]
+    bits = f"  {sum(judged)} of {len(judged)} exact" if judged else ""
+    whole = f"{result.cycles:12,}{_count(published)}{_count(result.ideal)}{part:14.1%}{bits}"
     busy = ", ".join(f"{name} {part:.0%}" for name, part in facts["utilization"].items())
     moved = f"{facts['dram_bytes_read'] / 1e6:.1f} MB read, {facts['dram_bytes_written'] / 1e6:.1f} MB written"
     lines = [
@@ -105,11 +108,9 @@ def _summary(result: NetworkResult, published: int | None) -> list[str]:
         f"  measured: compiled in {facts['compile_seconds']:.1f} s, simulated in {facts['simulation_seconds']:.1f} s",
     ]
     if result.comparable != result.cycles:
-        lines.append(f"{'  without first and last pooling, as published':58}{result.comparable:12,}")
+        lines.append(f"{'  without first and last pooling':58}{result.comparable:12,}")
     if published:
-        lines.append(
-            f"  of what is published, simulated cycles over published ones: {result.comparable / published:.3f}"
-        )
+        lines.append(f"  over published cycles, which are without these poolings: {result.comparable / published:.3f}")
     return lines + [f"  not on vta: {each}" for each in result.on_cpu]
 
 
