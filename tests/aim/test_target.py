@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from aim_nets import Net, on_cpu, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto
 
 import nestc
@@ -88,6 +90,28 @@ def test_a_network_runs_in_the_banks(options: str, rows: int) -> None:
     assert relative_error(found, expected) < 2 * BF16
     partitions = [part for part in executable.plan.partitions if part.device == "aim"]
     assert len(partitions) == 1 and len(partitions[0].regions) == 3
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    m=st.integers(1, 700),
+    k=st.integers(1, 1500),
+    rows=st.integers(1, 3),
+    channels=st.sampled_from([1, 3, 32]),
+    bias=st.booleans(),
+    activation=st.sampled_from([None, "Relu", "Tanh", "Gelu"]),
+)
+def test_products_of_every_size(m: int, k: int, rows: int, channels: int, bias: bool, activation: str | None) -> None:
+    net = Net(m * k)
+    x = net.input((rows, k))
+    y = net.node("Gemm", x, net.matrix(m, k), *([net.matrix(m)] if bias else []), transB=1)
+    model = net.model(y if activation is None else net.node(activation, y))
+    value = np.random.default_rng(k).standard_normal((rows, k)).astype(np.float32)
+    executable = nestc.compile(model, targets=[f"aim:channels={channels}"])
+    (found,), (expected,) = executable.run({x: value}).values(), on_cpu(model, {x: value}).values()
+    assert len(artifacts(executable)) == 1
+    scale = max(float(np.abs(expected).max()), 1.0)
+    np.testing.assert_allclose(found, expected, atol=3 * BF16 * scale)
 
 
 def test_the_artifact_says_what_is_modelled() -> None:
