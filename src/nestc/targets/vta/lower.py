@@ -38,9 +38,6 @@ from nestc.tensor.ir import Buffer, Call, Expr, For, Intrinsic, Kernel, Stmt, Va
 LARGEST = (1 << 16) - 1
 """Elements in a row of a DMA instruction, and between two rows."""
 
-VERSION = 3
-"""Raised when kernels of the same layer and tiling change: stored tilings are searched anew."""
-
 Dimension: TypeAlias = tuple[int, tuple[int, ...]]
 """Extent of a loop, and by how much each operand's element moves with it."""
 
