@@ -233,6 +233,7 @@ def test_equal_weights_are_there_once() -> None:
     program = compile_layers(steps, machine, choose=lambda *_: Mapping(1, opener=True))
     rows = [launch.row for launch in program.launches]
     assert rows[:3] == [0, 0, 0] and rows[3] == program.launches[0].rows
+    assert program.launches[1].commands is program.launches[0].commands and program.launches[1].layer is steps[1]
     x = _vectors(layer)
     state = _state(program, machine, "bfloat16")
     for launch in program.launches[:3]:

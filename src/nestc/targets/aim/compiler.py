@@ -27,7 +27,7 @@ Choose = Callable[[MatrixVector, AimMachine, str], Mapping]
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One layer on the machine; it may be executed any number of times.
+    """One layer on the machine; it may be executed any number of times. Equal layers on other values share the rest.
 
     ``commands`` end with EOC; the host writes ``layout.pack(x)`` and reads what ``layout.unpack`` takes. ``row``: first
     of the layer's ``rows`` of every bank.
@@ -89,18 +89,28 @@ def compile_layers(
     memory = np.zeros((machine.channels, machine.banks, max(rows, 1), machine.columns, machine.lanes), NUMBERS[number])
     launches: list[Launch] = []
     written: set[int] = set()
+    known: dict[tuple[int, int, Plan], Launch] = {}
     for layer, found, home, base in zip(layers, plans, homes, bases, strict=True):
         if base not in written:
             write_weights(memory, base, layer, found)
             written.add(base)
-        kernel = lower(layer, found, machine)
-        verify(kernel)
-        emitted = emit(kernel, Addresses(base, len(registers), home), machine)
-        commands = (*emitted.commands, Eoc())
-        check(commands, machine)
-        layout = replace(found.layout, writes=tuple(emitted.writes))
-        launches.append(Launch(layer, found.mapping, layout, kernel, commands, base, found.rows))
+        same = known.get((base, home, found))
+        if same is None:
+            same = _launch(layer, found, Addresses(base, len(registers), home), machine)
+            known[base, home, found] = same
+        launches.append(replace(same, layer=layer))
     return Program(tuple(launches), memory, registers)
+
+
+def _launch(layer: MatrixVector, found: Plan, addresses: Addresses, machine: AimMachine) -> Launch:
+    """A layer's kernel and requests, each proven to be valid."""
+    kernel = lower(layer, found, machine)
+    verify(kernel)
+    emitted = emit(kernel, addresses, machine)
+    commands = (*emitted.commands, Eoc())
+    check(commands, machine)
+    layout = replace(found.layout, writes=tuple(emitted.writes))
+    return Launch(layer, found.mapping, layout, kernel, commands, addresses.row, found.rows)
 
 
 def without_host(commands: Sequence[Command]) -> list[Command]:
