@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 
 import numpy as np
@@ -100,6 +101,11 @@ class _Lowering:
         self.layer, self.plan, self.machine = layer, found, machine
         layout = self.layout = found.layout
         self.set = aim.Set(machine, layout.number)
+        # Most steps use the same intrinsics, which are made once.
+        self.multiply, self.write_buffer = cache(self.set.multiply), cache(self.set.write_buffer)
+        self.write_bias, self.read_sums = cache(self.set.write_bias), cache(self.set.read_sums)
+        self.opener, self.apply = cache(self.set.open_row), cache(self.set.apply)
+        self.moves = (self.set.write_register(), self.set.read_register())
         reads = len(layout.outputs)
         self.x = self.set.lines("x", layout.vectors * layout.inputs)
         self.y = self.set.lines("y", layout.vectors * reads)
@@ -223,9 +229,9 @@ class _Lowering:
         body: list[Stmt] = []
         channels = self.machine.channels
         bias = _moved(step.bias, var, channels if self.layout.bias_inside else 0)
-        body.append(self.call(self.set.write_bias(step.mask), (self.mac, None), (self.bias, bias)))
+        body.append(self.call(self.write_bias(step.mask), (self.mac, None), (self.bias, bias)))
         place = _moved(step.row * self.machine.columns + step.column, var, self.machine.columns)
-        multiply = self.set.multiply(step.size, step.mask)
+        multiply = self.multiply(step.size, step.mask)
         body.append(self.call(multiply, (self.mac, None), (self.weights, place), (self.gb, ix.const(step.column))))
         if before is not None:
             count = before.mask.bit_count()
@@ -246,10 +252,10 @@ class _Lowering:
         """Results go to registers, through the activation function where the memory applies it."""
         home = (self.gpr, ix.const(self.layout.inputs))
         if not self.plan.mapping.inside or self.layer.activation is None:
-            return [self.call(self.set.read_sums(step.mask), home, (self.mac, None))]
+            return [self.call(self.read_sums(step.mask), home, (self.mac, None))]
         return [
-            self.call(self.set.apply(self.layer.activation, step.mask), (self.af, None), (self.mac, None)),
-            self.call(self.set.read_sums(step.mask, results=True), home, (self.af, None)),
+            self.call(self.apply(self.layer.activation, step.mask), (self.af, None), (self.mac, None)),
+            self.call(self.read_sums(step.mask, results=True), home, (self.af, None)),
         ]
 
     def open_row(self, step: _Step, var: Var | None = None) -> list[Stmt]:
@@ -257,10 +263,10 @@ class _Lowering:
         if step.spoilt is None:
             return []
         place = _moved(step.row * self.machine.columns + step.spoilt, var, self.machine.columns)
-        return [self.call(self.set.open_row(step.mask), (self.weights, place))]
+        return [self.call(self.opener(step.mask), (self.weights, place))]
 
     def fill(self, fill: _Fill) -> list[Stmt]:
-        write = self.set.write_buffer(fill.size, fill.mask)
+        write = self.write_buffer(fill.size, fill.mask)
         return [self.call(write, (self.gb, ix.const(c)), (self.gpr, ix.const(fill.source))) for c in fill.columns]
 
     def write_registers(self, vector: int, registers: list[int]) -> list[Stmt]:
@@ -271,14 +277,14 @@ class _Lowering:
             first, *rest = [register for _, register in run]
             var = self.var("register", 1 + len(rest))
             to, source = (self.gpr, ix.add(var, first)), (self.x, ix.add(var, base + first))
-            body.append(For(var, (self.call(self.set.write_register(), to, source),)))
+            body.append(For(var, (self.call(self.moves[0], to, source),)))
         return body
 
     def read_back(self, step: _Step, place: Expr) -> list[Stmt]:
         """The host reads the registers of a step's results."""
         var = self.var("channel", step.mask.bit_count())
         home = (self.gpr, ix.add(var, self.layout.inputs))
-        return [For(var, (self.call(self.set.read_register(), (self.y, ix.add(place, var)), home),))]
+        return [For(var, (self.call(self.moves[1], (self.y, ix.add(place, var)), home),))]
 
     def call(self, intrinsic: Intrinsic, *operands: tuple[Buffer, Expr | None]) -> Call:
         zero = ix.const(0)
