@@ -105,6 +105,12 @@ def test_what_does_not_suit_is_refused(mapping: Mapping, reason: str) -> None:
         plan(_layer(20, 32), mapping, small(3, 4))
 
 
+def test_unknown_functions_are_refused() -> None:
+    layer = MatrixVector("layer", np.zeros((4, 4), np.float32), None, "softmax", "x", "y")
+    with pytest.raises(TargetError, match="no activation function 'softmax'"):
+        plan(layer, Mapping(1), small())
+
+
 def test_dense_shares_change_slices_together() -> None:
     """25 slices on 32 channels: the same number of items each, in two segments whose order makes changes coincide."""
     layer = MatrixVector("fc", np.broadcast_to(np.float32(0), (4096, 25088)), None, None, "x", "y")

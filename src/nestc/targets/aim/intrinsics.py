@@ -178,7 +178,10 @@ class Set:
         return Register(f"{request.lower()}[{mask:#x}]", (gpr, source), tuple(steps), request, mask)
 
     def apply(self, name: str, mask: int) -> Register:
-        """AF: results = the activation function `name` of accumulators; ``relu`` has a body, tables have none."""
+        """AF: results = the activation function `name` of accumulators.
+
+        The body is the exact function (``relu`` is exact in the machine, too); the machine interpolates in a table.
+        """
         m = self.machine
         af = Buffer("af", self.number, (1, m.channels, m.banks))
         mac = Buffer("mac", "float32", (1, m.channels, m.banks))
@@ -222,7 +225,7 @@ def _tree(x: Expr) -> Expr:
 
 
 def _curve(name: str, x: Expr) -> Expr:
-    """An activation function as lines of a table (see `runtime.aim.activation`): the exact function stands for it."""
+    """An activation function."""
     if name == "relu":
         return Binary("max", x, constant(0, "float32", x.lanes))
     if name == "tanh":

@@ -20,7 +20,7 @@ from nestc.errors import TargetError
 from nestc.runtime.aim.layout import Array, Layout, Segment
 from nestc.runtime.aim.machine import AimMachine
 from nestc.runtime.aim.simulate import NUMBERS, widen
-from nestc.targets.aim.layer import MatrixVector
+from nestc.targets.aim.layer import ACTIVATIONS, MatrixVector
 
 SPARE_BANK = 2
 """The bank that EWMUL writes in the first bank group."""
@@ -90,6 +90,10 @@ def plan(
     Raises:
         TargetError: the mapping does not suit the layer or the machine; says why.
     """
+    if layer.activation is not None and layer.activation not in ACTIVATIONS:
+        raise TargetError(
+            f"{layer.name}: AiM has no activation function '{layer.activation}'; it has {', '.join(ACTIVATIONS)}"
+        )
     buffer = min(machine.columns, machine.global_buffer_columns)
     columns = math.ceil(layer.k / machine.lanes)
     width = math.ceil(columns / mapping.slices)

@@ -43,6 +43,7 @@ def timed(
                 "k": layout.k,
                 "vectors": layout.vectors,
                 "ticks": report.ticks,
+                "host_additions": layout.vectors * layout.additions,
                 "energy_joules": spent["total"],
                 "bandwidth_fraction": useful(layout, machine) / max(report.ticks, 1),
                 "commands": count_kinds(commands),
