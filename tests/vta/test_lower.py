@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -215,6 +215,56 @@ def test_text_of_a_kernel() -> None:
     names = ("reset", "add[8]", "load.wgt[1x1, 1]", "load.inp[1x4, 4]", "gemm", "shr[4]", "max[0]", "min[127]", "store")
     found = [name for line in calls for name in names if line.startswith(name) or f" {name}" in line]
     assert found == list(names)
+
+
+def full_inputs(random: np.random.Generator) -> tuple[Layer, Tiling]:
+    """Three slots of 16 inputs leave 15 elements, and in the last one lies what biases are multiplied with."""
+    weights = random.integers(-9, 10, (1, 1, 4, 4), np.int8)
+    steps = (Init(random.integers(9000, 9999, 4)), Product("x", (1, 1), ((0, 0),), ((0, 0),), weights))
+    out, x = (FeatureMap(name, 1, 4, 16, 8) for name in "yx")
+    return Layer("inputs", out, {"x": x}, (*steps, Shift(np.array(6)), Clip(-128, 127))), Tiling(2, 8, 1, 1)
+
+
+def full_weights(random: np.random.Generator) -> tuple[Layer, Tiling]:
+    """16 chunks of 4 weight blocks take 13 slots in turn; behind them lie the biases of all blocks, used twice."""
+    pairs = tuple((o, i) for o in range(8) for i in range(4))
+    weights = random.integers(-9, 10, (32, 2, 4, 4), np.int8)
+    steps = (Init(random.integers(9000, 9999, 32)), Product("x", (1, 1), ((0, 0), (0, 1)), pairs, weights))
+    out, x = FeatureMap("y", 1, 32, 4, 3), FeatureMap("x", 1, 16, 4, 3)
+    return Layer("weights", out, {"x": x}, (*steps, Shift(np.array(6)), Clip(-128, 127))), Tiling(2, 3, 1, 2)
+
+
+def full_accumulators(random: np.random.Generator) -> tuple[Layer, Tiling]:
+    """Seven slots of 16 accumulators, and a vector of shifts in the last four of 128."""
+    pairs = tuple((o, o) for o in range(4))
+    weights = random.integers(-9, 10, (4, 1, 4, 4), np.int8)
+    steps = (Init(np.array(0)), Product("x", (1, 1), ((0, 0),), pairs, weights), Shift(random.integers(1, 9, 16)))
+    out, x = (FeatureMap(name, 1, 16, 8, 8) for name in "yx")
+    return Layer("accumulators", out, {"x": x}, (*steps, Clip(-128, 127))), Tiling(2, 8, 1, 1)
+
+
+def full_staging(random: np.random.Generator) -> tuple[Layer, Tiling]:
+    """Six slots of 16 accumulators, and 32 to which the inputs of a maximum are copied."""
+    del random
+    taps = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
+    out, x = (FeatureMap(name, 1, 4, 16, 8) for name in "yx")
+    return Layer("staging", out, {"x": x}, (Init(np.array(-128)), Maximum("x", (1, 1), taps))), Tiling(2, 8, 1, 1)
+
+
+def many_blocks(random: np.random.Generator) -> tuple[Layer, Tiling]:
+    """Neither biases nor shifts of all blocks are kept: every tile of two blocks brings its own."""
+    pairs = tuple((o, o) for o in range(18))
+    weights = random.integers(-9, 10, (18, 1, 4, 4), np.int8)
+    steps = (Init(random.integers(9000, 9999, 72)), Product("x", (1, 1), ((0, 0),), pairs, weights))
+    out, x = (FeatureMap(name, 1, 72, 3, 3) for name in "yx")
+    return Layer("blocks", out, {"x": x}, (*steps, Shift(random.integers(6, 9, 72)), Clip(-128, 127))), Tiling(
+        2, 3, 2, 2
+    )
+
+
+@pytest.mark.parametrize("build", [full_inputs, full_weights, full_accumulators, full_staging, many_blocks])
+def test_tiles_that_fill_a_buffer(build: Callable[[np.random.Generator], tuple[Layer, Tiling]]) -> None:
+    check(*build(np.random.default_rng(5)), SMALL, seed=0)
 
 
 def test_a_tile_that_does_not_fit_is_refused() -> None:
