@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_nets import Graph, check, reasons
 
-from nestc.targets.vta.layer import Add, Clip, Product, Shift
+from nestc.targets.vta.layer import Add, Clip, Init, Maximum, Product, Shift
 from nestc.targets.vta.layers_fit import Line, digits_of, fit
+from nestc.targets.vta.layers_steps import add_constant
 
 
 @settings(deadline=None, max_examples=30)
@@ -95,6 +96,31 @@ def test_bounds_by_max_and_min(swapped: bool) -> None:
         operands = [y, graph.constant(np.float32(bound))]
         y = graph.node(op, *(operands[::-1] if swapped else operands))
     check(graph.model(graph.quantize(y, -5)))
+
+
+@pytest.mark.parametrize("bounds", [(1.0, 0.5), (-1.0, -2.0), (9.0, -9.0)])
+def test_a_lower_bound_above_the_upper_gives_the_upper(bounds: tuple[float, float]) -> None:
+    graph = Graph()
+    y = graph.real(graph.input((1, 20, 4, 5)), -5)
+    y = graph.node("Clip", y, *(graph.constant(np.float32(bound)) for bound in bounds))
+    check(graph.model(graph.quantize(y, -5)))
+
+
+def test_maxima_in_finer_units_saturate() -> None:
+    graph = Graph()
+    y = graph.real(graph.node("MaxPool", graph.input((1, 20, 6, 6)), kernel_shape=[2, 2]), -5)
+    check(graph.model(graph.quantize(y, -7)))
+
+
+def test_constants_move_only_as_far_as_numbers_of_16_bits_go() -> None:
+    maximum = (Init(np.array(-128)), Maximum("x", (1, 1), ((0, 0),)))
+    assert add_constant(maximum, (1 << 15) - 1) == (*maximum, Add((1 << 15) - 1))
+    assert add_constant(maximum, 1 << 15) is None
+    clipped = (Init(np.array(0)), Clip(-128, 127))
+    moved = add_constant(clipped, 32000)
+    assert moved is not None and moved[1] == Clip(31872, 32127)
+    assert add_constant(clipped, 32700) == (*clipped, Add(32700))
+    assert add_constant(clipped, 40000) is None
 
 
 def test_scale_and_shift_after_a_residual_take_a_second_layer() -> None:

@@ -110,6 +110,15 @@ def test_a_sum_that_has_to_stay(change: object) -> None:
     assert add_to_finer(layers, set(kept)) == list(layers)
 
 
+def test_a_constant_that_would_take_a_bias_out_of_32_bits_stays() -> None:
+    layers = block(np.random.default_rng(0), 8, 1, 1)
+    b = layers[1]
+    steps = (Init(np.full(8, 120 << 24)), b.steps[1], Shift(np.array(24)), Clip(-128, 127))
+    assert add_to_finer([layers[0], replace(b, steps=steps), *layers[2:]], {"z"})[1].name == "y_layer"
+    steps = (Init(np.full(8, (1 << 31) - (1 << 23))), *steps[1:])
+    assert add_to_finer([layers[0], replace(b, steps=steps), *layers[2:]], {"z"})[1].name == "b_layer"
+
+
 def test_channels_are_sorted_where_only_dense_products_see_them() -> None:
     random = np.random.default_rng(3)
     layers = block(random, 16, 1, 0)

@@ -44,7 +44,7 @@ def add_to_finer(layers: Sequence[Layer], kept: Collection[str]) -> list[Layer]:
             continue
         constant, tail = _leading_constant(tail)
         steps = add_constant(before.steps, constant)
-        if steps is None:
+        if steps is None or not _fits(steps, before.output.channels):
             continue
         addend = replace(after.output, name=f"{after.output.name}/addend")
         first = _layer(after, addend, head, after.sources)
@@ -70,6 +70,23 @@ def _doubled_sum(layer: Layer) -> tuple[tuple[Step, ...], int, Product, tuple[St
         if inside and all(other.source != term.source for other in others):
             return head, doublings, term, layer.steps[place + 2 :]
     return None
+
+
+def _fits(steps: Sequence[object], channels: int) -> bool:
+    """Whether sums up to the first shift, to which a constant was moved, surely stay within 32 bits."""
+    largest = np.zeros(channels, np.int64)
+    for step in steps:
+        if isinstance(step, Init):
+            largest = largest + np.abs(step.values)
+        elif isinstance(step, Product):
+            pairs, _, block, _ = step.weights.shape
+            reach = np.zeros((-(-channels // block), block), np.int64)
+            sums = np.abs(step.weights.astype(np.int16)).sum(axis=(1, 3), dtype=np.int64)
+            np.add.at(reach, [o for o, _ in step.pairs], sums.reshape(pairs, block) * 128)
+            largest = largest + reach.reshape(-1)[:channels]
+        else:
+            break
+    return bool((largest < 1 << 31).all())
 
 
 def _is_int8(step: Step) -> bool:
