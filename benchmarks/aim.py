@@ -29,7 +29,11 @@ from nestc.runtime.aim.newton import matrix_vector, simulate_newton
 from nestc.runtime.aim.simulate import Machine
 from nestc.runtime.aim.timing import simulate_timing
 from nestc.targets.aim.compiler import Program, compile_layers, without_host
+from nestc.targets.aim.emit import Addresses, emit
 from nestc.targets.aim.layer import MatrixVector
+from nestc.targets.aim.lower import lower
+from nestc.targets.aim.mapping import Mapping, plan
+from nestc.targets.aim.search import search
 
 GOLDEN_MICRO = {
     **{
@@ -118,17 +122,18 @@ def gemv(name: str, machine: AimMachine, check: bool) -> dict[str, Any]:
     random = np.random.default_rng(0)
     weights = random.standard_normal((m, k), dtype=np.float32) / np.float32(np.sqrt(k))
     layer = MatrixVector("gemv", weights, None, None, "x", "y")
-    program = compile_layers([layer], machine)
+    # Golden figures have no accesses of the host, so that mappings are compared without them; the compiler counts them.
+    found = search(layer, machine)
+    ticks, mapping = min(((_bare_ticks(layer, each.mapping, machine), each.mapping) for each in found), key=_first)
+    program = compile_layers([layer], machine, choose=lambda *_: mapping)
     (launch,) = program.launches
-    report = simulate_timing(without_host(launch.commands), machine)
-    ticks = report.ticks
     row: dict[str, Any] = {
         "ticks": ticks,
         "golden": GOLDEN_GEMV.get(name) if machine == preset(PRESET) else None,
         "plain_ticks": simulate_timing(plain_gemv(m, k, machine), machine).ticks,
         "bound": bound(m, k, machine),
         "bandwidth_fraction": m * k / (machine.outputs * machine.lanes / machine.timing["nCCDS"]) / ticks,
-        "ticks_with_host": simulate_timing(launch.commands, machine).ticks,
+        "ticks_with_host": min(each.ticks for each in found),
         "additions_on_host": launch.layout.additions,
         "mapping": launch.mapping.to_json(),
     }
@@ -136,6 +141,17 @@ def gemv(name: str, machine: AimMachine, check: bool) -> dict[str, Any]:
         x = random.standard_normal(k, dtype=np.float32)
         row |= _errors(program, x, machine)
     return row
+
+
+def _bare_ticks(layer: MatrixVector, mapping: Mapping, machine: AimMachine) -> int:
+    """Ticks of a mapping's stream without the host's accesses to registers."""
+    kernel = lower(layer, plan(layer, mapping, machine), machine)
+    commands = [*emit(kernel, Addresses(0, 0, 0), machine).commands, c.Eoc()]
+    return simulate_timing(without_host(commands), machine).ticks
+
+
+def _first(pair: tuple[int, Mapping]) -> int:
+    return pair[0]
 
 
 def _errors(program: Program, x: Array, machine: AimMachine) -> dict[str, float]:
