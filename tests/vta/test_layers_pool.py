@@ -83,3 +83,11 @@ def test_windows_with_fewer_elements_at_the_border_are_refused() -> None:
     x = graph.real(graph.input((1, 20, 8, 8)), -5)
     y = graph.node("AveragePool", x, kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=0)
     assert "fewer elements at the border" in reasons(graph.model(graph.quantize(y, -5)))[0]
+
+
+def test_a_last_window_beyond_the_padding_counts_fewer_elements() -> None:
+    graph = Graph()
+    x = graph.real(graph.input((1, 20, 6, 6)), -5)
+    attributes = {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1, "count_include_pad": 1}
+    y = graph.node("AveragePool", x, **attributes)
+    assert "fewer elements at the border" in reasons(graph.model(graph.quantize(y, -5)))[0]

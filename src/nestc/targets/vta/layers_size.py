@@ -34,8 +34,9 @@ def require_room(steps: Sequence[Draft], maps: Mapping[str, FeatureMap], config:
                 raise Refused(f"{shown} does not fit VTA's accumulators, {config.acc_depth} elements")
             continue
         weights = _taps(step.weights)
-        if weights > config.wgt_depth - 1 - max(config.wgt_depth // _KEPT, _FEWEST):
-            raise Refused(f"{weights} taps do not fit VTA's weight buffer of {config.wgt_depth} blocks")
+        room = config.wgt_depth - 1 - max(config.wgt_depth // _KEPT, _FEWEST)
+        if weights > room:
+            raise Refused(f"{weights} taps do not fit VTA's weight buffer, which has {room} blocks beside its biases")
 
 
 def _taps(weights: np.ndarray) -> int:
