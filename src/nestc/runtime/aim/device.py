@@ -21,7 +21,6 @@ from nestc.runtime.aim.simulate import NUMBERS, Machine
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-KIND = "aim"
 MACHINE_FILE = "machine.yaml"
 BANKS = "banks"
 """The constant that holds the banks' rows: 16-bit patterns (channels, banks, rows, columns, lanes)."""

@@ -79,7 +79,7 @@ def offers(
     """The offers of a machine; ``cost`` gives the modelled seconds of a region that was not refused. If ``rounded``,
     float32 regions are taken, too."""
     kind = number if rounded else None
-    rules, scheme = (narrow(kind), few(kind)), QuantSpec(SCHEME)
+    rules, scheme = (narrow(kind), few(kind)), QuantSpec(SCHEME) if number == "bfloat16" else None
 
     def offer(name: str, ops: frozenset[str], anchors: frozenset[str]) -> AimOffer:
         wanted = frozenset[str | None](anchors)

@@ -167,7 +167,6 @@ class _Reader:
                 name=f"{self.region.name}.{len(self.products)}",
                 anchor=self.op,
                 source=source,
-                source_shape=(rows, k),
                 number=self.number,
                 rows=rows,
                 m=m,

@@ -51,7 +51,6 @@ class Product:
     name: str
     anchor: Op
     source: str
-    source_shape: tuple[int, ...]
     number: str
     rows: int
     m: int
@@ -354,7 +353,7 @@ class _MatrixProduct(_Reader):
     ) -> Product:
         source = self.widened.get(x, x)
         return Product(
-            self.region.name, self.anchor, source, self.shape_of(source), self.number(x), rows, m, k, take, order,
+            self.region.name, self.anchor, source, self.number(x), rows, m, k, take, order,
             weights, None, None, self.result, self.shape, (), {},
         )  # fmt: skip
 
@@ -387,7 +386,7 @@ class _Convolution(_Reader):
             order = np.moveaxis(np.arange(rows * m).reshape(out[0], places, m), 1, 2).reshape(-1)
         source = self.widened.get(x, x)
         made = Product(
-            self.region.name, self.anchor, source, self.shape_of(source), number, rows, m, k,
+            self.region.name, self.anchor, source, number, rows, m, k,
             None if identity else take, order, lambda: narrow.reshape(m, k), None, None, self.result, self.shape,
             (), {},
         )  # fmt: skip
