@@ -177,7 +177,7 @@ def test_machines_of_other_sizes_compute_the_same(tmp_path: Path, sizes: dict[st
     ("sizes", "words"),
     [
         ({"LOG_INP_BUFF_SIZE": 7}, "a window of 3 x 3 pixels does not fit VTA's input buffer of 8 elements"),
-        ({"LOG_WGT_BUFF_SIZE": 11}, "9 taps do not fit VTA's weight buffer, which has 3 blocks"),
+        ({"LOG_WGT_BUFF_SIZE": 11}, "9 taps do not fit VTA's weight buffer, which has 3 blocks beside its biases"),
     ],
 )
 def test_windows_that_no_buffer_holds_are_refused(tmp_path: Path, sizes: dict[str, int], words: str) -> None:
