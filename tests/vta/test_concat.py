@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -90,6 +92,20 @@ def test_a_part_of_two_wholes_is_copied_to_the_second() -> None:
     assert [layer.name for layer in kept] == ["conv0", "conv1", "last", "join2"]
     assert set(parts) == {"part0", "part1"}
     check(layers, x, ("again", "y"))
+
+
+def test_images_that_do_not_lie_in_one_piece_are_copied() -> None:
+    layers, _ = network([16, 16])
+    many = [
+        replace(
+            layer,
+            output=replace(layer.output, batch=2),
+            sources={k: replace(m, batch=2) for k, m in layer.sources.items()},
+        )
+        for layer in layers
+    ]
+    assert join(many, ["x"], CONFIG) == (tuple(many), {})
+    assert join(many, ["x"], replace(CONFIG, log_batch=1))[1].keys() == {"part0", "part1"}
 
 
 def test_an_input_is_copied() -> None:

@@ -252,14 +252,15 @@ def full_staging(random: np.random.Generator) -> tuple[Layer, Tiling]:
 
 
 def many_blocks(random: np.random.Generator) -> tuple[Layer, Tiling]:
-    """Neither biases nor shifts of all blocks are kept: every tile of two blocks brings its own."""
+    """Neither biases nor shifts of all blocks are kept: every tile of two blocks brings its own, and only the second
+    block of each is shifted by a vector."""
     pairs = tuple((o, o) for o in range(18))
     weights = random.integers(-9, 10, (18, 1, 4, 4), np.int8)
+    amounts = random.integers(6, 9, 72)
+    amounts.reshape(18, 4)[::2] = 7
     steps = (Init(random.integers(9000, 9999, 72)), Product("x", (1, 1), ((0, 0),), pairs, weights))
     out, x = (FeatureMap(name, 1, 72, 3, 3) for name in "yx")
-    return Layer("blocks", out, {"x": x}, (*steps, Shift(random.integers(6, 9, 72)), Clip(-128, 127))), Tiling(
-        2, 3, 2, 2
-    )
+    return Layer("blocks", out, {"x": x}, (*steps, Shift(amounts), Clip(-128, 127))), Tiling(3, 3, 2, 2)
 
 
 @pytest.mark.parametrize("build", [full_inputs, full_weights, full_accumulators, full_staging, many_blocks])

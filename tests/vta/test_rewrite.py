@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nestc.runtime.vta.config import VtaConfig
 from nestc.targets.vta.evaluate import evaluate
-from nestc.targets.vta.layer import Add, Clip, FeatureMap, Init, Layer, Product, Shift, Step
+from nestc.targets.vta.layer import Add, Clip, FeatureMap, Init, Layer, Maximum, Product, Shift, Step
 from nestc.targets.vta.rewrite import add_to_finer, rewritten, sort_channels
 
 CONFIG = VtaConfig("small", log_block=2, log_inp_buff_size=8, log_wgt_buff_size=10, log_acc_buff_size=11)
@@ -127,3 +127,16 @@ def test_channels_are_sorted_where_only_dense_products_see_them() -> None:
     assert isinstance(amounts, Shift) and (np.diff(amounts.amounts) >= 0).all()  # a: only b reads it
     assert found[1].steps[2] is layers[1].steps[2]  # b is added channel by channel
     assert sort_channels(layers, {"a", "z"}, CONFIG) == layers
+
+
+def test_channels_that_fill_no_block_or_are_compared_with_a_map_stay() -> None:
+    random = np.random.default_rng(3)
+    layers = block(random, 16, 1, 0)
+    a = layers[0]
+    compared = FeatureMap("w", 1, 16, 5, 4)
+    other = replace(a, sources={**a.sources, "w": compared}, steps=(*a.steps, Maximum("w", (1, 1), ((0, 0),))))
+    assert sort_channels([other, *layers[1:]], {"z"}, CONFIG)[0] is other
+    few = replace(a.output, channels=14)
+    shift = Shift(random.integers(5, 8, 14))
+    ragged = replace(a, output=few, steps=(Init(np.array(0)), a.steps[1], shift, a.steps[3]))
+    assert sort_channels([ragged, replace(layers[1], sources={"a": few})], {"b"}, CONFIG)[0] is ragged

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -71,6 +73,12 @@ def test_the_first_layer_of_resnet_multiplies_14_times_instead_of_49() -> None:
 def test_what_would_not_gain_stays(channels: int, kernel: int, fixed: list[str]) -> None:
     layer = conv(channels, kernel, 1, 1, 0, (9, 9))
     assert unroll_inputs([layer], {"x": (1, channels, 9, 9)}, fixed, CONFIG) == ((layer,), {})
+
+
+def test_two_products_of_one_layer_keep_the_image() -> None:
+    layer = conv(3, 3, 1, 1, 1, (9, 9))
+    twice = replace(layer, steps=(*layer.steps[:2], layer.steps[1], *layer.steps[2:]))
+    assert unroll_inputs([twice], {"x": (1, 3, 9, 9)}, [], CONFIG) == ((twice,), {})
 
 
 def test_readers_that_differ_keep_the_image() -> None:
