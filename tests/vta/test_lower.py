@@ -263,8 +263,18 @@ def many_blocks(random: np.random.Generator) -> tuple[Layer, Tiling]:
     return Layer("blocks", out, {"x": x}, (*steps, Shift(amounts), Clip(-128, 127))), Tiling(3, 3, 2, 2)
 
 
-@pytest.mark.parametrize("build", [full_inputs, full_weights, full_accumulators, full_staging, many_blocks])
-def test_tiles_that_fill_a_buffer(build: Callable[[np.random.Generator], tuple[Layer, Tiling]]) -> None:
+def gaps(random: np.random.Generator) -> tuple[Layer, Tiling]:
+    """Input blocks 0 and 2, but not the one between, and weights that do not lie side by side either."""
+    weights = random.integers(-9, 10, (4, 1, 4, 4), np.int8)
+    product = Product("x", (1, 1), ((0, 0),), ((0, 0), (0, 2), (1, 1), (1, 2)), weights)
+    out, x = FeatureMap("y", 1, 8, 3, 4), FeatureMap("x", 1, 12, 3, 4)
+    return Layer("gaps", out, {"x": x}, (Init(np.array(4)), product, Shift(np.array(3)), Clip(-128, 127))), Tiling(
+        3, 4, 1, 2
+    )
+
+
+@pytest.mark.parametrize("build", [full_inputs, full_weights, full_accumulators, full_staging, many_blocks, gaps])
+def test_tiles_that_fill_a_buffer_or_leave_gaps(build: Callable[[np.random.Generator], tuple[Layer, Tiling]]) -> None:
     check(*build(np.random.default_rng(5)), SMALL, seed=0)
 
 

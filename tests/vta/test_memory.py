@@ -54,3 +54,10 @@ def test_addresses_end_at_32_bits():
     dram.place("most", (1 << 32) - START)
     with pytest.raises(TargetError, match="its addresses have 32 bits; use a smaller batch"):
         dram.place("more", 1)
+
+
+def test_a_value_keeps_its_memory_while_a_layer_reads_it() -> None:
+    """A layer stores tiles of its result before it has loaded the last of its source."""
+    dram = Dram(VtaConfig())
+    dram.place_intermediate([Value("a", 4096, 0, 1), Value("b", 4096, 1, 2), Value("c", 4096, 2, 3)])
+    assert len({dram.addresses[name] for name in "ab"}) == len({dram.addresses[name] for name in "bc"}) == 2
