@@ -177,15 +177,24 @@ def test_shares_make_the_whole(data: st.DataObject, tiling: Tiling, seed: int) -
         assert "does not fit" in str(error)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=25)
 @given(
-    st.integers(1, 9), st.integers(2, 6), st.integers(2, 6), st.integers(1, 3), st.integers(1, 2), TILINGS,
-    st.integers(0, 1 << 30),
+    st.integers(1, 9), st.integers(2, 7), st.integers(2, 7), st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)), st.sampled_from([-128, -7]), TILINGS, st.integers(0, 1 << 30),
 )  # fmt: skip
-def test_maximum(channels: int, height: int, width: int, size: int, stride: int, tiling: Tiling, seed: int) -> None:
-    taps = tuple((a - size // 2, b - size // 2) for a in range(size) for b in range(size))
-    out = FeatureMap("y", 1, channels, (height - 1) // stride + 1, (width - 1) // stride + 1)
-    steps = (Init(np.array(-128)), Maximum("x", (stride, stride), taps))
+def test_maximum(
+    channels: int,
+    height: int,
+    width: int,
+    size: tuple[int, int],
+    strides: tuple[int, int],
+    start: int,
+    tiling: Tiling,
+    seed: int,
+) -> None:
+    taps = tuple((a - size[0] // 2, b - size[1] // 2) for a in range(size[0]) for b in range(size[1]))
+    out = FeatureMap("y", 1, channels, (height - 1) // strides[0] + 1, (width - 1) // strides[1] + 1)
+    steps = (Init(np.array(start)), Maximum("x", strides, taps))
     layer = Layer("pool", out, {"x": FeatureMap("x", 1, channels, height, width)}, steps)
     try:
         check(layer, tiling, SMALL, seed)

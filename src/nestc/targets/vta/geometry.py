@@ -13,7 +13,7 @@ import numpy as np
 from nestc.runtime.vta.config import VtaConfig
 from nestc.targets.vta.constants import Vectors, bound_that_sets
 from nestc.targets.vta.layer import Clip, Init, Layer, Maximum, Product, Shift
-from nestc.targets.vta.shape import block_amounts, block_count, stored_weights
+from nestc.targets.vta.shape import block_amounts, block_count, lone_tap, stored_weights
 from nestc.targets.vta.tiling import Share
 
 Range: TypeAlias = tuple[int, int]
@@ -46,7 +46,7 @@ class Read:
     """What a `Product` or `Maximum` reads: a source of (blocks, height, width), at taps.
 
     ``by_block[o]``: the input blocks that output block o needs, sorted. ``shared``: all pairs have the same weights;
-    ``stored``: taps of weights in memory.
+    ``stored``: taps of weights in memory. ``lone``: a maximum starts with a tap whose pixels no other tap reads.
     """
 
     source: tuple[int, int, int]
@@ -58,6 +58,7 @@ class Read:
     maximum: bool
     shared: bool
     stored: int
+    lone: bool = False
 
 
 Part: TypeAlias = Elementwise | Shifts | Read
@@ -138,7 +139,8 @@ def _read(layer: Layer, step: Product | Maximum, config: VtaConfig) -> Read:
             inputs[out].append(into)
     by_block, sizes = tuple(tuple(each) for each in inputs), (block_count(source, config), source.height, source.width)
     if isinstance(step, Maximum):
-        return Read(sizes, step.strides, down, across, row_step, by_block, True, False, 0)
+        lone = row_step == 1 and lone_tap(step) is not None
+        return Read(sizes, step.strides, down, across, row_step, by_block, True, False, 0, lone)
     pairs, taps = stored_weights(step).shape[:2]
     return Read(sizes, step.strides, down, across, row_step, by_block, False, pairs < len(step.pairs), taps)
 

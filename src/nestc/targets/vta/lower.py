@@ -24,6 +24,7 @@ from nestc.targets.vta.shape import (
     chunks,
     elements,
     groups_of,
+    lone_tap,
     rectangle,
     shift_runs,
     source_span,
@@ -193,11 +194,12 @@ class _Lowering:
         base = self.sums.take(None)
         for number, step in enumerate(self.layer.steps):
             if isinstance(step, Init):
-                self.init(tile, base, number, step)
+                if self.lone_tap(tile, number + 1) is None:
+                    self.init(tile, base, number, step)
             elif isinstance(step, Product):
                 self.product(tile, base, number, step)
             elif isinstance(step, Maximum):
-                self.maximum(tile, base, step)
+                self.maximum(tile, base, number, step)
             elif isinstance(step, Shift):
                 self.shift(tile, base, number, step)
             elif isinstance(step, Add):
@@ -271,28 +273,98 @@ class _Lowering:
                         ],
                     )
 
-    def maximum(self, tile: _Tile, base: int, step: Maximum) -> None:
-        """Inputs are copied to accumulators by the identity, then compared there tap by tap."""
+    def maximum(self, tile: _Tile, base: int, number: int, step: Maximum) -> None:
+        """Inputs are copied to accumulators by the identity, then compared there tap by tap.
+
+        Where the pixels of one tap are read by no other (`lone_tap`), they go to the result at once, and take the
+        maximum of their neighbours in other rows before windows above and below share it.
+        """
         source = self.layer.sources[step.source]
         span = source_span(step, source, tile.y, tile.x)
         if not span.size:
             return
         self.load_identity()
+        lone = self.lone_tap(tile, number)
         for first, last in _ranges(*tile.blocks, self.tiling.inputs):
             place = self.load_source(tile, source, tuple(range(first, last)), span)
-            size = (last - first) * span.size
-            self.emit(vta.reset(self.config), [(size, (1,))], [(self.acc, self.staging)])
-            copy = [(self.acc, self.staging), (self.inp, place), (self.wgt, self.identity)]
-            self.emit(vta.gemm(self.config), [(size, (1, 1, 0))], copy)
-            for tap in step.taps:
+            start = base + (first - tile.blocks[0]) * tile.positions
+            taps = step.taps
+            if lone is None:
+                self.copy([(last - first) * span.size], [1], [1], self.staging, place)
+            else:
+                self.gather(tile, step, lone, span, (start, place, last - first))
+                taps = tuple(tap for tap in taps if (tap[0] == lone[0]) != (tap[1] == lone[1]))
+            for tap in taps:
                 area = rectangle(step.strides, tap, source, tile.y, tile.x)
                 if area is None:
                     continue
                 dimensions: list[Dimension] = [(last - first, (tile.positions, span.size))]
                 offset = self.spatial(area, tile, span, dimensions, weights=False)
-                start = base + (first - tile.blocks[0]) * tile.positions
                 operands = [(self.acc, start + offset[0]), (self.acc, self.staging + offset[1])]
                 self.emit(vta.alu(AluOp.MAX, None, self.config), dimensions, operands)
+
+    def lone_tap(self, tile: _Tile, number: int) -> tuple[int, int] | None:
+        """The tap of the maximum at `number` that starts the result; None where the bias before it does."""
+        step = self.layer.steps[number] if number < len(self.layer.steps) else None
+        start = self.layer.steps[number - 1]
+        if not isinstance(step, Maximum) or not isinstance(start, Init) or (start.values > -128).any():
+            return None
+        tap, source = lone_tap(step), self.layer.sources[step.source]
+        if tap is None or source_span(step, source, tile.y, tile.x).row_step > 1:
+            return None
+        area = rectangle(step.strides, tap, source, tile.y, tile.x)
+        everywhere = area is not None and area.extent == (tile.y[1] - tile.y[0], tile.width)
+        return tap if everywhere else None
+
+    def gather(
+        self, tile: _Tile, step: Maximum, lone: tuple[int, int], span: Span, places: tuple[int, int, int]
+    ) -> None:
+        """Bring the pixels of a maximum: those of the lone tap to the result, others to where they are compared."""
+        start, place, blocks = places
+        (sy, sx), (top, left), width = step.strides, span.first, span.width
+        plane, wide = span.size, sy * width
+        corner = ((tile.y[0] * sy + lone[0] - top) * width) + tile.x[0] * sx + lone[1] - left
+        rows = tile.y[1] - tile.y[0]
+        self.copy([blocks, rows, tile.width], [tile.positions, tile.width, 1], [plane, wide, sx], start, place + corner)
+        for residue in range(sy):
+            first = (residue - top) % sy
+            count = -(-(span.height - first) // sy)
+            if count < 1:
+                continue
+            at = first * width
+            if (residue - lone[0]) % sy:
+                loops = [plane, wide, 1]
+                self.copy([blocks, count, width], loops, loops, self.staging + at, place + at)
+                self.across(tile, step, lone[1], span, (blocks, count, at))
+                continue
+            for column in range(sx):
+                begin = (column - left) % sx
+                if (column - lone[1]) % sx and begin < width:
+                    loops = [plane, wide, sx]
+                    extents = [blocks, count, -(-(width - begin) // sx)]
+                    self.copy(extents, loops, loops, self.staging + at + begin, place + at + begin)
+
+    def across(self, tile: _Tile, step: Maximum, center: int, span: Span, rows: tuple[int, int, int]) -> None:
+        """In rows that several windows share, each pixel of column `center` becomes the maximum of its neighbours."""
+        source, (sy, sx), (blocks, count, at) = self.layer.sources[step.source], step.strides, rows
+        for dx in sorted({dx for _, dx in step.taps} - {center}):
+            area = rectangle((1, sx), (0, dx), source, (0, 1), tile.x)
+            if area is None:
+                continue
+            moves = [(blocks, span.size), (count, sy * span.width), (area.extent[1], sx)]
+            begin = self.staging + at + area.first[1] * sx - span.first[1]
+            operands = [(self.acc, begin + center), (self.acc, begin + dx)]
+            self.emit(
+                vta.alu(AluOp.MAX, None, self.config), [(extent, (move, move)) for extent, move in moves], operands
+            )
+
+    def copy(self, extents: list[int], into: list[int], out: list[int], target: int, place: int) -> None:
+        """Inputs from `place` on become accumulators from `target` on: loops of `extents` with their moves in both."""
+        cleared = [(extent, (move,)) for extent, move in zip(extents, into, strict=True)]
+        self.emit(vta.reset(self.config), cleared, [(self.acc, target)])
+        moved = [(extent, (a, b, 0)) for extent, a, b in zip(extents, into, out, strict=True)]
+        operands = [(self.acc, target), (self.inp, place), (self.wgt, self.identity)]
+        self.emit(vta.gemm(self.config), moved, operands)
 
     def shift(self, tile: _Tile, base: int, number: int, step: Shift) -> None:
         """Blocks of channels of one amount are shifted by an immediate, those of several by a vector of amounts."""

@@ -415,13 +415,25 @@ class _Clocks:
         if self.fill < 0:
             self.fill = max(0, ready - self.compute)
         self.compute = max(self.compute, ready)
-        if read.maximum:
+        if read.lone:
+            self._pooled(read, len(chunk.inputs), reach)
+        elif read.maximum:
             self._computed(2 * size, 2)
             self._computed(self.walk.costs.tensor * len(chunk.inputs) * reach.sums, sum(g[2] for g in reach.groups))
         else:
             self._computed(chunk.pairs * reach.sums, len(reach.groups) * chunk.parts)
             self.wgt.free[wgt] = self.compute
         self.inp.free[inp] = self.compute
+
+    def _pooled(self, read: Read, blocks: int, reach: Reach) -> None:
+        """A maximum that starts with a lone tap (see `lower`), as if all windows were whole."""
+        (sy, sx), down, across = read.strides, len(set(read.down)), len(set(read.across))
+        results = blocks * -(-reach.sums // (down * across))
+        copied = results + blocks * reach.rows * reach.columns * (sy * sx - 1) // (sy * sx)
+        compared = results * ((sy - 1) * (across - 1) + down + across - 2)
+        starts = 2 + (sy - 1) * (across + 1) + 2 * (sx - 1) + down + across - 2
+        # The bias before it is not made.
+        self._computed(2 * copied - results + self.walk.costs.tensor * compared, starts - 1)
 
 
 def _micro_ops(chunk: Chunk, reach: Reach, group: tuple[int, int, int]) -> int:

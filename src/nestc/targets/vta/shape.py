@@ -83,6 +83,23 @@ def stored_weights(step: Product) -> np.ndarray:
     return weights
 
 
+def lone_tap(step: Maximum) -> tuple[int, int] | None:
+    """A tap whose row and column of pixels no other row or column of taps reads, of windows that are full rectangles.
+
+    Windows that overlap at strides above 1 have one in their middle.
+    """
+    down, across = (sorted({tap[axis] for tap in step.taps}) for axis in (0, 1))
+    if sorted(step.taps) != [(dy, dx) for dy in down for dx in across]:
+        return None
+    found: list[int] = []
+    for offsets, stride in ((down, step.strides[0]), (across, step.strides[1])):
+        alone = [k for k in offsets if sum((k - other) % stride == 0 for other in offsets) == 1]
+        if not alone:
+            return None
+        found.append(min(alone, key=lambda k: abs(2 * k - offsets[0] - offsets[-1])))
+    return found[0], found[1]
+
+
 def block_count(map_: FeatureMap, config: VtaConfig) -> int:
     """Blocks of channels."""
     return -(-map_.channels // config.block)
