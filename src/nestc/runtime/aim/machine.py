@@ -168,8 +168,9 @@ def load(path: str | Path) -> AimMachine:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise TargetError(
-            f"machine '{path}' cannot be read ({error}); give one of {', '.join(PRESETS)}, or a YAML file"
+            f"machine '{path}' cannot be read ({reason}); give one of {', '.join(PRESETS)}, or a YAML file"
         ) from error
     return parse(text, Path(path).stem)
 
