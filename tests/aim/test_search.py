@@ -16,7 +16,7 @@ from nestc.targets.aim.compiler import compile_layers, without_host
 from nestc.targets.aim.layer import MatrixVector
 from nestc.targets.aim.mapping import Mapping, plan
 from nestc.targets.aim.search import best, estimate, search
-from nestc.targets.vta.store import TuningStore
+from nestc.targets.store import TuningStore
 
 
 def _layer(m: int, k: int, vectors: int = 1, activation: str | None = None) -> MatrixVector:

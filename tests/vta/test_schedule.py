@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.timing import RTL
+from nestc.targets.store import TuningStore
 from nestc.targets.vta import schedule
 from nestc.targets.vta.geometry import geometry
 from nestc.targets.vta.layer import Clip, FeatureMap, Init, Layer, Maximum, Product, Shift, Step
@@ -20,7 +21,6 @@ from nestc.targets.vta.lower import lower
 from nestc.targets.vta.model import Costs, Walk, estimate, fits, whole
 from nestc.targets.vta.schedule import candidates, choose, parts, rank, search_tiling, simulated
 from nestc.targets.vta.split import choose_split, seconds, shares
-from nestc.targets.vta.store import TuningStore
 from nestc.targets.vta.tiling import Share, Tiling
 
 CONFIG = VtaConfig()

@@ -24,19 +24,29 @@ from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.encode import EncodingError, encode, encode_uops
 from nestc.runtime.vta.fields import DRAM_BITS, UOP_BITS
-from nestc.runtime.vta.isa import Alu, AluOp, Finish, Gemm, Instruction, Load, MemoryId, Store, Stream, Tokens
+from nestc.runtime.vta.isa import (
+    ENGINES,
+    Alu,
+    AluOp,
+    Finish,
+    Gemm,
+    Instruction,
+    Load,
+    MemoryId,
+    Store,
+    Stream,
+    Tokens,
+    engine_of,
+)
 
 # Engines in the order of their tokens: prev is the one before, next the one after.
-ENGINES = ("load", "compute", "store")
 _MNEMONICS = ("load", "store", "gemm", "reset", "alu", "finish")
 _PADS = ("y_pad_0", "y_pad_1", "x_pad_0", "x_pad_1")
 
 
 def engine(instruction: Instruction) -> str:
-    """The engine that executes an instruction: LOADs of micro-ops and accumulators run on ``compute``."""
-    if isinstance(instruction, Load):
-        return "load" if instruction.memory in (MemoryId.INP, MemoryId.WGT) else "compute"
-    return "store" if isinstance(instruction, Store) else "compute"
+    """The name of the engine that executes an instruction."""
+    return ENGINES[engine_of(instruction)]
 
 
 def disassemble(stream: Stream, config: VtaConfig, notes: Mapping[int, str] | None = None) -> str:

@@ -126,6 +126,18 @@ class Finish:
 
 Instruction: TypeAlias = Load | Store | Gemm | Alu | Finish
 
+ENGINES = ("load", "compute", "store")
+LOAD, COMPUTE, STORE = range(3)
+
+
+def engine_of(instruction: Instruction) -> int:
+    """The engine that executes an instruction, an index of `ENGINES`: LOADs of micro-ops and accumulators compute."""
+    if isinstance(instruction, Store):
+        return STORE
+    if isinstance(instruction, Load) and instruction.memory in (MemoryId.INP, MemoryId.WGT):
+        return LOAD
+    return COMPUTE
+
 
 @dataclass(frozen=True, eq=False)
 class Stream:

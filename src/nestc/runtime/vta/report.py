@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nestc.runtime.vta.config import VtaConfig
-from nestc.runtime.vta.isa import Finish, Gemm, Instruction, Load, MemoryId, Store
+from nestc.runtime.vta.isa import ENGINES, Finish, Gemm, Instruction, Load, MemoryId, Store
 
-ENGINES = ("load", "compute", "store")
 INSTRUCTION_BYTES, UOP_BYTES = 16, 4
 
 

@@ -18,14 +18,26 @@ import numpy as np
 from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.encode import decode_uops
-from nestc.runtime.vta.isa import Alu, AluOp, Finish, Gemm, Instruction, Load, MemoryId, Store
+from nestc.runtime.vta.isa import (
+    COMPUTE,
+    ENGINES,
+    LOAD,
+    STORE,
+    Alu,
+    AluOp,
+    Finish,
+    Gemm,
+    Instruction,
+    Load,
+    MemoryId,
+    Store,
+    engine_of,
+)
 
 Order: TypeAlias = Literal["program", "load", "compute", "store", "random"]
 """Which of the instructions whose tokens are there runs next: the first in the program, one of the engine named
 whenever it can (then load before compute before store), or a random one."""
 
-_LOAD, _COMPUTE, _STORE = 0, 1, 2
-_ENGINES = ("load", "compute", "store")
 _PREFERENCE = {"load": (0, 1, 2), "compute": (1, 0, 2), "store": (2, 0, 1)}
 # Queues of tokens: 0 load to compute, 1 compute to load, 2 compute to store, 3 store to compute. For each engine those
 # that pop_prev, pop_next, push_prev and push_next mean.
@@ -73,15 +85,6 @@ def simulate(
     return machine.statistics
 
 
-def engine_of(instruction: Instruction) -> int:
-    """The engine that an instruction runs on: 0 load, 1 compute, 2 store."""
-    if isinstance(instruction, Store):
-        return _STORE
-    if isinstance(instruction, Load) and instruction.memory in (MemoryId.INP, MemoryId.WGT):
-        return _LOAD
-    return _COMPUTE
-
-
 def legal_order(instructions: Sequence[Instruction], order: Order = "program", seed: int = 0) -> list[int]:
     """The numbers of `instructions` in an order in which three engines with queues and tokens may execute them.
 
@@ -102,7 +105,7 @@ def legal_order(instructions: Sequence[Instruction], order: Order = "program", s
     while len(result) < len(instructions):
         ready = [
             engine
-            for engine in (_LOAD, _COMPUTE, _STORE)
+            for engine in (LOAD, COMPUTE, STORE)
             if heads[engine] < len(queues[engine]) and all(tokens[t] > 0 for t in takes[queues[engine][heads[engine]]])
         ]
         if not ready:
@@ -132,7 +135,7 @@ def _token_queues(number: int, instruction: Instruction) -> tuple[list[int], lis
         if not wanted[index]:
             continue
         if queue is None:
-            where = f"the {_ENGINES[engine]} engine has no such neighbour"
+            where = f"the {ENGINES[engine]} engine has no such neighbour"
             raise TargetError(f"{describe(number, instruction)} has {name}, but {where}")
         found[index // 2].append(queue)
     return found

@@ -15,10 +15,22 @@ import numpy as np
 
 from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
-from nestc.runtime.vta.isa import Alu, Finish, Gemm, Instruction, Load, MemoryId, Store, Tokens
+from nestc.runtime.vta.isa import (
+    COMPUTE,
+    LOAD,
+    STORE,
+    Alu,
+    Finish,
+    Gemm,
+    Instruction,
+    Load,
+    MemoryId,
+    Store,
+    Tokens,
+    engine_of,
+)
 from nestc.runtime.vta.report import INSTRUCTION_BYTES, UOP_BYTES, Report, count_work, engine_parts
 
-LOAD, COMPUTE, STORE = 0, 1, 2
 # Clients of the read channel in the order in which VME serves requests of the same cycle (VME.scala, Core.scala).
 _FETCH, _UOP, _INP, _WGT, _ACC, _OUT = range(6)
 _CLIENT = {MemoryId.UOP: _UOP, MemoryId.INP: _INP, MemoryId.WGT: _WGT, MemoryId.ACC: _ACC, MemoryId.ACC_8BIT: _ACC}
@@ -187,7 +199,7 @@ class _Device:
         )
         self.waiting: list[_Transfer] = []
         self.open: deque[int] = deque()
-        self.engine = [_engine(i) for i in stream]
+        self.engine = [engine_of(i) for i in stream]
         n = len(stream)
         self.start, self.end, self.queued = [-1] * n, [-1] * n, [-1] * n
         self.order: tuple[list[int], list[int], list[int]] = ([], [], [])
@@ -453,14 +465,6 @@ def _queues(engine: int, tokens: Tokens) -> tuple[tuple[int, ...], tuple[int, ..
     takes = ((tokens.pop_prev, pop_prev), (tokens.pop_next, pop_next))
     gives = ((tokens.push_prev, push_prev), (tokens.push_next, push_next))
     return tuple(q for flag, q in takes if flag and q >= 0), tuple(q for flag, q in gives if flag and q >= 0)
-
-
-def _engine(instruction: Instruction) -> int:
-    if isinstance(instruction, Store):
-        return STORE
-    if isinstance(instruction, Load) and instruction.memory in (MemoryId.INP, MemoryId.WGT):
-        return LOAD
-    return COMPUTE
 
 
 @lru_cache(maxsize=1 << 16)

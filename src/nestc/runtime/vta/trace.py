@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from nestc.runtime.vta.isa import Alu, Finish, Instruction, Load, Store
-from nestc.runtime.vta.report import ENGINES, Report
+from nestc.runtime.vta.isa import ENGINES, Alu, Finish, Instruction, Load, Store
+from nestc.runtime.vta.report import Report
 
 Event: TypeAlias = dict[str, object]
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +11,8 @@ from nestc.bundle.artifact import Artifact
 from nestc.bundle.dtypes import numpy_dtype
 from nestc.runtime.aim import host
 from nestc.runtime.aim.device import BANKS, MACHINE_FILE, REGISTERS, Launch, machine_of, steps
-from nestc.runtime.aim.simulate import NUMBERS
 from nestc.runtime.aim.trace import format_trace
+from nestc.targets.emitted import npz
 
 FORMAT = "nestc-aim-commands"
 VERSION = 1
@@ -75,8 +72,8 @@ def files(partition: str, artifact: Artifact) -> dict[str, bytes]:
         f"{partition}.banks.bin": image.tobytes(),
         f"{partition}.registers.bin": registers.tobytes(),
         f"{partition}.machine.yaml": artifact.files[MACHINE_FILE],
-        f"{partition}.inputs.npz": _npz({**inputs, **given}),
-        f"{partition}.outputs.npz": _npz({**outputs, **found}),
+        f"{partition}.inputs.npz": npz({**inputs, **given}),
+        f"{partition}.outputs.npz": npz({**outputs, **found}),
     }
 
 
@@ -123,15 +120,3 @@ def _description(partition: str, artifact: Artifact, layers: list[dict[str, Any]
         },
         indent=1,
     )
-
-
-def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """An .npz; formats that numpy lacks (bfloat16) as their 16-bit patterns, uint16."""
-    file = io.BytesIO()
-    # np.savez takes names as keyword arguments, among which a value called "file" would not fit.
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, array in arrays.items():
-            plain = array.view(np.uint16) if array.dtype == NUMBERS["bfloat16"] else array
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, plain, allow_pickle=False)
-    return file.getvalue()

@@ -16,7 +16,7 @@ from nestc.targets.aim import lower as lowering
 from nestc.targets.aim.emit import Addresses, emit
 from nestc.targets.aim.layer import MatrixVector
 from nestc.targets.aim.mapping import Mapping, Plan, plan
-from nestc.targets.vta.store import TuningStore
+from nestc.targets.store import TuningStore
 
 TIMED = 6
 """Mappings that are timed at most, of those that the closed form puts first."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +13,7 @@ from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.device import configuration, initial_memory, pack, unpack
 from nestc.runtime.vta.encode import decode
 from nestc.runtime.vta.simulate import simulate
+from nestc.targets.emitted import npz
 from nestc.targets.vta.memory import START
 
 FORMAT = "nestc-vta-commands"
@@ -174,12 +173,8 @@ def _constant(about: Mapping[str, Any], array: np.ndarray) -> dict[str, Any]:
 
 def _npz(arrays: Mapping[str, np.ndarray], values: list[dict[str, Any]], memory: np.ndarray) -> bytes:
     """An .npz of each value as ONNX has it, and as its bytes in memory."""
-    file = io.BytesIO()
-    # np.savez takes names as keyword arguments, among which a value called "file" would not fit.
-    with zipfile.ZipFile(file, "w") as archive:
-        for value in values:
-            begin, end = value["address"], value["address"] + value["bytes"]
-            for name, array in ((value["name"], arrays[value["name"]]), (f"{value['name']}@dram", memory[begin:end])):
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-    return file.getvalue()
+    both: dict[str, np.ndarray] = {}
+    for value in values:
+        both[value["name"]] = arrays[value["name"]]
+        both[f"{value['name']}@dram"] = memory[value["address"] : value["address"] + value["bytes"]]
+    return npz(both)

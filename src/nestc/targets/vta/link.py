@@ -17,10 +17,23 @@ import numpy as np
 
 from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
-from nestc.runtime.vta.isa import NONE, Alu, Finish, Gemm, Instruction, Load, MemoryId, Store, Stream, Tokens
+from nestc.runtime.vta.isa import (
+    COMPUTE,
+    LOAD,
+    NONE,
+    STORE,
+    Alu,
+    Finish,
+    Gemm,
+    Instruction,
+    Load,
+    MemoryId,
+    Stream,
+    Tokens,
+    engine_of,
+)
 from nestc.targets.vta.emit import MOST_ELEMENTS, Access, Bytes, Elements, Piece, Where
 
-LOAD, COMPUTE, STORE = 0, 1, 2
 _TAKERS = ((COMPUTE,), (LOAD, STORE), (COMPUTE,))
 
 MOST_TOKENS = 255
@@ -123,14 +136,6 @@ class _Issued:
 _TOKENS = {flags: Tokens(*flags) for flags in product((False, True), repeat=4)}
 
 
-def _engine(instruction: Instruction) -> int:
-    if isinstance(instruction, Store):
-        return STORE
-    if isinstance(instruction, Load) and instruction.memory in (MemoryId.INP, MemoryId.WGT):
-        return LOAD
-    return COMPUTE
-
-
 class _Synchronizer:
     """Walks through the program and adds tokens where an instruction needs what another engine does not yet promise.
 
@@ -160,7 +165,7 @@ class _Synchronizer:
     def run(self, pieces: Iterable[tuple[Piece, int]]) -> Iterator[Instruction]:
         """All instructions with their tokens, FINISH at the end."""
         for piece, uop_begin in pieces:
-            engine = _engine(piece.instruction)
+            engine = engine_of(piece.instruction)
             reads, writes = self.touched.places(piece.reads), self.touched.places(piece.writes)
             self.issue(piece.instruction, engine, self.touched.conflicts(reads, writes, engine), uop_begin)
             self.touched.record(reads, writes, engine, len(self.issued[engine]))

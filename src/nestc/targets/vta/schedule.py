@@ -15,6 +15,7 @@ import numpy as np
 from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.timing import RTL, UOP_BYTES, Timing, simulate_timing
+from nestc.targets.store import TuningStore
 from nestc.targets.vta.emit import emit
 from nestc.targets.vta.geometry import geometry
 from nestc.targets.vta.layer import Layer
@@ -22,7 +23,6 @@ from nestc.targets.vta.link import link
 from nestc.targets.vta.lower import lower
 from nestc.targets.vta.memory import Dram
 from nestc.targets.vta.model import Costs, Estimate, Walk
-from nestc.targets.vta.store import TuningStore
 from nestc.targets.vta.tiling import Share, Tiling
 
 _WALKS = 60  # tilings that the model walks a layer, in the order of their bounds

@@ -18,12 +18,26 @@ from typing import TypeAlias
 import numpy as np
 
 from nestc.errors import TargetError
-from nestc.runtime.vta.assembly import ENGINES, engine, line
+from nestc.runtime.vta.assembly import line
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.encode import UOP_BYTES, EncodingError, encode, encode_uops
-from nestc.runtime.vta.isa import Alu, AluOp, Finish, Gemm, Instruction, Load, MemoryId, Store, Stream
+from nestc.runtime.vta.isa import (
+    COMPUTE,
+    ENGINES,
+    LOAD,
+    STORE,
+    Alu,
+    AluOp,
+    Finish,
+    Gemm,
+    Instruction,
+    Load,
+    MemoryId,
+    Store,
+    Stream,
+    engine_of,
+)
 
-_LOAD, _COMPUTE, _STORE = range(3)
 # The counters of the token queues have 8 bits and do not count further (Semaphore.scala; Load, Compute, Store).
 MOST_TOKENS = 255
 # DRAM offsets are cut to 32 bits after they became bytes (TensorLoad.scala; sim_driver.cc computes in 32 bits too).
@@ -97,7 +111,7 @@ class _Queue:
 
 def _order(instructions: Sequence[Instruction]) -> _Order:
     queues = {(a, b): _Queue([], [], []) for a in range(3) for b in range(3) if abs(a - b) == 1}
-    engines = [ENGINES.index(engine(item)) for item in instructions]
+    engines = [engine_of(item) for item in instructions]
     own: list[int] = []
     members: list[list[int]] = [[], [], []]
     last = [(0, 0, 0), (0, 0, 0), (0, 0, 0)]
@@ -186,8 +200,8 @@ def _check_finish(
     for index, item in enumerate(instructions[:-1]):
         if isinstance(item, Finish):
             raise StreamError(f"{_name(index, item)} stands before the end of the stream", index)
-    for which in (_LOAD, _STORE):
-        done = last[_COMPUTE][which]
+    for which in (LOAD, STORE):
+        done = last[COMPUTE][which]
         if done < len(members[which]):
             index = members[which][-1]
             raise StreamError(f"FINISH does not wait for {_name(index, instructions[index])}", index)
@@ -227,16 +241,16 @@ class _Machine:
 
     def __init__(self, stream: Stream, config: VtaConfig, order: _Order, regions: Sequence[Region] | None) -> None:
         self._stream, self._config, self._order, self._regions = stream, config, order, regions
-        self._inp = _Elements(config.inp_depth, "input", _LOAD, (_COMPUTE,))
-        self._wgt = _Elements(config.wgt_depth, "weight", _LOAD, (_COMPUTE,))
-        self._acc = _Elements(config.acc_depth, "accumulator", _COMPUTE, (_STORE,))
+        self._inp = _Elements(config.inp_depth, "input", LOAD, (COMPUTE,))
+        self._wgt = _Elements(config.wgt_depth, "weight", LOAD, (COMPUTE,))
+        self._acc = _Elements(config.acc_depth, "accumulator", COMPUTE, (STORE,))
         # The RTL stores from a copy of what GEMM and ALU write, where LOAD ACC does not write (Compute.scala).
         self._raw = np.zeros(config.acc_depth, bool)
         self._uops = np.zeros((config.uop_depth, 3), np.int64)
         self._uop_known = np.zeros(config.uop_depth, bool)
         self._starts, self._ends, self._places = self._stored_runs()
         size = int(self._places[-1]) if self._places.size else 0
-        self._dram = _Elements(size, "DRAM", _STORE, (_LOAD, _COMPUTE))
+        self._dram = _Elements(size, "DRAM", STORE, (LOAD, COMPUTE))
 
     def run(self) -> None:
         """Raises StreamError at the first instruction that breaks a rule."""
@@ -299,7 +313,7 @@ class _Machine:
         if end > self._config.acc_depth:
             raise self._error(index, f"stores accumulators up to {end - 1} of {self._config.acc_depth}")
         where = slice(item.sram, end)
-        self._read(index, self._acc, where, _STORE)
+        self._read(index, self._acc, where, STORE)
         if self._raw[where].any():
             place = item.sram + int(np.argmax(self._raw[where]))
             raise self._error(
@@ -329,16 +343,16 @@ class _Machine:
         dst = self._touched(index, item, uops[:, 0], (item.dst_out, item.dst_in), self._acc)
         if isinstance(item, Alu):
             self._check_alu(index, item, uops)
-            self._read(index, self._acc, dst, _COMPUTE)
+            self._read(index, self._acc, dst, COMPUTE)
             if not item.use_imm:
                 src = self._touched(index, item, uops[:, 1], (item.src_out, item.src_in), self._acc)
-                self._read(index, self._acc, src, _COMPUTE)
+                self._read(index, self._acc, src, COMPUTE)
         elif not item.reset:
-            self._read(index, self._acc, dst, _COMPUTE)
+            self._read(index, self._acc, dst, COMPUTE)
             inp = self._touched(index, item, uops[:, 1], (item.src_out, item.src_in), self._inp)
             wgt = self._touched(index, item, uops[:, 2], (item.wgt_out, item.wgt_in), self._wgt)
-            self._read(index, self._inp, inp, _COMPUTE)
-            self._read(index, self._wgt, wgt, _COMPUTE)
+            self._read(index, self._inp, inp, COMPUTE)
+            self._read(index, self._wgt, wgt, COMPUTE)
         self._write(index, self._acc, dst)
         self._raw[dst] = False
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nestc.targets.vta.store import TuningStore, store_path
+from nestc.targets.store import TuningStore, store_path
 
 
 def test_keeps_and_replaces(tmp_path: Path) -> None:
