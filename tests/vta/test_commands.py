@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import onnx
 import pytest
 from qdq_nets import residual
 
-from nestc.cli import status
 from nestc.runtime.vta.assembly import assemble
 from nestc.runtime.vta.config import from_json
 from nestc.runtime.vta.encode import encode, encode_uops
-
-
-class Result(NamedTuple):
-    """What a command left: exit status, stdout, stderr."""
-
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def nestc(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Call the command line with these arguments."""
-
-    def call(*arguments: object) -> Result:
-        code = status([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture
