@@ -16,12 +16,23 @@ from typing import Any
 
 from nestc.errors import PlanError
 
-FORMAT = 1
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What a region costs on a device: milliseconds (of it alone, borders apart), and how that is known."""
+
+    ms: float
+    kind: str = "measured"
 
 
 @dataclass(frozen=True)
 class PlannedRegion:
-    """A region, the device that takes it, and for each target asked before that one its refusal in words."""
+    """A region, the device that takes it and why; the refusals, in words, of the devices that do not take it.
+
+    ``costs``: by device, for all that take it. ``predicted_ms`` is the cost where it is placed.
+    """
 
     name: str
     device: str
@@ -29,32 +40,48 @@ class PlannedRegion:
     nodes: tuple[str, ...] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
     predicted_ms: float | None = None
+    kind: str = "estimated"
+    costs: Mapping[str, Alternative] = field(default_factory=dict)
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class PlannedPartition:
-    """Regions, by name and in execution order, that one device runs without interruption."""
+    """Regions, by name and in execution order, that one device runs without interruption, and when by prediction."""
 
     name: str
     device: str
     regions: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    begin_ms: float | None = None
+    end_ms: float | None = None
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A tensor that crosses from one device to another; `bytes` is its plain size."""
+    """A tensor that crosses from one device to another; `bytes` is its plain size, `us` the time predicted for it.
+
+    "host memory" stands for the graph's inputs and outputs.
+    """
 
     tensor: str
     source: str
     destination: str
     bytes: int
+    us: float = 0.0
+    kind: str = "estimated"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything of a model runs. Regions are in execution order."""
+    """Where everything of a model runs. Regions are in execution order.
+
+    ``predicted_ms`` is of the objective "latency" or "energy" one inference, of "throughput" the time a request when
+    pipelined; ``lower_bound_ms``: no placement of these regions does better by the same costs (millijoules for the
+    objective "energy", as ``predicted_mj``); ``single_device_ms``: by device, all it takes there and the rest on the
+    CPU. ``method`` tells how it was found.
+    """
 
     model: str
     objective: str
@@ -63,6 +90,11 @@ class Plan:
     partitions: tuple[PlannedPartition, ...]
     transfers: tuple[Transfer, ...]
     predicted_ms: float | None = None
+    predicted_mj: float | None = None
+    lower_bound_ms: float | None = None
+    optimal: bool = False
+    single_device_ms: Mapping[str, float] = field(default_factory=dict)
+    method: str = "in the order of the targets"
 
     @property
     def fallback_ops(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from nestc.bundle.artifact import Artifact, Device, Elapsed, Program
 from nestc.graph.region import Region, TensorType
@@ -21,6 +21,7 @@ __all__ = [
     "Constraint",
     "Device",
     "Elapsed",
+    "Link",
     "Machine",
     "Memory",
     "Offer",
@@ -42,13 +43,39 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Link:
+    """How a device is reached from the host's memory; the default is a device that works in that memory itself.
+
+    Each launch of a partition takes `launch_seconds`, each tensor that crosses `latency_seconds` and its bytes over
+    `bytes_per_second` (0: nothing is copied) and `joules_per_byte`. ``kind`` is "estimated" where figures are assumed.
+    """
+
+    launch_seconds: float = 0.0
+    latency_seconds: float = 0.0
+    bytes_per_second: float = 0.0
+    joules_per_byte: float = 0.0
+    kind: Literal["measured", "modelled", "estimated"] = "measured"
+
+    def seconds(self, nbytes: int) -> float:
+        """Time of a tensor on its way to or from the host's memory."""
+        return self.latency_seconds + (nbytes / self.bytes_per_second if self.bytes_per_second else 0.0)
+
+
+@dataclass(frozen=True)
 class Machine:
-    """Facts of a device that the compiler needs. Rates are per second, energies in joules; 0 means not stated."""
+    """Facts of a device that the compiler needs. Rates are per second, energies in joules; 0 means not stated.
+
+    ``resource``: devices that name the same one never run at the same time ("cpu" for all that use its cores); empty:
+    the device's own name. ``watts``: power while it runs, from which energies of measured times are *estimated*.
+    """
 
     name: str
     memories: tuple[Memory, ...]
     dtypes: tuple[str, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    link: Link = field(default_factory=Link)
+    resource: str = ""
+    watts: float = 0.0
 
 
 @dataclass(frozen=True)
