@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -39,6 +39,43 @@ def clusters(graph: ir.Graph, alone: Collection[str] = ()) -> list[Cluster]:
     that what lies in memory between regions is narrow.
     """
     return _Former(graph, alone).run()
+
+
+def cut_cluster(cluster: Cluster, cuts: Collection[str]) -> list[Cluster]:
+    """A cluster as the pieces that end at the nodes named in `cuts`, in an order in which they can run.
+
+    A piece is such a node with all that it needs of the cluster and no earlier piece has, so no piece waits for a later
+    one. At most 26 pieces.
+    """
+    rest = list(cluster.nodes)
+    pieces: list[Cluster] = []
+    for node in cluster.nodes:
+        if node.name not in cuts or node not in rest or cluster.anchor == VIEW or len(pieces) == 25:
+            continue
+        needed = _needed(node, set(rest))
+        if len(needed) < len(rest):
+            pieces.append(_piece(cluster, [each for each in rest if each in needed]))
+            rest = [each for each in rest if each not in needed]
+    return [*pieces, _piece(cluster, rest)] if pieces else [cluster]
+
+
+def _needed(node: ir.Node, inside: set[ir.Node]) -> set[ir.Node]:
+    """`node` and all nodes of `inside` that it depends on."""
+    found: set[ir.Node] = set()
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        if each in found:
+            continue
+        found.add(each)
+        sources = [value.producer() for value in each.inputs if value is not None]
+        waiting += [source for source in sources if source is not None and source in inside]
+    return found
+
+
+def _piece(cluster: Cluster, nodes: Sequence[ir.Node]) -> Cluster:
+    heavy = [node for node in nodes if not is_elementwise(node) and node.op_type == cluster.anchor]
+    return Cluster(tuple(nodes), cluster.anchor if heavy else None)
 
 
 class _Former:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from nestc.graph.cluster import Cluster, clusters
+from nestc.graph.cluster import Cluster, clusters, cut_cluster
 from nestc.graph.kinds import has_body, widens
 from nestc.graph.model import Model, dtype_name
 from nestc.graph.region import AttributeValue, Op, Region, TensorType
@@ -17,18 +17,24 @@ NAME_KEY = "nestc.region"
 ANCHOR_KEY = "nestc.anchor"
 
 
-def form(model: Model, alone: Collection[str] = ()) -> Model:
+def form(model: Model, alone: Collection[str] = (), cuts: Collection[str] = ()) -> Model:
     """A copy of `model` in which every node is inside a region.
 
     A region is a call of an ONNX function of the domain `DOMAIN`, so the result is still valid ONNX; weights stay in
     the main graph and are handed to the call. Nodes with a graph inside (If, Loop, Scan) stay as they are, each a
     region of its own, and so are the nodes named in `alone`. The regions come in an order in which they can run.
+    A node named in `cuts` ends a region: with all it needs of its region it becomes one, and the rest another. Pieces
+    have the number of the whole and a letter.
     """
     formed = model.clone()
     graph = formed.ir.graph
     found = clusters(graph, alone)
-    for index, cluster in enumerate(found):
-        name = _region_name(index, cluster)
+    pieces = [
+        (name, piece)
+        for index, cluster in enumerate(found)
+        for name, piece in _named(index, cut_cluster(cluster, cuts) if cuts else [cluster])
+    ]
+    for name, cluster in pieces:
         if has_body(cluster.nodes[0]):
             node = cluster.nodes[0]
             node.metadata_props[NAME_KEY] = name
@@ -37,16 +43,22 @@ def form(model: Model, alone: Collection[str] = ()) -> Model:
             continue
         _outline(formed.ir, cluster, name)
     graph.opset_imports[DOMAIN] = 1
-    formed.notes.append(f"regions: {len(found)} from {sum(len(cluster.nodes) for cluster in found)} operators")
+    formed.notes.append(f"regions: {len(pieces)} from {sum(len(cluster.nodes) for cluster in found)} operators")
     return formed
 
 
-def _region_name(index: int, cluster: Cluster) -> str:
+def _named(index: int, pieces: Sequence[Cluster]) -> list[tuple[str, Cluster]]:
+    if len(pieces) == 1:
+        return [(_region_name(f"{index:03d}", pieces[0]), pieces[0])]
+    return [(_region_name(f"{index:03d}{chr(ord('a') + number)}", piece), piece) for number, piece in enumerate(pieces)]
+
+
+def _region_name(number: str, cluster: Cluster) -> str:
     # What widens operands comes first and says little.
     first = next((i for i, node in enumerate(cluster.nodes) if not widens(node)), 0)
     ops = [node.op_type for node in cluster.nodes[first:]]
     shown = ops if len(ops) <= 5 else [*ops[:4], f"and{len(ops) - 4}"]
-    return f"r{index:03d}_{'_'.join(shown)}"
+    return f"r{number}_{'_'.join(shown)}"
 
 
 def _outline(model: ir.Model, cluster: Cluster, name: str) -> None:

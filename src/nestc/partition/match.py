@@ -25,19 +25,31 @@ class Claim:
 def claim(region: Region, targets: Sequence[Target]) -> Claim:
     """The first target, in the order given, with an offer for `region`."""
     refusals: list[tuple[str, str]] = []
-    unsized = unknown_at_compile_time(region)
     for target in targets:
-        if unsized is not None and not target.machine.facts.get(DYNAMIC):
-            refusals.append((target.name, unsized))
-            continue
-        reasons: list[str] = []
-        for offer in target.offers:
-            reason = offer.refusal(region)
-            if reason is None:
-                return Claim(region, target.name, offer, tuple(refusals))
-            reasons.append(reason)
-        refusals.append((target.name, best_reason(reasons)))
+        answer = ask(region, target)
+        if isinstance(answer, Offer):
+            return Claim(region, target.name, answer, tuple(refusals))
+        refusals.append((target.name, answer))
     return Claim(region, None, None, tuple(refusals))
+
+
+def ask(region: Region, target: Target) -> Offer | str:
+    """The offer with which a target takes a region, or in words why it does not."""
+    unsized = unknown_at_compile_time(region)
+    if unsized is not None and not target.machine.facts.get(DYNAMIC):
+        return unsized
+    reasons: list[str] = []
+    for offer in target.offers:
+        reason = offer.refusal(region)
+        if reason is None:
+            return offer
+        reasons.append(reason)
+    return best_reason(reasons)
+
+
+def takes(target: Target, region: Region) -> bool:
+    """Whether a target has an offer for a region."""
+    return isinstance(ask(region, target), Offer)
 
 
 def unknown_at_compile_time(region: Region) -> str | None:

@@ -1,0 +1,101 @@
+"""Regions are cut where a device takes a piece of what it refuses as a whole, and the pieces compute the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.helper as oh
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+import nestc
+from nestc.graph import pipeline
+from nestc.graph.model import Model
+from nestc.graph.regions import form, regions
+from nestc.partition.cut import find_cuts, pieces
+from nestc.partition.match import takes
+from nestc.targets import make
+
+
+def silu_net() -> onnx.ModelProto:
+    """Two convolutions of 16 channels on 8x8 with a SiLU between, every value rounded to int8 by a power of two."""
+    rng = np.random.default_rng(0)
+    constants = {"zero": np.int8(0), "step": np.float32(0.0625), "fine": np.float32(0.0078125)}
+    constants |= {f"w{index}": rng.integers(-127, 128, (16, 16, 3, 3), dtype=np.int8) for index in range(2)}
+    nodes = [oh.make_node("QuantizeLinear", ["x", "step", "zero"], ["xq"], "q_x")]
+
+    def narrow(source: str, name: str) -> None:
+        nodes.append(oh.make_node("QuantizeLinear", [source, "step", "zero"], [f"{name}q"], f"q_{name}"))
+        nodes.append(oh.make_node("DequantizeLinear", [f"{name}q", "step", "zero"], [name], f"dq_{name}"))
+
+    def convolve(source: str, index: int) -> None:
+        nodes.append(oh.make_node("DequantizeLinear", [source, "step", "zero"], [f"a{index}"], f"dq_a{index}"))
+        nodes.append(oh.make_node("DequantizeLinear", [f"w{index}", "fine", "zero"], [f"v{index}"], f"dq_w{index}"))
+        nodes.append(oh.make_node("Conv", [f"a{index}", f"v{index}"], [f"c{index}"], f"conv{index}", pads=[1] * 4))
+
+    convolve("xq", 0)
+    narrow("c0", "n0")
+    nodes.append(oh.make_node("Sigmoid", ["n0"], ["s0"], "sigmoid0"))
+    nodes.append(oh.make_node("Mul", ["n0", "s0"], ["m0"], "mul0"))
+    nodes.append(oh.make_node("QuantizeLinear", ["m0", "step", "zero"], ["m0q"], "q_m0"))
+    convolve("m0q", 1)
+    narrow("c1", "y")
+    graph = oh.make_graph(
+        nodes,
+        "silu",
+        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 16, 8, 8])],
+        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 16, 8, 8])],
+        [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )
+    return oh.make_model(graph, opset_imports=[oh.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.fixture(scope="module")
+def quantized() -> Model:
+    return pipeline.optimize(nestc.load(silu_net().SerializeToString()))
+
+
+def test_a_convolution_leaves_its_curve_for_the_device_that_has_none(quantized: Model) -> None:
+    vta, cpu = make("vta"), make("cpu")
+    whole = regions(form(quantized))
+    refused = [region for region in whole if region.anchor == "Conv" and not takes(vta, region)]
+    assert {"Conv", "Swish"} <= {op.op_type for op in refused[0].ops}
+    cuts = find_cuts(whole, [vta, cpu])
+    cut = regions(form(quantized, cuts=cuts))
+    assert len(cut) == len(whole) + len(cuts) > len(whole)
+    head = next(region for region in cut if region.name.startswith(f"{refused[0].name[:4]}a_"))
+    assert takes(vta, head) and head.anchor == "Conv" and head.ops[-1].op_type == "QuantizeLinear"
+    assert all(takes(cpu, region) for region in cut)
+
+
+def test_the_cut_model_computes_the_same(quantized: Model) -> None:
+    vta = make("vta")
+    cuts = find_cuts(regions(form(quantized)), [vta])
+    x = np.random.default_rng(2).standard_normal((1, 16, 8, 8)).astype(np.float32)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    found = [
+        ort.InferenceSession(ir.to_proto(form(quantized, cuts=each).ir).SerializeToString(), options).run(
+            None, {"x": x}
+        )[0]
+        for each in ([], cuts)
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+def test_what_is_computed_as_data_is_what_is_formed(quantized: Model) -> None:
+    whole = next(
+        region for region in regions(form(quantized)) if {"Conv", "Swish"} <= {op.op_type for op in region.ops}
+    )
+    (node, *_) = find_cuts([whole], [make("vta")])
+    head, tail = pieces(whole, node)
+    formed = [region for region in regions(form(quantized, cuts=[node])) if region.name[:4] == whole.name[:4]]
+    for planned, real in zip((head, tail), formed, strict=True):
+        assert {op.name for op in planned.ops} == {op.name for op in real.ops}
+        assert (set(planned.inputs), set(planned.outputs)) == (set(real.inputs), set(real.outputs))
+        assert planned.anchor == real.anchor
+
+
+def test_nothing_is_cut_for_a_device_that_takes_the_whole(quantized: Model) -> None:
+    assert find_cuts(regions(form(quantized)), [make("cpu")]) == []
