@@ -7,8 +7,9 @@ import struct
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +22,7 @@ from safetensors import deserialize
 from nestc.bundle import read as read_module
 from nestc.bundle import write as write_module
 from nestc.bundle.artifact import Artifact
-from nestc.bundle.bundle import Bundle, BundlePartition, TensorSpec
+from nestc.bundle.bundle import Bundle, BundlePartition, DeviceSpec, TensorSpec
 from nestc.bundle.read import read
 from nestc.bundle.write import write
 from nestc.codegen.main import Step
@@ -208,6 +209,49 @@ def with_manifest(path: Path, change: object) -> None:
             archive.writestr(name, data)
 
 
+NPU = asdict(DeviceSpec("npu", "npu", 1e-6, 2e-6, 1e9, 1e-12, "estimated", 2.5))
+
+
+def test_devices_and_fallbacks_come_back(tmp_path: Path):
+    before = chain(3, 200, 2)
+    fallback = Artifact("spare", {"code.o": b"spare"}, {"w": np.arange(3.0)}, {"layout": 1})
+    partition = replace(before.partitions[0], device="npu", fallback=fallback)
+    free = DeviceSpec("cpu", "cpu", watts=15.0)
+    write(tmp_path / "m.nest", replace(before, partitions=(partition,), devices=(DeviceSpec(**NPU), free)))
+    after = read(tmp_path / "m.nest")
+    assert after.devices == (DeviceSpec(**NPU), free)
+    assert after.devices[0].seconds(1000) == 2e-6 + 1e-6 and free.seconds(1 << 40) == 0
+    (found,) = after.partitions
+    assert found.fallback is not None
+    assert (found.fallback.kind, found.fallback.files, found.fallback.metadata) == (
+        "spare",
+        {"code.o": b"spare"},
+        {"layout": 1},
+    )
+    np.testing.assert_array_equal(found.fallback.weights["w"], fallback.weights["w"])
+    np.testing.assert_array_equal(found.artifact.weights["w"], partition.artifact.weights["w"])
+    write(tmp_path / "again.nest", after)
+    assert (tmp_path / "again.nest").read_bytes() == (tmp_path / "m.nest").read_bytes()
+
+
+def test_a_bundle_of_the_first_version_still_runs(saved: Path):
+    """It knew neither devices nor fallbacks."""
+
+    def older(manifest: dict[str, Any]) -> None:
+        manifest.update(version=1)
+        del manifest["devices"]
+        for partition in manifest["partitions"]:
+            del partition["fallback"]
+
+    with_manifest(saved, older)
+    assert read(saved).devices == () and read(saved).partitions[0].fallback is None
+    with open_bundle(saved) as executable:
+        np.testing.assert_allclose(executable(X), chain_result(3, X), rtol=1e-5, atol=1e-6)
+    with_manifest(saved, lambda manifest: manifest.update(partitions=[1]))
+    with pytest.raises(BundleError, match=r"partitions\[0\] must be an object"):
+        read(saved)
+
+
 def test_a_bundle_that_another_tool_packed_again_still_runs(saved: Path):
     with_manifest(saved, lambda manifest: None)  # its tensors are no longer aligned
     with open_bundle(saved) as executable:
@@ -217,7 +261,7 @@ def test_a_bundle_that_another_tool_packed_again_still_runs(saved: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=2), "is of version 2, but this nestc reads up to 1; update nestc"),
+        (lambda m: m.update(version=3), "is of version 3, but this nestc reads up to 2; update nestc"),
         (lambda m: m.update(version="new"), "gives the version 'new'"),
         (lambda m: m.update(format="other"), "does not say that it is a 'nestc-bundle'"),
         (lambda m: [], "does not say that it is a 'nestc-bundle'"),
@@ -237,6 +281,16 @@ def test_a_bundle_that_another_tool_packed_again_still_runs(saved: Path):
         (lambda m: m["partitions"][0]["weights"][0].update(name="v"), "partition p0 has no weight 'v'"),
         (lambda m: m["partitions"][0]["weights"][0].update(dtype="float7"), "there is no element type 'float7'"),
         (lambda m: m["partitions"][0]["weights"][0].update(shape=[1 << 40]), "weight 'w' of partition p0"),
+        (lambda m: m["partitions"][0].pop("fallback") and None, r"partitions\[0\] has no field 'fallback'"),
+        (lambda m: m["partitions"][0].update(fallback=3), r"partitions\[0\]: fallback must be an object, not a number"),
+        (lambda m: m["devices"].append({"name": "npu"}), r"devices\[0\] has no field 'resource'"),
+        (lambda m: m.update(devices=[{**NPU, "kind": "guessed"}]), r"kind must be one of 'measured', 'modelled', 'est"),
+        (lambda m: m.update(devices=[{**NPU, "watts": "much"}]), r"devices\[0\]: watts must be a number, not a string"),
+        (lambda m: m.update(devices=[{**NPU, "launch_seconds": True}]), "launch_seconds must be a number, not true"),
+        (
+            lambda m: m.update(devices=[{**NPU, "latency_seconds": -1e-6}]),
+            "latency_seconds must be a number that is not",
+        ),
     ],
 )
 def test_a_wrong_manifest_is_refused_naming_the_field(saved: Path, change: object, message: str):

@@ -17,7 +17,17 @@ import numpy as np
 from nestc.bundle.artifact import Artifact
 from nestc.bundle.bundle import Bundle, BundlePartition
 from nestc.bundle.dtypes import numpy_dtype
-from nestc.bundle.schema import FORMAT, VERSION, Entry, Manifest, PartitionSpec, WeightSpec, from_json
+from nestc.bundle.schema import (
+    FORMAT,
+    VERSION,
+    ArtifactSpec,
+    Entry,
+    Manifest,
+    PartitionSpec,
+    WeightSpec,
+    from_json,
+    upgraded,
+)
 from nestc.bundle.write import GRAPH, MANIFEST, WEIGHTS
 from nestc.errors import BundleError
 
@@ -91,7 +101,7 @@ def _slice(view: memoryview, info: zipfile.ZipInfo) -> memoryview:
 
 
 def _bundle(contents: Mapping[str, memoryview]) -> Bundle:
-    manifest = from_json(Manifest, json.loads(bytes(contents[MANIFEST])))
+    manifest = from_json(Manifest, upgraded(json.loads(bytes(contents[MANIFEST]))))
     entries = {entry.path: entry for entry in manifest.entries}
     differing = sorted({*entries, MANIFEST} ^ set(contents))
     if differing:
@@ -107,6 +117,7 @@ def _bundle(contents: Mapping[str, memoryview]) -> Bundle:
         graph=bytes(contents[GRAPH]) if GRAPH in contents else b"",
         threads=manifest.threads,
         info=manifest.info,
+        devices=manifest.devices,
     )
 
 
@@ -120,27 +131,38 @@ def _check_entry(entry: Entry, data: memoryview) -> None:
 def _partition(
     spec: PartitionSpec, contents: Mapping[str, memoryview], tensors: Mapping[str, memoryview]
 ) -> BundlePartition:
+    artifact = _artifact(spec.name, spec, contents, tensors)
+    fallback = spec.fallback and _artifact(f"{spec.name} (fallback)", spec.fallback, contents, tensors)
+    return BundlePartition(spec.name, spec.device, spec.inputs, spec.outputs, artifact, spec.regions, fallback)
+
+
+def _artifact(
+    name: str,
+    spec: PartitionSpec | ArtifactSpec,
+    contents: Mapping[str, memoryview],
+    tensors: Mapping[str, memoryview],
+) -> Artifact:
     files: dict[str, bytes] = {}
-    for name in spec.files:
-        path = f"partitions/{spec.folder}/{name}"
+    for file in spec.files:
+        path = f"partitions/{spec.folder}/{file}"
         if path not in contents:
-            raise BundleError(f"partition {spec.name} has no file {name!r}")
-        files[name] = bytes(contents[path])
-    weights = {weight.name: _weight(spec, weight, tensors) for weight in spec.weights}
-    artifact = Artifact(spec.kind, files, weights, spec.metadata)
-    return BundlePartition(spec.name, spec.device, spec.inputs, spec.outputs, artifact, spec.regions)
+            raise BundleError(f"partition {name} has no file {file!r}")
+        files[file] = bytes(contents[path])
+    weights = {
+        weight.name: _weight(name, weight, tensors.get(f"{spec.folder}/{weight.name}")) for weight in spec.weights
+    }
+    return Artifact(spec.kind, files, weights, spec.metadata)
 
 
-def _weight(spec: PartitionSpec, weight: WeightSpec, tensors: Mapping[str, memoryview]) -> np.ndarray:
-    data = tensors.get(f"{spec.folder}/{weight.name}")
+def _weight(partition: str, weight: WeightSpec, data: memoryview | None) -> np.ndarray:
     if data is None:
-        raise BundleError(f"partition {spec.name} has no weight {weight.name!r}")
+        raise BundleError(f"partition {partition} has no weight {weight.name!r}")
     try:
         dtype = numpy_dtype(weight.dtype)
         count = int(np.prod(weight.shape, dtype=np.int64))
         flat = np.frombuffer(data, dtype, count) if count else np.empty(0, dtype)
     except ValueError as error:
-        raise BundleError(f"weight {weight.name!r} of partition {spec.name}: {error}") from error
+        raise BundleError(f"weight {weight.name!r} of partition {partition}: {error}") from error
     return flat.reshape(weight.shape)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from nestc.errors import BundleError
 
 FORMAT = "nestc-bundle"
-VERSION = 1
-"""Raised when an older nestc could not run a bundle written by this one."""
+VERSION = 2
+"""Raised when an older nestc could not run a bundle written by this one (2: devices, fallbacks); see `upgraded`."""
+
+Kind = Literal["measured", "modelled", "estimated"]
+"""How a time is known: by a clock, from a device's simulator, or assumed."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,46 @@ class WeightSpec:
 
 
 @dataclass(frozen=True)
+class DeviceSpec:
+    """What the runtime knows of a device: with whom it shares its cores, how it is reached, and what it draws.
+
+    Devices of one ``resource`` never run at the same time. Each launch of a partition on a modelled device takes
+    ``launch_seconds``; a tensor on its way to or from the host's memory ``latency_seconds`` and its bytes over
+    ``bytes_per_second`` (0: nothing is copied), and ``joules_per_byte``. ``kind`` is how these figures of the link are
+    known. ``watts`` while it runs, 0 where unknown.
+    """
+
+    name: str
+    resource: str
+    launch_seconds: float = 0.0
+    latency_seconds: float = 0.0
+    bytes_per_second: float = 0.0
+    joules_per_byte: float = 0.0
+    kind: Kind = "measured"
+    watts: float = 0.0
+
+    def seconds(self, nbytes: int) -> float:
+        """Time of a tensor on its way to or from the host's memory."""
+        return self.latency_seconds + (nbytes / self.bytes_per_second if self.bytes_per_second else 0.0)
+
+
+@dataclass(frozen=True)
+class ArtifactSpec:
+    """An artifact beside a partition's own: its blobs are in ``partitions/<folder>/``."""
+
+    kind: str
+    folder: str
+    files: tuple[str, ...]
+    weights: tuple[WeightSpec, ...]
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class PartitionSpec:
-    """A compiled partition: who runs it, the values at its border, and its blobs (in ``partitions/<folder>/``)."""
+    """A compiled partition: who runs it, the values at its border, and its blobs (in ``partitions/<folder>/``).
+
+    ``fallback`` is the same partition compiled for the CPU, for when its device fails.
+    """
 
     name: str
     device: str
@@ -48,6 +90,7 @@ class PartitionSpec:
     files: tuple[str, ...]
     weights: tuple[WeightSpec, ...]
     metadata: Mapping[str, Any]
+    fallback: ArtifactSpec | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +104,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``manifest.json``. Partitions are in execution order; ``info`` is free (plan, predictions ...)."""
+    """``manifest.json``. Partitions are in execution order; ``info`` is free (plan, predictions ...).
+
+    ``devices`` describes those whose links or resources are not the default's (see `Bundle`).
+    """
 
     format: str
     version: int
@@ -73,6 +119,22 @@ class Manifest:
     partitions: tuple[PartitionSpec, ...]
     entries: tuple[Entry, ...]
     info: Mapping[str, Any]
+    devices: tuple[DeviceSpec, ...]
+
+
+def upgraded(manifest: object) -> object:
+    """The JSON of a manifest of any version that can be read, with what version 1 did not have: nothing of it."""
+    if not isinstance(manifest, dict):
+        return manifest
+    fields = cast("dict[str, object]", manifest)
+    partitions = fields.get("partitions")
+    if fields.get("version") != 1 or not isinstance(partitions, list):
+        return fields
+    parts = [
+        {**cast("dict[str, object]", part), "fallback": None} if isinstance(part, dict) else part
+        for part in cast("list[object]", partitions)
+    ]
+    return {**fields, "partitions": parts, "devices": []}
 
 
 def to_json(value: Any) -> Any:
@@ -105,6 +167,10 @@ def _read(kind: Any, value: object, where: str) -> Any:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return _read(inner, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise BundleError(f"{where} must be one of {', '.join(map(repr, arguments))}, not {value!r}")
+        return value
     if origin is tuple:
         if not isinstance(value, list):
             raise BundleError(f"{where} must be a list, not {_named(value)}")
@@ -114,12 +180,22 @@ def _read(kind: Any, value: object, where: str) -> Any:
         if not isinstance(value, dict):
             raise BundleError(f"{where} must be an object, not {_named(value)}")
         return cast("dict[str, Any]", value)
+    if kind is float:
+        return _read_float(value, where)
     if type(value) is not kind:  # `isinstance` would take True for an integer
         wanted = {str: "a string", int: "a whole number"}[kind]
         raise BundleError(f"{where} must be {wanted}, not {_named(value)}")
     if kind is int and cast(int, value) < 0:
         raise BundleError(f"{where} must not be negative, but is {value}")
     return value
+
+
+def _read_float(value: object, where: str) -> float:
+    if type(value) is not int and type(value) is not float:
+        raise BundleError(f"{where} must be a number, not {_named(value)}")
+    if not 0 <= value < math.inf:
+        raise BundleError(f"{where} must be a number that is not negative, but is {value}")
+    return float(value)
 
 
 def _read_fields(kind: type[Any], value: object, where: str) -> Any:

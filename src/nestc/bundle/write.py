@@ -14,9 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
+from nestc.bundle.artifact import Artifact
 from nestc.bundle.bundle import Bundle, BundlePartition
 from nestc.bundle.dtypes import SAFETENSORS
-from nestc.bundle.schema import FORMAT, VERSION, Entry, Manifest, PartitionSpec, WeightSpec, to_json
+from nestc.bundle.schema import (
+    FORMAT,
+    VERSION,
+    ArtifactSpec,
+    Entry,
+    Manifest,
+    PartitionSpec,
+    WeightSpec,
+    to_json,
+)
 from nestc.errors import BundleError
 
 ALIGNMENT = 64
@@ -54,17 +64,18 @@ def write(path: str | os.PathLike[str], bundle: Bundle) -> None:
 
 def _write_archive(file: io.BufferedWriter, bundle: Bundle) -> None:
     entries: list[Entry] = []
-    specs = _partition_specs(bundle)
+    specs = [_partition_spec(number, partition) for number, partition in enumerate(bundle.partitions)]
+    artifacts = list(_artifacts(specs, bundle.partitions))
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
 
         def store(path: str, size: int, pieces: Iterable[bytes | memoryview]) -> None:
             entries.append(_store(archive, file.tell(), path, size, pieces))
 
         store(GRAPH, len(bundle.graph), [bundle.graph])
-        for spec, partition in zip(specs, bundle.partitions, strict=True):
-            for name, blob in partition.artifact.files.items():
-                store(f"partitions/{spec.folder}/{name}", len(blob), [blob])
-        header, arrays = _safetensors(specs, bundle.partitions)
+        for folder, artifact in artifacts:
+            for name, blob in artifact.files.items():
+                store(f"partitions/{folder}/{name}", len(blob), [blob])
+        header, arrays = _safetensors(artifacts)
         store(WEIGHTS, len(header) + sum(_padded(array.nbytes) for array in arrays), _weight_pieces(header, arrays))
         manifest = Manifest(
             format=FORMAT,
@@ -77,6 +88,7 @@ def _write_archive(file: io.BufferedWriter, bundle: Bundle) -> None:
             partitions=tuple(specs),
             entries=tuple(entries),
             info=bundle.info,
+            devices=bundle.devices,
         )
         text = json.dumps(to_json(manifest), allow_nan=False, separators=(",", ":")).encode()
         _store(archive, file.tell(), MANIFEST, len(text), [text])
@@ -98,29 +110,43 @@ def _store(archive: zipfile.ZipFile, begin: int, path: str, size: int, pieces: I
     return Entry(path, size, digest.hexdigest())
 
 
-def _partition_specs(bundle: Bundle) -> list[PartitionSpec]:
-    return [
-        PartitionSpec(
-            name=partition.name,
-            device=partition.device,
-            kind=partition.artifact.kind,
-            folder=f"{number}-{re.sub('[^A-Za-z0-9_.-]', '_', partition.name)}",
-            inputs=partition.inputs,
-            outputs=partition.outputs,
-            regions=partition.regions,
-            files=tuple(partition.artifact.files),
-            weights=tuple(
-                WeightSpec(name, array.dtype.name, array.shape) for name, array in partition.artifact.weights.items()
-            ),
-            metadata=partition.artifact.metadata,
-        )
-        for number, partition in enumerate(bundle.partitions)
-    ]
+def _partition_spec(number: int, partition: BundlePartition) -> PartitionSpec:
+    folder = f"{number}-{re.sub('[^A-Za-z0-9_.-]', '_', partition.name)}"
+    own, fallback = _artifact_spec(folder, partition.artifact), partition.fallback
+    return PartitionSpec(
+        name=partition.name,
+        device=partition.device,
+        kind=own.kind,
+        folder=folder,
+        inputs=partition.inputs,
+        outputs=partition.outputs,
+        regions=partition.regions,
+        files=own.files,
+        weights=own.weights,
+        metadata=own.metadata,
+        fallback=None if fallback is None else _artifact_spec(f"{folder}.fallback", fallback),
+    )
 
 
-def _safetensors(
-    specs: Iterable[PartitionSpec], partitions: Iterable[BundlePartition]
-) -> tuple[bytes, list[np.ndarray]]:
+def _artifact_spec(folder: str, artifact: Artifact) -> ArtifactSpec:
+    return ArtifactSpec(
+        kind=artifact.kind,
+        folder=folder,
+        files=tuple(artifact.files),
+        weights=tuple(WeightSpec(name, array.dtype.name, array.shape) for name, array in artifact.weights.items()),
+        metadata=artifact.metadata,
+    )
+
+
+def _artifacts(specs: Iterable[PartitionSpec], partitions: Iterable[BundlePartition]) -> Iterator[tuple[str, Artifact]]:
+    """Every artifact, also those for when a device fails, with its folder, in file order."""
+    for spec, partition in zip(specs, partitions, strict=True):
+        yield spec.folder, partition.artifact
+        if spec.fallback is not None and partition.fallback is not None:
+            yield spec.fallback.folder, partition.fallback
+
+
+def _safetensors(artifacts: Iterable[tuple[str, Artifact]]) -> tuple[bytes, list[np.ndarray]]:
     """Header of the safetensors file, padded so that data starts aligned, and the arrays in file order.
 
     The format wants tensors without gaps, so the padding of a tensor belongs to it: each is flat and rounded up.
@@ -128,14 +154,14 @@ def _safetensors(
     fields: dict[str, dict[str, object]] = {}
     arrays: list[np.ndarray] = []
     offset = 0
-    for spec, partition in zip(specs, partitions, strict=True):
-        for name, array in partition.artifact.weights.items():
+    for folder, artifact in artifacts:
+        for name, array in artifact.weights.items():
             if array.dtype.hasobject:
-                raise BundleError(f"weight {name!r} of partition {spec.name} holds Python objects, which have no bytes")
+                raise BundleError(f"weight {name!r} of partition {folder} holds Python objects, which have no bytes")
             end = offset + _padded(array.nbytes)
             known = SAFETENSORS.get(array.dtype.name)
             count = (end - offset) // array.dtype.itemsize if known else end - offset
-            fields[f"{spec.folder}/{name}"] = {
+            fields[f"{folder}/{name}"] = {
                 "dtype": known or "U8",
                 "shape": [count],
                 "data_offsets": [offset, end],
