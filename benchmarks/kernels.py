@@ -4,12 +4,12 @@
     python benchmarks/kernels.py --models conv1x1,conv3x3 --threads 1
     python benchmarks/kernels.py --precision int8
 
-The peak is measured on the spot (see peak.py): once for the record, and again beside every reading of a layer, since
+The peak is measured on the spot (`nestc.measure.peak`): once for the record, and again beside every reading, since
 shared machines change their speed from second to second; the share is the median of the readings' own. A layer is
 compiled between two max-pools, which compute on the layout that the convolution wants, so that its figure holds no
 conversion of the model's inputs and outputs. The work counted is that of the direct algorithm; Winograd needs less,
 which is how a figure can exceed 100 %. In int8 a layer stands between QuantizeLinear and DequantizeLinear, its weights
-are symmetric with a scale a channel, and the peak is that of the int8 instruction (see peak.py); on AVX2 a convolution
+are symmetric with a scale a channel, and the peak is that of the int8 instruction (see there); on AVX2 a convolution
 may exceed it, since it multiplies bytes directly where the weights are small enough for that to be exact.
 """
 
@@ -30,8 +30,8 @@ import numpy as np
 
 from nestc.errors import Error
 from nestc.measure import context, pinned, usable_cores
+from nestc.measure.peak import Meter, meter_of, peaks
 from netbuilder import NetBuilder, Value, save
-from peak import Meter, meter_of, peaks
 
 _RUNS_A_READING = 5
 _PRECISIONS = ("fp32", "int8")

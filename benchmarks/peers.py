@@ -40,7 +40,7 @@ from nestc.measure import (
     pinned,
     usable_cores,
 )
-from peak import peaks
+from nestc.measure.peak import peaks
 
 FLOAT = "nestc fp32"
 """Our float32 among the engines of an int8 row."""

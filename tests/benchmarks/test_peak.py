@@ -1,6 +1,8 @@
 import llvmlite.binding as llvm
 import pytest
 
+from nestc.measure import peak
+
 X86 = "x86_64-unknown-linux-gnu"
 
 
@@ -17,8 +19,6 @@ X86 = "x86_64-unknown-linux-gnu"
     ],
 )
 def test_each_chain_is_one_instruction(cpu: str, features: dict[str, bool], kind: str, instruction: str) -> None:
-    import peak
-
     peak.host()
     probe = peak.probes(X86, features)[kind]
     assert probe is not None
@@ -30,15 +30,11 @@ def test_each_chain_is_one_instruction(cpu: str, features: dict[str, bool], kind
 
 
 def test_missing_instructions_have_no_peak() -> None:
-    import peak
-
     found = peak.probes(X86, {"fma": True})
     assert found["bf16"] is None and found["int8"] is None
 
 
 def test_the_fp32_probe_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    import peak
-
     monkeypatch.setattr(peak, "SECONDS", 0.001)
     monkeypatch.setattr(peak, "TRIES", 1)
     triple, _, features = peak.host()

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import llvmlite.binding as llvm
 
-from nestc.measure import usable_cores
+from nestc.measure.machine import usable_cores
 
 SECONDS = 0.05
 TRIES = 7
