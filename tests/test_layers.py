@@ -17,6 +17,7 @@ STAGES = ("importers", "graph", "quant", "partition", "tensor", "kernels", "code
 # Contracts between stages: plain data and protocols, which any stage may import.
 CONTRACTS = {
     "nestc",
+    "nestc.cache",
     "nestc.errors",
     "nestc.graph.model",
     "nestc.graph.region",
@@ -24,6 +25,7 @@ CONTRACTS = {
     "nestc.kernels.api",
     "nestc.targets.api",
     "nestc.bundle.artifact",
+    "nestc.bundle.dtypes",
 }
 
 # The importer binds sizes, infers shapes and replaces operators with the means that the graph stage also uses later.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
+from nestc.cache import cache_folder
 from nestc.errors import Error
 from nestc.kernels.api import CpuMachine
 
@@ -92,12 +93,6 @@ def optimise(module: llvm.ModuleRef, codegen: llvm.TargetMachine) -> None:
     passes.run(module, builder)
 
 
-def cache_folder() -> Path:
-    """Where objects are kept between runs: the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "nestc" / "objects"
-
-
 def object_key(text: str, machine: CpuMachine) -> str:
     """Content address of the object that `text` becomes on `machine`."""
     tool = f"{llvm.llvm_version_info}|{_CODE_VERSION}|{machine.triple}|{machine.cpu}|{machine.features}"
@@ -107,7 +102,7 @@ def object_key(text: str, machine: CpuMachine) -> str:
 def cached_object(text: str, machine: CpuMachine) -> bytes:
     """The object for `text`, from the store if it is there. Safe for concurrent processes; a full disk is no error."""
     key = object_key(text, machine)
-    path = cache_folder() / key[:2] / f"{key}.o"
+    path = cache_folder() / "objects" / key[:2] / f"{key}.o"
     try:
         stored = path.read_bytes()
         if len(stored) > 32 and stored[:32] == hashlib.sha256(stored[32:]).digest():

@@ -1,83 +1,21 @@
-"""The tuning store: what searches found, kept between runs in one SQLite file that any number of processes may use."""
+"""The tuning store: what searches found, kept between runs."""
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 
-from nestc.codegen.objects import cache_folder
+from nestc.cache import TextStore, cache_folder
 
-_WAIT = 5.0  # seconds that a process waits for another one's write
 _ENTRIES = 100_000  # kept; a network has some 30 layers of different geometry
-_SCHEMA = "create table if not exists result (key text primary key, value text not null, at integer not null)"
 
 
 def store_path() -> Path:
     """Where the store lies: a file beside the other caches of nestc, in the user's cache folder."""
-    return cache_folder().with_name("tuning.sqlite")
+    return cache_folder() / "tuning.sqlite"
 
 
-class TuningStore:
-    """Short texts by key. It only saves time: a folder that cannot be written, or a full disk, is no error.
-
-    A file that is no database (cut short, overwritten) is put aside and begun anew.
-    """
+class TuningStore(TextStore):
+    """Short texts by key, in the user's tuning store or the file given; see `TextStore`."""
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path or store_path()
-
-    def get(self, key: str) -> str | None:
-        """What was put under `key`, or None."""
-        try:
-            with self._open(write=False) as database:
-                row = database.execute("select value from result where key = ?", (key,)).fetchone()
-        except sqlite3.DatabaseError as error:
-            self._discard_if_corrupt(error)
-            return None
-        except OSError:
-            return None
-        return row[0] if row and isinstance(row[0], str) else None
-
-    def put(self, key: str, value: str) -> None:
-        """Keep `value` under `key`, in place of what was there."""
-        for _ in range(2):
-            try:
-                self._write(key, value)
-            except sqlite3.DatabaseError as error:
-                if self._discard_if_corrupt(error):
-                    continue
-            except OSError:
-                pass  # no folder to write in: the result is found again next time
-            return
-
-    def _write(self, key: str, value: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._open(write=True) as database:
-            database.execute(_SCHEMA)
-            database.execute(
-                "insert or replace into result values (?, ?, (select coalesce(max(at), 0) + 1 from result))",
-                (key, value),
-            )
-            database.execute("delete from result where at <= (select max(at) from result) - ?", (_ENTRIES,))
-
-    @contextmanager
-    def _open(self, *, write: bool) -> Iterator[sqlite3.Connection]:
-        """A connection whose changes are kept if nothing is raised; one an operation, so that threads share none."""
-        mode = "rwc" if write else "ro"
-        address = f"{self.path.absolute().as_uri()}?mode={mode}"
-        with closing(sqlite3.connect(address, uri=True, timeout=_WAIT)) as database, database:
-            yield database
-
-    def _discard_if_corrupt(self, error: sqlite3.DatabaseError) -> bool:
-        """Put a file aside that is no database, or has other tables; whether that was done."""
-        if isinstance(error, sqlite3.OperationalError) and not str(error).startswith(
-            ("no such column", "table result")
-        ):
-            return False  # not there, locked, read-only or full: the file may be sound
-        try:
-            self.path.replace(self.path.with_suffix(".corrupt"))
-        except OSError:
-            return False
-        return True
+        super().__init__(path or store_path(), _ENTRIES)
