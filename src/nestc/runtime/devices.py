@@ -16,6 +16,8 @@ _OWN = {
     "aim": ("nestc.runtime.aim.device", "AimDevice"),
     "cpu-native": ("nestc.runtime.native", "CpuDevice"),
     "host-onnx": ("nestc.runtime.host", "HostDevice"),
+    "onnxruntime": ("nestc.runtime.vendors.onnxruntime", "OnnxRuntimeDevice"),
+    "openvino": ("nestc.runtime.vendors.openvino", "OpenVinoDevice"),
     "vta": ("nestc.runtime.vta.device", "VtaDevice"),
 }
 

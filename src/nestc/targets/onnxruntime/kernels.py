@@ -1,0 +1,110 @@
+"""Which regions ONNX Runtime has kernels for, asked of itself: operator, version and element types must fit."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import onnx.defs
+
+from nestc.graph.region import Op, Region, TensorType
+from nestc.runtime.vendors.onnxruntime import CPU, runtime
+from nestc.targets.api import Constraint
+
+OPSET = 24
+"""The version of ONNX's operators that every model has after import."""
+
+BORDER = tuple(
+    "bool float16 float32 float64 int16 int32 int64 int8 string uint16 uint32 uint64 uint8".split()
+)
+"""Element types that go in and out of a session as numpy arrays."""
+
+NEWEST = 2**31 - 1
+"""The last version of a kernel for whatever comes."""
+
+_RENAMED = {"float32": "float", "float64": "double", "float8_e4m3fn": "float8e4m3fn"}
+
+Kernels = Mapping[tuple[str, str], list[Any]]
+
+
+def known_ops(provider: str) -> frozenset[str]:
+    """ONNX's operators with a kernel, or a definition by simpler ones, as offers name them."""
+    kernels = kernels_of(provider)
+    return frozenset(
+        schema.name if not schema.domain else f"{schema.domain}::{schema.name}"
+        for schema in onnx.defs.get_all_schemas()
+        if not schema.deprecated
+        and schema.domain in ("", "ai.onnx.ml")
+        and ((schema.domain, schema.name) in kernels or _has_body(schema))
+    )
+
+
+def offered(provider: str) -> Constraint:
+    """The rule that a region's borders are arrays and each of its operators has a kernel for its element types."""
+    kernels = kernels_of(provider)
+
+    def holds(region: Region) -> bool:
+        border = all(region.types[name].dtype in BORDER for name in (*region.inputs, *region.outputs))
+        return border and all(_runs(op, region.types, kernels) for op in region.ops)
+
+    return Constraint(holds, "onnxruntime has no kernel for an operator with these element types")
+
+
+@lru_cache
+def kernels_of(provider: str) -> Kernels:
+    """The kernels of a provider by (domain, operator); of the CPU's where it compiles graphs and lists none."""
+    runtime()
+    state: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    listed = state.get_all_opkernel_def()
+    found: dict[tuple[str, str], list[Any]] = {}
+    owner = provider if any(kernel.provider == provider for kernel in listed) else CPU
+    for kernel in listed:
+        if kernel.provider == owner:
+            found.setdefault((kernel.domain, kernel.op_name), []).append(kernel)
+    return found
+
+
+def _runs(op: Op, types: Mapping[str, TensorType], kernels: Kernels) -> bool:
+    """Whether a kernel fits, or the operator has a definition by others."""
+    try:
+        schema = onnx.defs.get_schema(op.op_type, OPSET if not op.domain else NEWEST, op.domain)
+    except onnx.defs.SchemaError:
+        return False
+    bound = dict(_bound(op, schema, types))
+    if any(_fits(kernel, schema.since_version, bound) for kernel in kernels.get((op.domain, op.op_type), ())):
+        return True
+    # A float16 operator without a kernel gets casts around the float32 one.
+    widened = {key: "tensor(float)" if kind == "tensor(float16)" else kind for key, kind in bound.items()}
+    if widened != bound and any(
+        _fits(kernel, schema.since_version, widened) for kernel in kernels.get((op.domain, op.op_type), ())
+    ):
+        return True
+    return _has_body(schema) and all(kind in _PLAIN for kind in bound.values())
+
+
+_PLAIN = frozenset(f"tensor({name})" for name in ("float", "bool", "int32", "int64"))
+"""Element types that the operators of any definition have kernels for."""
+
+
+def _fits(kernel: Any, since: int, bound: Mapping[str, str]) -> bool:
+    """ONNX Runtime's own rule (KernelRegistry::VerifyKernelDef): an open range is for its first version only."""
+    first, last = kernel.version_range
+    if first != since and not (first < since <= last < NEWEST):
+        return False
+    return all(kind in kernel.type_constraints.get(key, (kind,)) for key, kind in bound.items())
+
+
+def _bound(op: Op, schema: Any, types: Mapping[str, TensorType]) -> Iterator[tuple[str, str]]:
+    """Each type parameter that the operands and results of a node bind, with its type as kernels write it."""
+    for names, formal in ((op.inputs, schema.inputs), (op.outputs, schema.outputs)):
+        for number, name in enumerate(names):
+            if name and formal:
+                kind = types[name].dtype
+                yield formal[min(number, len(formal) - 1)].type_str, f"tensor({_RENAMED.get(kind, kind)})"
+
+
+def _has_body(schema: Any) -> bool:
+    """Whether the operator is defined by others, which the runtime then runs (the stubs leave both fields out)."""
+    return bool(schema.has_function or schema.has_context_dependent_function)
