@@ -5,26 +5,31 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 import onnx
 
 from nestc.bundle.bundle import Bundle, BundlePartition, TensorSpec
+from nestc.bundle.schema import DeviceSpec
 from nestc.errors import PlanError, UnsupportedOp
-from nestc.graph import pipeline
+from nestc.graph import pipeline, regions
 from nestc.graph.bind import bind
 from nestc.graph.model import Model, require_static, skeleton, unbound_dims
-from nestc.graph.region import TensorType
+from nestc.graph.region import Region, TensorType
 from nestc.importers.onnx import load
 from nestc.partition.descend import claim_or_descend
-from nestc.partition.match import Claim
+from nestc.partition.match import Claim, takes
 from nestc.partition.place import follow, place
 from nestc.partition.plan import Plan
+from nestc.partition.problem import Objective
 from nestc.runtime.executable import Executable
 from nestc.specialise import Specialised, operands_of
 from nestc.targets import resolve
 from nestc.targets.api import Artifact, Partition, Target
+
+if TYPE_CHECKING:
+    from nestc.partition.by_cost import Placement
 
 log = logging.getLogger("nestc")
 
@@ -33,7 +38,14 @@ Emit = Callable[[str, str, str], None]
 Progress = Callable[[str, float], None]
 Source = str | os.PathLike[str] | onnx.ModelProto | bytes | Model
 
-OBJECTIVES = ("latency", "throughput", "energy")
+OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "energy")
+
+OWN = ("cpu", "host")
+"""Devices that run on the CPU by our own means: nothing replaces them when they fail."""
+
+PlaceBy = Literal["auto", "order", "cost"]
+"""How devices are chosen: in the order of the targets, or by what regions cost on each (measured, or modelled by a
+simulator). ``auto``: by cost where more than one target is given."""
 
 
 @dataclass
@@ -44,9 +56,11 @@ class Compilation:
     optimised: Model | None = None
     formed: Model | None = None
     claims: list[Claim] = field(default_factory=list[Claim])
-    partitions: list[Partition] = field(default_factory=list[Partition])
+    partitions: tuple[Partition, ...] = ()
     plan: Plan | None = None
+    placement: Placement | None = None
     artifacts: dict[str, Artifact] = field(default_factory=dict[str, Artifact])
+    fallbacks: dict[str, Artifact] = field(default_factory=dict[str, Artifact])
     bundle: Bundle | None = None
 
 
@@ -55,17 +69,20 @@ def build(
     targets: Sequence[Target],
     *,
     threads: int | None = None,
-    objective: str = "latency",
+    objective: Objective = "latency",
     plan: Plan | None = None,
+    by_cost: bool = False,
+    fallback: bool = False,
     stop_after: Stage = "bundle",
     emit: Emit | None = None,
     progress: Progress | None = None,
 ) -> Compilation:
     """Compile a model with static shapes for `targets`, which end with the ones that take what is left (cpu, host).
 
-    `emit(level, name, text)` receives each intermediate form, `progress(what, fraction)` how far it is. Raises
-    ShapeError if a dimension is not bound, UnsupportedOp if nobody takes an operator, PlanError if `plan` is not of
-    this model, and what a target raises.
+    Without a `plan`, devices are chosen in the order of the targets, or `by_cost`. With `fallback` what runs on another
+    device is compiled for the CPU too, in case it fails. `emit(level, name, text)` receives each intermediate form,
+    `progress(what, fraction)` how far it is. Raises ShapeError if a dimension is not bound, UnsupportedOp if nobody
+    takes an operator, PlanError if `plan` is not of this model, and what a target raises.
     """
     tell = progress or _silent
     done = Compilation(model)
@@ -90,10 +107,27 @@ def build(
     if stop_after == "regions":
         return done
 
-    # Placement decides by the claims or by a given plan; partitions are as large as they can be without a cycle.
+    # Placement follows a given plan, or costs, or the claims; partitions are as large as they can be without a cycle.
     tell("place", 0.15)
-    claims = done.claims if plan is None else follow(plan, done.claims, targets)
-    done.partitions, done.plan = place(done.formed, claims, targets, objective)
+    if plan is not None:
+        placed = follow(plan, _former(done.optimised), targets)
+    elif by_cost:
+        from nestc.partition.by_cost import place_by_cost  # most compilations need neither solver nor profile store
+        from nestc.partition.measure import Meter
+        from nestc.partition.store import ProfileStore
+
+        done.placement = place_by_cost(
+            done.optimised,
+            done.formed,
+            targets,
+            objective,
+            Meter(ProfileStore(), threads or available_cpus()),
+            progress=lambda what, fraction: tell(what, 0.15 + 0.35 * fraction),
+        )
+        placed = done.placement.placed
+    else:
+        placed = place(done.formed, done.claims, targets, objective)
+    done.formed, done.partitions, done.plan = placed.formed, placed.partitions, placed.plan
     for line in done.plan.explain().splitlines():
         log.info("%s", line)
     if stop_after == "plan":
@@ -102,16 +136,30 @@ def build(
     # Each target compiles its partitions on its own; verification of the levels below is the target's.
     by_name = {target.name: target for target in targets}
     for index, partition in enumerate(done.partitions):
-        tell(f"compile {partition.name}", 0.2 + 0.75 * index / len(done.partitions))
+        tell(f"compile {partition.name}", 0.5 + 0.45 * index / len(done.partitions))
         done.artifacts[partition.name] = by_name[partition.device].compile(partition, emit)
+        if fallback and partition.device not in OWN:
+            spare = replace(partition, device="cpu")
+            if all(takes(by_name["cpu"], region) for region in partition.regions):
+                done.fallbacks[partition.name] = by_name["cpu"].compile(spare)
     if stop_after == "code":
         return done
 
     # One bundle holds all of it; it is also what runs when nothing is ever saved.
     tell("bundle", 0.95)
-    done.bundle = _bundle(done, threads or available_cpus())
+    done.bundle = _bundle(done, targets, threads or available_cpus())
     tell("done", 1.0)
     return done
+
+
+def _former(model: Model) -> Callable[[Sequence[str]], tuple[Model, list[Region]]]:
+    """Forms `model` into regions, cut after the nodes named."""
+
+    def form(cuts: Sequence[str]) -> tuple[Model, list[Region]]:
+        formed = regions.form(model, cuts=cuts)
+        return formed, regions.regions(formed)
+
+    return form
 
 
 def compile(
@@ -123,25 +171,44 @@ def compile(
     dims: Mapping[str, int] | None = None,
     objective: str = "latency",
     plan: Plan | str | os.PathLike[str] | None = None,
+    placement: PlaceBy = "auto",
+    on_failure: Literal["cpu"] | None = None,
     emit: Emit | None = None,
     bound: bool = False,
     progress: Progress | None = None,
 ) -> Executable | Specialised:
-    """Compile a model (a file, bytes, a ModelProto or a `Model`) for the targets, most preferred first.
+    """Compile a model (a file, bytes, a ModelProto or a `Model`) for the targets.
 
-    ``cpu`` and then ``host`` take what the targets given refuse. `threads` defaults to the CPUs this process may use.
+    One target takes all that it can; of several, each region goes where that serves the `objective` best, by costs that
+    are measured (or modelled by a simulator) and kept in the profile store. With `placement` "order" the first target
+    that takes a region has it. ``cpu`` and then ``host`` take what the targets given refuse. `plan` decides instead.
+    `on_failure="cpu"`: what runs on another device is compiled for the CPU too, and run there if the device fails.
+
+    `threads` defaults to the CPUs this process may use.
     A model whose inputs leave dimensions open, or the values that shapes depend on, is compiled at the first call
     with the shapes (and these values) of that call, and kept for the next; with `bound` that is a ShapeError instead.
     """
-    if objective not in OBJECTIVES:
-        raise PlanError(f"there is no objective {objective!r}; choose {', '.join(OBJECTIVES)}")
-    chosen = with_fallbacks(resolve(targets, {"threads": threads}), threads)
+    wanted, chosen = require_objective(objective), with_fallbacks(resolve(targets, {"threads": threads}), threads)
     given = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
+    costs = _by_cost(placement, targets)
 
     def make(ready: Model) -> Bundle:
-        done = build(ready, chosen, threads=threads, objective=objective, plan=given, emit=emit, progress=progress)
+        done = build(
+            ready,
+            chosen,
+            threads=threads,
+            objective=wanted,
+            plan=given,
+            by_cost=costs,
+            fallback=on_failure == "cpu",
+            emit=emit,
+            progress=progress,
+        )
         assert done.bundle is not None
         return done.bundle
+
+    def load_bundle(ready: Model) -> Executable:
+        return Executable(make(ready), threads=threads, foreign=True)
 
     as_given = model if isinstance(model, Model) else load(model)
     _require_tensors(as_given)
@@ -149,9 +216,9 @@ def compile(
     if bound:
         require_static(loaded)
     if unbound_dims(loaded) or operands_of(loaded):
-        return Specialised(loaded, lambda ready: Executable(make(ready), threads=threads, foreign=True))
+        return Specialised(loaded, load_bundle)
     # What the file leaves open and `dims` has bound may still come in other sizes at a call.
-    others = Specialised(as_given, lambda ready: Executable(make(ready), threads=threads, foreign=True))
+    others = Specialised(as_given, load_bundle)
     again = others.for_shapes if unbound_dims(as_given) else None
     return Executable(make(loaded), threads=threads, respecialise=again, foreign=True)
 
@@ -163,13 +230,64 @@ def explain(
     shapes: Mapping[str, Sequence[int]] | None = None,
     dims: Mapping[str, int] | None = None,
     objective: str = "latency",
+    placement: PlaceBy = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Plan, list[str]]:
-    """The plan for a model, without compiling it, and in words what each graph pass did."""
-    chosen = with_fallbacks(resolve(targets), None)
-    loaded = bind(model if isinstance(model, Model) else load(model), shapes, dims)
-    done = build(loaded, chosen, objective=objective, stop_after="plan")
+    """The plan for a model, without compiling it, and in words what each graph pass did.
+
+    Placement `by_cost` has measured what the profile store does not know yet.
+    """
+    done = _planned(model, targets, shapes, dims, objective, _by_cost(placement, targets), threads, progress)
     assert done.plan is not None and done.formed is not None
     return done.plan, done.formed.notes
+
+
+def partition(
+    model: Source,
+    targets: Sequence[str | Target] = ("cpu",),
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dims: Mapping[str, int] | None = None,
+    objective: str = "latency",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Placement:
+    """Place a model by cost without compiling the result: the plan, and the problem and solution behind it."""
+    done = _planned(model, targets, shapes, dims, objective, True, threads, progress)
+    assert done.placement is not None
+    return done.placement
+
+
+def _planned(
+    model: Source,
+    targets: Sequence[str | Target],
+    shapes: Mapping[str, Sequence[int]] | None,
+    dims: Mapping[str, int] | None,
+    objective: str,
+    by_cost: bool,
+    threads: int | None,
+    progress: Progress | None,
+) -> Compilation:
+    wanted, chosen = require_objective(objective), with_fallbacks(resolve(targets, {"threads": threads}), threads)
+    loaded = bind(model if isinstance(model, Model) else load(model), shapes, dims)
+    return build(
+        loaded, chosen, threads=threads, objective=wanted, by_cost=by_cost, stop_after="plan", progress=progress
+    )
+
+
+def require_objective(name: str) -> Objective:
+    """`name` as an objective. Raises PlanError if there is no such."""
+    found = next((each for each in OBJECTIVES if each == name), None)
+    if found is None:
+        raise PlanError(f"there is no objective {name!r}; choose {', '.join(OBJECTIVES)}")
+    return found
+
+
+def _by_cost(placement: PlaceBy, targets: Sequence[str | Target]) -> bool:
+    if placement not in ("auto", "order", "cost"):
+        raise PlanError(f"there is no placement {placement!r}; choose auto, order or cost")
+    return placement == "cost" or (placement == "auto" and len(targets) > 1)
 
 
 def with_fallbacks(targets: Sequence[Target], threads: int | None) -> tuple[Target, ...]:
@@ -203,9 +321,10 @@ def _verify(model: Model) -> None:
     onnx.checker.check_model(proto)
 
 
-def _bundle(done: Compilation, threads: int) -> Bundle:
+def _bundle(done: Compilation, targets: Sequence[Target], threads: int) -> Bundle:
     """Everything that running needs, and the graph and the plan for whoever wants to look."""
     assert done.formed is not None and done.plan is not None
+    used = {partition.device for partition in done.partitions}
     return Bundle(
         name=done.plan.model,
         inputs=_specs(done.formed.inputs),
@@ -218,12 +337,29 @@ def _bundle(done: Compilation, threads: int) -> Bundle:
                 outputs=tuple(_spec(name, partition.types[name]) for name in partition.outputs),
                 artifact=done.artifacts[partition.name],
                 regions=tuple(region.name for region in partition.regions),
+                fallback=done.fallbacks.get(partition.name),
             )
             for partition in done.partitions
         ),
         graph=skeleton(done.formed.ir).SerializeToString(deterministic=True),
         threads=threads,
         info={"plan": done.plan.to_json(), "fallback_ops": done.plan.fallback_ops},
+        devices=tuple(_device(target) for target in targets if target.name in used),
+    )
+
+
+def _device(target: Target) -> DeviceSpec:
+    """What the runtime has to know of a target's device."""
+    link = target.machine.link
+    return DeviceSpec(
+        name=target.name,
+        resource=target.machine.resource or target.name,
+        launch_seconds=link.launch_seconds,
+        latency_seconds=link.latency_seconds,
+        bytes_per_second=link.bytes_per_second,
+        joules_per_byte=link.joules_per_byte,
+        kind=link.kind,
+        watts=target.machine.watts,
     )
 
 

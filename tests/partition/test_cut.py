@@ -81,7 +81,7 @@ def test_the_cut_model_computes_the_same(quantized: Model) -> None:
         )[0]
         for each in ([], cuts)
     ]
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(*map(np.asarray, found))
 
 
 def test_what_is_computed_as_data_is_what_is_formed(quantized: Model) -> None:

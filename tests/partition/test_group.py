@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestc.graph.region import Op, Region, TensorType
-from nestc.partition.group import order, partitions
+from nestc.partition.group import order, partitions, runs
 
 
 def region(name: str, inputs: tuple[str, ...], output: str) -> Region:
@@ -30,7 +30,7 @@ def test_two_branches_on_two_devices_become_two_partitions_each_way() -> None:
     ]
     device = {"a": "cpu", "b": "npu", "c": "cpu", "d": "npu", "e": "cpu"}
     ordered = order(regions, device)
-    made = partitions(ordered, device, ["e"], no_model)
+    made = partitions(runs(ordered, device), device, ["e"], no_model)
     assert [(p.device, [r.name for r in p.regions], p.inputs, p.outputs) for p in made] == [
         ("cpu", ["a", "c"], ("x",), ("a", "c")),
         ("npu", ["b", "d"], ("a",), ("d",)),
@@ -40,7 +40,7 @@ def test_two_branches_on_two_devices_become_two_partitions_each_way() -> None:
 
 def test_a_value_that_is_both_used_and_a_graph_output_leaves_its_partition() -> None:
     regions = [region("a", ("x",), "a"), region("b", ("a",), "b")]
-    made = partitions(regions, {"a": "cpu", "b": "cpu"}, ["b", "a"], no_model)
+    made = partitions([regions], {"a": "cpu", "b": "cpu"}, ["b", "a"], no_model)
     assert len(made) == 1
     assert made[0].outputs == ("a", "b")
 
@@ -61,7 +61,7 @@ def graphs(draw: st.DrawFn) -> tuple[list[Region], dict[str, str]]:
 @given(graphs())
 def test_partitions_cover_everything_once_and_run_in_order(drawn: tuple[list[Region], dict[str, str]]) -> None:
     regions, device = drawn
-    made = partitions(order(regions, device), device, [regions[-1].outputs[0]], no_model)
+    made = partitions(runs(order(regions, device), device), device, [regions[-1].outputs[0]], no_model)
     names = [r.name for partition in made for r in partition.regions]
     assert sorted(names) == sorted(r.name for r in regions)
     available = {"x"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -44,41 +45,40 @@ def order(regions: Sequence[Region], device: Mapping[str, str]) -> list[Region]:
     return ordered
 
 
+def runs(regions: Sequence[Region], device: Mapping[str, str]) -> list[list[Region]]:
+    """Regions, in the order of `order`, as maximal runs of one device."""
+    return [list(run) for _, run in itertools.groupby(regions, key=lambda region: device[region.name])]
+
+
 def partitions(
-    regions: Sequence[Region],
+    grouped: Sequence[Sequence[Region]],
     device: Mapping[str, str],
     outputs: Iterable[str],
     submodel: Callable[[Sequence[str]], ir.Model],
 ) -> list[Partition]:
-    """The partitions in execution order. `regions` must be in the order of `order`.
+    """The partitions in execution order: each group of regions, all of one device, becomes one.
 
     `outputs` are the graph's outputs; `submodel` builds the ONNX model of the regions named.
     """
-    runs: list[list[Region]] = []
-    for region in regions:
-        if runs and device[runs[-1][0].name] == device[region.name]:
-            runs[-1].append(region)
-        else:
-            runs.append([region])
     wanted = set(outputs)
     made: list[Partition] = []
-    for index, run in enumerate(runs):
-        inside = {name for region in run for name in region.outputs}
+    for index, group in enumerate(grouped):
+        inside = {name for region in group for name in region.outputs}
         used_outside = wanted | {
-            name for other in runs if other is not run for region in other for name in region.inputs
+            name for other in grouped if other is not group for region in other for name in region.inputs
         }
-        names = tuple(region.name for region in run)
+        names = tuple(region.name for region in group)
         types: dict[str, TensorType] = {}
-        for region in run:
+        for region in group:
             types.update(region.types)
-        target = device[run[0].name]
+        target = device[group[0].name]
         made.append(
             Partition(
                 name=f"{target}_{index}",
                 device=target,
-                regions=tuple(run),
-                inputs=_unique(name for region in run for name in region.inputs if name not in inside),
-                outputs=_unique(name for region in run for name in region.outputs if name in used_outside),
+                regions=tuple(group),
+                inputs=_unique(name for region in group for name in region.inputs if name not in inside),
+                outputs=_unique(name for region in group for name in region.outputs if name in used_outside),
                 types=types,
                 model=lambda names=names: submodel(names),
             )

@@ -52,6 +52,16 @@ def takes(target: Target, region: Region) -> bool:
     return isinstance(ask(region, target), Offer)
 
 
+def refused(each: Claim) -> str:
+    """Why nobody takes a region: its operators, where they stand, and each target's reason."""
+    ops = ", ".join(
+        dict.fromkeys(op.op_type if not op.domain else f"{op.domain}::{op.op_type}" for op in each.region.ops)
+    )
+    node = each.region.ops[0].name
+    reasons = "; ".join(f"{target}: {reason}" for target, reason in each.refusals)
+    return f"no target runs {ops} (node {node!r}): {reasons}"
+
+
 def unknown_at_compile_time(region: Region) -> str | None:
     """Why a region cannot be compiled ahead, if a value of it has no fixed size or is not a tensor."""
     for name, type_ in region.types.items():

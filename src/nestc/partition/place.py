@@ -1,123 +1,198 @@
-"""Placement: from claims (or a plan that somebody wrote) to partitions and the plan that describes them."""
+"""From devices chosen for regions to partitions, and to the plan that describes them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import ml_dtypes
-import numpy as np
-
-from nestc.errors import PlanError, TargetError, UnsupportedOp
+from nestc.errors import PlanError, UnsupportedOp
 from nestc.graph.model import Model
-from nestc.graph.region import TensorType
+from nestc.graph.region import Region
 from nestc.graph.regions import submodel
-from nestc.partition.group import order, partitions
-from nestc.partition.match import Claim, claim
+from nestc.partition.group import order, partitions, runs
+from nestc.partition.match import Claim, ask, refused
 from nestc.partition.plan import Plan, PlannedPartition, PlannedRegion, Transfer
-from nestc.targets.api import Partition, Target
+from nestc.partition.problem import HOST
+from nestc.partition.sizes import nbytes
+from nestc.targets.api import Link, Offer, Partition, Target
 
 
-def place(
-    model: Model, claims: Sequence[Claim], targets: Sequence[Target], objective: str
-) -> tuple[list[Partition], Plan]:
-    """Partitions of a formed model, and the plan, of claims that all found a target.
+@dataclass(frozen=True)
+class Placed:
+    """A formed model, its partitions in execution order, and the plan."""
 
-    Raises UnsupportedOp if a region found none, with every target's reason.
+    formed: Model
+    partitions: tuple[Partition, ...]
+    plan: Plan
+
+
+def place(formed: Model, claims: Sequence[Claim], targets: Sequence[Target], objective: str) -> Placed:
+    """Partitions of a formed model by who claimed what: as few as list scheduling finds.
+
+    Raises UnsupportedOp if a region found no target, with every target's reason.
     """
     device: dict[str, str] = {}
     for each in claims:
         if each.target is None:
             raise UnsupportedOp(refused(each))
         device[each.region.name] = each.target
-    by_name = {each.region.name: each for each in claims}
-    ordered = order([each.region for each in claims], device)
-    made = partitions(ordered, device, model.outputs, lambda names: submodel(model, names))
-    planned = [_planned_region(by_name[region.name]) for region in ordered]
-    known = [region.predicted_ms for region in planned if region.predicted_ms is not None]
+    grouped = runs(order([each.region for each in claims], device), device)
+    by_name = {each.region.name: _claimed(each) for each in claims}
+    return assemble(formed, grouped, device, by_name, targets, objective)
+
+
+def assemble(
+    formed: Model,
+    grouped: Sequence[Sequence[Region]],
+    device: Mapping[str, str],
+    planned: Mapping[str, PlannedRegion],
+    targets: Sequence[Target],
+    objective: str,
+) -> Placed:
+    """Partitions of groups of regions, and a plan whose sum of region times is its prediction."""
+    made = partitions(grouped, device, formed.outputs, lambda names: submodel(formed, names))
+    links = {target.name: target.machine.link for target in targets}
+    rows = tuple(planned[region.name] for group in grouped for region in group)
+    known = [row.predicted_ms for row in rows if row.predicted_ms is not None]
     plan = Plan(
-        model=model.ir.graph.name or "model",
+        model=formed.ir.graph.name or "model",
         objective=objective,
         devices=tuple(target.name for target in targets),
-        regions=tuple(planned),
+        regions=rows,
         partitions=tuple(
             PlannedPartition(p.name, p.device, tuple(region.name for region in p.regions), p.inputs, p.outputs)
             for p in made
         ),
-        transfers=_transfers(made),
-        predicted_ms=sum(known) if len(known) == len(planned) else None,
+        transfers=_transfers(made, formed, links),
+        predicted_ms=sum(known) if len(known) == len(rows) else None,
     )
-    return made, plan
+    return Placed(formed, tuple(made), plan)
 
 
-def follow(plan: Plan, claims: Sequence[Claim], targets: Sequence[Target]) -> list[Claim]:
-    """The claims that a given plan asks for instead.
+def follow(
+    plan: Plan, form: Callable[[Sequence[str]], tuple[Model, list[Region]]], targets: Sequence[Target]
+) -> Placed:
+    """What a given plan asks for. `form` forms the model into regions, cut after the nodes named.
 
-    Raises PlanError if the plan is of another model, names a target that is not given, or one that refuses a region.
+    Its devices count, and its partitions too as long as they agree with these. Raises PlanError if the plan is of
+    another model, names an unknown target or one that refuses a region, is cyclic, or exceeds a device's memory.
     """
-    wanted = {region.name: region.device for region in plan.regions}
+    formed, regions = form(plan.cuts)
+    wanted = {region.name: region for region in plan.regions}
     by_name = {target.name: target for target in targets}
-    chosen: list[Claim] = []
-    for each in claims:
-        name = each.region.name
-        if name not in wanted:
-            raise PlanError(f"the plan says nothing of region {name}; it is of another model or other shapes")
-        if wanted[name] not in by_name:
-            raise PlanError(f"the plan puts region {name} on {wanted[name]!r}, which is not among the targets given")
-        moved = claim(each.region, [by_name[wanted[name]]])
-        if moved.target is None:
-            raise PlanError(f"the plan puts region {name} on {wanted[name]!r}, which refuses: {moved.refusals[0][1]}")
-        chosen.append(moved)
-    extra = sorted(set(wanted) - {each.region.name for each in claims})
+    device: dict[str, str] = {}
+    for region in regions:
+        if region.name not in wanted:
+            raise PlanError(f"the plan says nothing of region {region.name}; it is of another model or other shapes")
+        name = wanted[region.name].device
+        if name not in by_name:
+            known = ", ".join(by_name)
+            raise PlanError(f"the plan puts region {region.name} on {name!r}, which is not among the targets ({known})")
+        answer = ask(region, by_name[name])
+        if not isinstance(answer, Offer):
+            raise PlanError(f"the plan puts region {region.name} on {name!r}, which refuses: {answer}")
+        device[region.name] = name
+    extra = sorted(set(wanted) - set(device))
     if extra:
         raise PlanError(f"the plan has a region {extra[0]} that the model does not have")
-    return chosen
+    _require_memory(regions, device, by_name)
+    grouped = _planned_groups(plan, {region.name: region for region in regions}, device)
+    if grouped is None:
+        grouped = runs(order(regions, device), device)
+    placed = assemble(formed, grouped, device, wanted, targets, plan.objective)
+    kept = replace(plan, transfers=placed.plan.transfers, devices=placed.plan.devices, method="by a plan given")
+    if _shape(placed.plan) != _shape(plan):
+        # The prediction was made for other partitions; of these nobody has said anything.
+        kept = replace(kept, partitions=placed.plan.partitions, predicted_ms=None, predicted_mj=None)
+        kept = replace(kept, lower_bound_ms=None, optimal=False)
+    return Placed(formed, placed.partitions, kept)
 
 
-def refused(each: Claim) -> str:
-    """Why nobody takes a region: its operators, where they stand, and each target's reason."""
-    ops = ", ".join(
-        dict.fromkeys(op.op_type if not op.domain else f"{op.domain}::{op.op_type}" for op in each.region.ops)
-    )
-    node = each.region.ops[0].name
-    reasons = "; ".join(f"{target}: {reason}" for target, reason in each.refusals)
-    return f"no target runs {ops} (node {node!r}): {reasons}"
+def _shape(plan: Plan) -> list[tuple[str, frozenset[str]]]:
+    return [(partition.device, frozenset(partition.regions)) for partition in plan.partitions]
 
 
-def _planned_region(each: Claim) -> PlannedRegion:
-    region = each.region
-    if each.target is None:
-        raise TargetError(f"region {region.name} has no target")
+def _planned_groups(plan: Plan, regions: Mapping[str, Region], device: Mapping[str, str]) -> list[list[Region]] | None:
+    """The plan's own partitions in an order in which they can run; None if a region has changed its device since.
+
+    Raises PlanError if they leave a region out, have one twice, or wait for each other.
+    """
+    listed = [name for partition in plan.partitions for name in partition.regions]
+    missing = sorted(set(regions) - set(listed))
+    twice = next((name for name in listed if listed.count(name) > 1), None)
+    if missing or twice is not None or len(listed) > len(regions):
+        what = f"has region {twice} twice" if twice is not None else "leaves out or adds regions"
+        raise PlanError(f"the partitions of the plan are not those of its regions: the plan {what}")
+    if any(device[name] != partition.device for partition in plan.partitions for name in partition.regions):
+        return None
+    maker = {value: region.name for region in regions.values() for value in region.outputs}
+    place = {name: index for index, partition in enumerate(plan.partitions) for name in partition.regions}
+    waits = [
+        {
+            place[maker[value]]
+            for name in partition.regions
+            for value in regions[name].inputs
+            if value in maker and place[maker[value]] != index
+        }
+        for index, partition in enumerate(plan.partitions)
+    ]
+    done: list[int] = []
+    while len(done) < len(waits):
+        ready = next((i for i in range(len(waits)) if i not in done and waits[i] <= set(done)), None)
+        if ready is None:
+            stuck = [plan.partitions[i].name for i in range(len(waits)) if i not in done]
+            raise PlanError(f"the plan is cyclic: partitions {', '.join(stuck)} wait for each other")
+        done.append(ready)
+    return [order([regions[name] for name in plan.partitions[i].regions], device) for i in done]
+
+
+def _require_memory(regions: Sequence[Region], device: Mapping[str, str], targets: Mapping[str, Target]) -> None:
+    """Raise PlanError if the constants placed on a device are more than it holds."""
+    for name, target in targets.items():
+        capacity = target.machine.capacity_bytes
+        needed = sum(constant_bytes(region) for region in regions if device[region.name] == name)
+        if capacity and needed > capacity:
+            raise PlanError(f"the plan puts {needed} bytes of constants on {name!r}, which holds {capacity}")
+
+
+def constant_bytes(region: Region) -> int:
+    """Plain bytes of a region's constants."""
+    return sum(nbytes(region.types[name]) for name in region.constants)
+
+
+def _claimed(each: Claim) -> PlannedRegion:
     cost = each.offer.cost if each.offer is not None else None
     return PlannedRegion(
-        name=region.name,
-        device=each.target,
-        ops=tuple(op.op_type for op in region.ops),
-        nodes=tuple(op.name for op in region.ops),
+        name=each.region.name,
+        device=each.target or "",
+        ops=tuple(op.op_type for op in each.region.ops),
+        nodes=tuple(op.name for op in each.region.ops),
         refusals=dict(each.refusals),
-        predicted_ms=None if cost is None else cost(region) * 1e3,
+        predicted_ms=None if cost is None else cost(each.region) * 1e3,
+        reason="the first of the targets given that takes it",
     )
 
 
-def _transfers(made: Sequence[Partition]) -> tuple[Transfer, ...]:
-    """Every value that one device makes and another reads, once for each reading device."""
+def _transfers(made: Sequence[Partition], formed: Model, links: Mapping[str, Link]) -> tuple[Transfer, ...]:
+    """Every value that crosses from one device to another, once for each reading device; also to and from the host
+    where that takes time."""
     maker = {name: partition for partition in made for name in partition.outputs}
     found: dict[tuple[str, str], Transfer] = {}
+
+    def add(name: str, source: str, destination: str, partition: Partition) -> None:
+        ends = [links[each] for each in (source, destination) if each != HOST]
+        size = nbytes(partition.types.get(name))
+        seconds = sum(link.seconds(size) for link in ends)
+        if HOST not in (source, destination) or seconds:
+            kind = next((link.kind for link in ends if link.seconds(size)), "measured")
+            found.setdefault((name, destination), Transfer(name, source, destination, size, seconds * 1e6, kind))
+
     for partition in made:
         for name in partition.inputs:
-            source = maker.get(name)
-            if source is not None and source.device != partition.device:
-                size = nbytes(partition.types.get(name))
-                found[name, partition.device] = Transfer(name, source.device, partition.device, size)
+            source = maker[name].device if name in maker else HOST
+            if source != partition.device:
+                add(name, source, partition.device, partition)
+    for name in formed.outputs:
+        if name in maker:
+            add(name, maker[name].device, HOST, maker[name])
     return tuple(found.values())
-
-
-def nbytes(type_: TensorType | None) -> int:
-    """Plain size of a tensor; 0 where it is known only at run time."""
-    if type_ is None or any(size < 0 for size in type_.shape):
-        return 0
-    kinds: Mapping[str, int] = {"string": 8}
-    size = kinds.get(type_.dtype)
-    if size is None:
-        kind = getattr(np, type_.dtype, None) or getattr(ml_dtypes, type_.dtype, None)
-        size = 0 if kind is None else np.dtype(kind).itemsize
-    return size * int(np.prod(type_.shape, dtype=np.int64))

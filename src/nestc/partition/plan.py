@@ -80,7 +80,7 @@ class Plan:
     ``predicted_ms`` is of the objective "latency" or "energy" one inference, of "throughput" the time a request when
     pipelined; ``lower_bound_ms``: no placement of these regions does better by the same costs (millijoules for the
     objective "energy", as ``predicted_mj``); ``single_device_ms``: by device, all it takes there and the rest on the
-    CPU. ``method`` tells how it was found.
+    CPU. ``method`` tells how it was found. ``cuts``: nodes after which regions are cut for a device that takes a piece.
     """
 
     model: str
@@ -95,6 +95,7 @@ class Plan:
     optimal: bool = False
     single_device_ms: Mapping[str, float] = field(default_factory=dict)
     method: str = "in the order of the targets"
+    cuts: tuple[str, ...] = ()
 
     @property
     def fallback_ops(self) -> dict[str, int]:

@@ -67,6 +67,7 @@ class Machine:
 
     ``resource``: devices that name the same one never run at the same time ("cpu" for all that use its cores); empty:
     the device's own name. ``watts``: power while it runs, from which energies of measured times are *estimated*.
+    ``capacity_bytes``: what the constants of all its partitions may take together; 0 is no limit.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Machine:
     link: Link = field(default_factory=Link)
     resource: str = ""
     watts: float = 0.0
+    capacity_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,196 @@
+"""Placement by measured and modelled costs: cut, measure, solve, join what stayed together, and say why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from nestc.graph.model import Model
+from nestc.graph.region import Region
+from nestc.graph.regions import form, regions, submodel
+from nestc.partition.arrange import arrange
+from nestc.partition.baselines import single
+from nestc.partition.costs import Costed, Meter, measure_costs, number_of
+from nestc.partition.cut import find_cuts
+from nestc.partition.evaluate import evaluate
+from nestc.partition.group import order
+from nestc.partition.place import Placed, assemble
+from nestc.partition.plan import Alternative, PlannedRegion, Transfer
+from nestc.partition.problem import HOST, Edge, Evaluation, Objective, Problem, Solution, Task, stage_of
+from nestc.partition.solve import solve
+from nestc.targets.api import Target
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A network placed by cost: what was solved, how, and what became of it."""
+
+    placed: Placed
+    costed: Costed
+    solution: Solution
+
+    @property
+    def problem(self) -> Problem:
+        """Costs of every region on every device, and of every border."""
+        return self.costed.problem
+
+
+def place_by_cost(
+    model: Model,
+    whole: Model,
+    targets: Sequence[Target],
+    objective: Objective,
+    meter: Meter,
+    *,
+    time_limit: float = 30.0,
+    progress: Callable[[str, float], None],
+) -> Placement:
+    """Place a `model`, whose regions formed for all devices are `whole`, on the targets.
+
+    `time_limit` is the solver's, in seconds. Raises UnsupportedOp if nobody takes a region.
+    """
+    every = regions(whole)
+    cuts = find_cuts(every, targets)
+    cut = form(model, cuts=cuts) if cuts else whole
+    pieces = regions(cut)
+    costed = measure_costs(
+        every,
+        pieces,
+        targets,
+        whole.outputs,
+        meter,
+        (lambda names: submodel(whole, names), lambda names: submodel(cut, names)),
+        progress,
+    )
+    progress("solve", 1.0)
+    solution = solve(costed.problem, objective, time_limit=time_limit)
+    kept = [node for node in cuts if not _joined(node, pieces, solution, costed)]
+    formed = form(model, cuts=kept) if kept else whole
+    return Placement(_describe(formed, kept, targets, costed, solution), costed, solution)
+
+
+def _joined(node: str, pieces: Sequence[Region], solution: Solution, costed: Costed) -> bool:
+    """Whether all pieces of the region that was cut at `node` run in one stage of a device that takes it whole."""
+    number = next(number_of(each.name) for each in pieces if any(op.name == node for op in each.ops))
+    stages = stage_of(solution.stages)
+    used = {stages[each.name] for each in pieces if number_of(each.name) == number}
+    return len(used) == 1 and solution.stages[used.pop()].unit in costed.whole.get(number, frozenset())
+
+
+def _describe(
+    formed: Model, cuts: Sequence[str], targets: Sequence[Target], costed: Costed, solution: Solution
+) -> Placed:
+    """Partitions of the solution's stages, and the plan with its costs and reasons."""
+    problem, evaluation = costed.problem, solution.evaluation
+    stages = stage_of(solution.stages)
+    tasks = {task.name: task for task in problem.tasks}
+    final = regions(formed)
+    parts = {
+        region.name: [region.name]
+        if region.name in tasks
+        else [task for task in tasks if number_of(task) == number_of(region.name)]
+        for region in final
+    }
+    device = {region.name: solution.stages[stages[parts[region.name][0]]].unit for region in final}
+    planned = {
+        region.name: _planned(region, device[region.name], [tasks[name] for name in parts[region.name]], costed)
+        for region in final
+    }
+    grouped = [
+        order([region for region in final if stages[parts[region.name][0]] == number], device)
+        for number in range(len(solution.stages))
+    ]
+    placed = assemble(formed, grouped, device, planned, targets, solution.objective)
+    times = {timed.stage: timed for timed in evaluation.times}
+    plan = replace(
+        placed.plan,
+        partitions=tuple(
+            replace(each, begin_ms=times[number].begin * 1e3, end_ms=times[number].end * 1e3)
+            for number, each in enumerate(placed.plan.partitions)
+        ),
+        transfers=tuple(_with_conversion(each, problem, stages, solution) for each in placed.plan.transfers),
+        predicted_ms=_milliseconds(solution.objective, evaluation),
+        predicted_mj=evaluation.joules * 1e3,
+        lower_bound_ms=solution.lower_bound * 1e3,
+        optimal=solution.optimal,
+        single_device_ms=single_device_ms(problem, solution.objective),
+        method=solution.method,
+        cuts=tuple(cuts),
+    )
+    return replace(placed, plan=plan)
+
+
+def _milliseconds(objective: Objective, evaluation: Evaluation) -> float:
+    return 1e3 * (evaluation.period if objective == "throughput" else evaluation.latency)
+
+
+def single_device_ms(problem: Problem, objective: Objective) -> dict[str, float]:
+    """By device: all that it takes there and the rest on the CPU; in milliseconds."""
+    found: dict[str, float] = {}
+    for unit in problem.units:
+        stages = arrange(problem, single(problem, unit.name))
+        found[unit.name] = _milliseconds(objective, evaluate(problem, stages))
+    return found
+
+
+def _planned(region: Region, device: str, tasks: Sequence[Task], costed: Costed) -> PlannedRegion:
+    """What is said of a region: that of the task, or of the tasks that were joined in it."""
+    takers = [name for name in tasks[0].costs if all(name in task.costs for task in tasks)]
+    gains = _gains(costed.problem.edges, [task.name for task in tasks])
+    costs = {
+        name: Alternative(
+            (sum(task.costs[name].seconds for task in tasks) - gains.get(name, 0.0)) * 1e3, tasks[0].costs[name].kind
+        )
+        for name in takers
+    }
+    refusals = dict(costed.refusals.get(region.name, {}))
+    return PlannedRegion(
+        name=region.name,
+        device=device,
+        ops=tuple(op.op_type for op in region.ops),
+        nodes=tuple(op.name for op in region.ops),
+        refusals={name: reason for name, reason in refusals.items() if name != device},
+        predicted_ms=costs[device].ms,
+        kind=costs[device].kind,
+        costs=costs,
+        reason=_reason(device, costs),
+    )
+
+
+def _gains(edges: Sequence[Edge], names: Sequence[str]) -> dict[str, float]:
+    """Seconds that computing tasks as one saves, by device."""
+    found: dict[str, float] = {}
+    for edge in edges:
+        if edge.source in names and edge.destination in names:
+            for unit, gain in edge.gains.items():
+                found[unit] = found.get(unit, 0.0) + gain
+    return found
+
+
+def _reason(device: str, costs: dict[str, Alternative]) -> str:
+    """Why a region is where it is, in words."""
+    others = {name: each for name, each in costs.items() if name != device}
+    if not others:
+        return "no other device takes it"
+    best = min(others, key=lambda name: others[name].ms)
+    here, there = costs[device], others[best]
+    if here.ms <= there.ms:
+        return f"cheapest here ({_shown(here)}; next {best}, {_shown(there)})"
+    return f"stays with its neighbours ({_shown(here)}; alone {best} would take {_shown(there)}, with borders more)"
+
+
+def _shown(cost: Alternative) -> str:
+    return f"{cost.ms:.3g} ms {cost.kind}"
+
+
+def _with_conversion(transfer: Transfer, problem: Problem, stages: dict[str, int], solution: Solution) -> Transfer:
+    """A transfer with the whole time of its crossing, conversions of layout included."""
+    for edge in problem.edges:
+        source = HOST if edge.source is None else solution.stages[stages[edge.source]].unit
+        destination = HOST if edge.destination is None else solution.stages[stages[edge.destination]].unit
+        if edge.tensor == transfer.tensor and transfer.destination == destination and transfer.source == source:
+            crossing = edge.crossings.get((transfer.source, transfer.destination))
+            if crossing is not None:
+                seconds = crossing.out_seconds + crossing.wire_seconds + crossing.in_seconds
+                return replace(transfer, us=seconds * 1e6, kind=crossing.kind)
+    return transfer
