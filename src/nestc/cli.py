@@ -19,6 +19,7 @@ from nestc.commands.compile import compile_
 from nestc.commands.demo import demo
 from nestc.commands.evaluate import evaluate
 from nestc.commands.explain import explain
+from nestc.commands.partition import partition
 from nestc.commands.quantize import quantize
 from nestc.commands.run import run
 from nestc.commands.targets import targets
@@ -56,6 +57,7 @@ app.command("bench")(bench)
 app.command("evaluate")(evaluate)
 app.command("calibrate")(calibrate)
 app.command("quantize")(quantize)
+app.command("partition")(partition)
 app.command("demo")(demo)
 app.command("explain")(explain)
 app.command("targets")(targets)

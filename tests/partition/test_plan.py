@@ -44,11 +44,34 @@ def test_it_says_who_takes_what_and_why() -> None:
     assert PLAN.ops(PLAN.partitions[0]) == {"Conv": 1, "Relu": 1}
 
 
-@pytest.mark.parametrize("content", ["", "a: [1", "[]", '{"format": 99}', '{"format": 1, "model": "m"}'])
-def test_what_is_no_plan_is_refused(tmp_path: Path, content: str) -> None:
+LEAST = "format: 2\nmodel: m\nobjective: latency\ndevices: [cpu]\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "not a mapping"),
+        ("a: [1", "does not read as YAML"),
+        ("[]", "not a mapping"),
+        ("format: 99", "format 99"),
+        ("format: 2\nmodel: m", "lacks the field 'objective'"),
+        (LEAST + "regions: 3", "regions must be a list"),
+        (LEAST + "regions: [{name: r0, device: cpu, colour: red}]", "field 'colour' that no plan has"),
+        (LEAST + "regions: [{name: r0, device: [cpu]}]", "item 0 r0, device must be a str"),
+        (LEAST + "regions: [{name: r0, device: cpu, predicted_ms: fast}]", "predicted_ms must be a float"),
+    ],
+)
+def test_what_is_no_plan_is_refused(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "plan.yaml").write_text(content)
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError, match=words):
         Plan.load(tmp_path / "plan.yaml")
+
+
+def test_a_person_may_write_only_what_matters(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(LEAST + "regions:\n- {name: r0, device: cpu, predicted_ms: 1}\n")
+    assert Plan.load(tmp_path / "plan.yaml") == Plan(
+        "m", "latency", ("cpu",), (PlannedRegion("r0", "cpu", predicted_ms=1.0),)
+    )
 
 
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:

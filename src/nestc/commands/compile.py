@@ -30,6 +30,26 @@ class Objective(str, enum.Enum):
     energy = "energy"
 
 
+class PlaceBy(str, enum.Enum):
+    """How devices are chosen."""
+
+    auto = "auto"
+    order = "order"
+    cost = "cost"
+
+
+class OnFailure(str, enum.Enum):
+    """Who takes over when a device fails."""
+
+    cpu = "cpu"
+
+
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="PLAN.yaml", help="Place regions as this plan of nestc partition says."),
+]
+
+
 class Level(str, enum.Enum):
     """An intermediate form that can be written out."""
 
@@ -68,6 +88,18 @@ def compile_(
     split: common.Split = None,
     preprocess: common.Preprocess = None,
     limit: common.Limit = None,
+    plan: PlanFile = None,
+    placement: Annotated[
+        PlaceBy,
+        typer.Option(
+            help="How devices are chosen: `order` (the first target that takes a region), `cost` (measured or "
+            "simulated), `auto`: by cost where several targets are given."
+        ),
+    ] = PlaceBy.auto,
+    on_failure: Annotated[
+        OnFailure | None,
+        typer.Option(help="Compile what runs on other devices for the CPU too, which takes over if one fails."),
+    ] = None,
     emit: Annotated[
         list[Level] | None,
         typer.Option(
@@ -104,24 +136,10 @@ def compile_(
     from nestc.targets import resolve
 
     chosen = resolve(target or ["cpu"], {"threads": threads})
-    shapes, dims = common.bindings(shape or [], dim or [])
-    source: Path | Model = model
-    told: dict[str, Any] | None = None
-    if scheme is None and (calibrate is not None or accuracy_budget is not None):
-        raise Error("--calibrate and --accuracy-budget are for --quantize SCHEME, which is missing")
-    if scheme is not None:
-        from nestc.graph.bind import bind
-        from nestc.graph.model import require_static
-        from nestc.importers.onnx import load
-
-        bound = bind(load(model), shapes, dims)
-        require_static(bound)  # a bundle has fixed shapes; said before minutes of calibration, not after
-        source, told = quantize.calibrated(
-            bound, scheme, calibrate,
-            overrides=overrides, tools=tools, labels=labels, split=split, preprocess=preprocess, limit=limit,
-            budget=accuracy_budget, threads=threads,
-        )  # fmt: skip
-        shapes, dims = {}, {}
+    source, shapes, dims, told = planned_source(
+        model, target, shape, dim, calibrate, scheme, accuracy_budget, overrides, tools, labels, split, preprocess,
+        limit, threads,
+    )  # fmt: skip
     with common.progress() as step:
         executable = compile_model(
             source,
@@ -130,6 +148,9 @@ def compile_(
             shapes=shapes,
             dims=dims,
             objective=objective.value,
+            plan=plan,
+            placement=placement.value,
+            on_failure=None if on_failure is None else on_failure.value,
             emit=sink,
             bound=True,
             progress=step,
@@ -149,6 +170,42 @@ def compile_(
     taking = {partition["device"] for partition in report["partitions"]}
     for name in (each.name for each in chosen if each.name not in taking):
         print(f"  {name} takes nothing: nestc explain {model} --target {name} says why")
+
+
+def planned_source(
+    model: Path,
+    target: Sequence[str] | None,
+    shape: Sequence[str] | None,
+    dim: Sequence[str] | None,
+    calibrate: Path | None,
+    scheme: str | None,
+    accuracy_budget: float | None,
+    overrides: Path | None,
+    tools: list[str] | None,
+    labels: Path | None,
+    split: str | None,
+    preprocess: str | None,
+    limit: int | None,
+    threads: int | None,
+) -> tuple[Path | Model, dict[str, list[int]], dict[str, int], dict[str, Any] | None]:
+    """The model that options ask for, quantized if so, with the sizes still to bind, and what quantizing reported."""
+    shapes, dims = common.bindings(shape or [], dim or [])
+    if scheme is None:
+        if calibrate is not None or accuracy_budget is not None:
+            raise Error("--calibrate and --accuracy-budget are for --quantize SCHEME, which is missing")
+        return model, shapes, dims, None
+    from nestc.graph.bind import bind
+    from nestc.graph.model import require_static
+    from nestc.importers.onnx import load
+
+    bound = bind(load(model), shapes, dims)
+    require_static(bound)  # a bundle has fixed shapes; said before minutes of calibration, not after
+    source, told = quantize.calibrated(
+        bound, scheme, calibrate,
+        overrides=overrides, tools=tools, labels=labels, split=split, preprocess=preprocess, limit=limit,
+        budget=accuracy_budget, threads=threads,
+    )  # fmt: skip
+    return source, {}, {}, told
 
 
 def summary(executable: Executable | Specialised, destination: Path, seconds: float) -> dict[str, Any]:

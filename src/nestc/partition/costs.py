@@ -147,8 +147,10 @@ def _measure_chains(
     device = {region.name: target.name if region.name in sized else "" for region in whole}
     for run in runs(order(whole, device), device):
         if device[run[0].name] and len(run) > 1:
-            for name, entry in meter.chain(target, run, submodel).items():
-                measured.inside[name, target.name] = entry.seconds
+            entries = meter.chain(target, run, submodel)
+            if all(entry.refusal is None for entry in entries.values()):
+                for name, entry in entries.items():
+                    measured.inside[name, target.name] = entry.seconds
 
 
 def _share_pieces(cut: Sequence[Region], uncut: Sequence[Region], measured: _Measured) -> None:

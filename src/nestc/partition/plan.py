@@ -6,13 +6,13 @@ Nothing here imports a compiler stage, so an opened bundle can show its plan.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import types
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from nestc.errors import PlanError
 
@@ -36,7 +36,7 @@ class PlannedRegion:
 
     name: str
     device: str
-    ops: tuple[str, ...]
+    ops: tuple[str, ...] = ()
     nodes: tuple[str, ...] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
     predicted_ms: float | None = None
@@ -87,8 +87,8 @@ class Plan:
     objective: str
     devices: tuple[str, ...]
     regions: tuple[PlannedRegion, ...]
-    partitions: tuple[PlannedPartition, ...]
-    transfers: tuple[Transfer, ...]
+    partitions: tuple[PlannedPartition, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
     predicted_ms: float | None = None
     predicted_mj: float | None = None
     lower_bound_ms: float | None = None
@@ -110,8 +110,9 @@ class Plan:
         return dict(counts.most_common())
 
     def explain(self) -> str:
-        """The plan in words: each device's share, each region, and each refusal."""
+        """The plan in words: each device's share, what crosses, what it takes, and for each region why it is there."""
         lines = [f"{self.model}: {len(self.regions)} regions in {len(self.partitions)} partitions ({self.objective})"]
+        lines += [f"  {words}" for words in self.predictions()]
         for device in self.devices:
             taken = [region for region in self.regions if region.device == device]
             if taken:
@@ -124,60 +125,61 @@ class Plan:
             listed = ", ".join(f"{op} {count}" for op, count in self.fallback_ops.items())
             lines.append(f"  interpreted, not compiled: {listed}")
         for transfer in self.transfers:
-            lines.append(f"  {transfer.tensor}: {transfer.source} -> {transfer.destination}, {transfer.bytes} bytes")
+            took = f", {transfer.us:.3g} us {transfer.kind}" if transfer.us else ""
+            lines.append(
+                f"  {transfer.tensor}: {transfer.source} -> {transfer.destination}, {transfer.bytes} bytes{took}"
+            )
         lines.append("")
         for region in self.regions:
             lines.append(f"{region.name} -> {region.device}: {', '.join(region.ops)}")
+            if region.costs:
+                lines.append(f"  {region.reason}")
             lines.extend(f"  not {target}: {reason}" for target, reason in region.refusals.items())
         return "\n".join(lines)
+
+    def predictions(self) -> list[str]:
+        """In words what the plan is predicted to take, how good that is, and what single devices would take."""
+        if self.lower_bound_ms is None or self.predicted_ms is None:
+            return []
+        lines = [f"predicted {self.predicted_ms:.4g} ms"]
+        if self.objective == "throughput":
+            lines[0] += " a request, pipelined"
+        if self.predicted_mj:
+            lines[0] += f", {self.predicted_mj:.4g} mJ"
+        value, unit = (self.predicted_mj or 0.0, "mJ") if self.objective == "energy" else (self.predicted_ms, "ms")
+        gap = value / self.lower_bound_ms - 1 if self.lower_bound_ms else 0.0
+        known = "optimal" if self.optimal else f"at most {100 * max(gap, 0.0):.2g} % above the best"
+        lines[0] += f"; lower bound {self.lower_bound_ms:.4g} {unit}: {known} by these costs ({self.method})"
+        for device, single in self.single_device_ms.items():
+            lines.append(f"all that {device} takes on {device}: {single:.4g} ms")
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values; `from_json` reads them back."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Plan:
-        """Rebuild a plan from `to_json`'s values; PlanError if a field is missing or the format is newer."""
+    def from_json(data: Mapping[str, Any], where: str = "the plan") -> Plan:
+        """Rebuild a plan from `to_json`'s values. What has a default may be left out.
+
+        Raises PlanError, with `where` and the place in it, for a field that is missing, unknown or of the wrong kind,
+        and if the format is another one.
+        """
         if data.get("format") != FORMAT:
-            raise PlanError(f"the plan is of format {data.get('format')!r}; this version reads format {FORMAT}")
-        try:
-            return Plan(
-                model=str(data["model"]),
-                objective=str(data["objective"]),
-                devices=tuple(data["devices"]),
-                regions=tuple(
-                    PlannedRegion(
-                        name=entry["name"],
-                        device=entry["device"],
-                        ops=tuple(entry["ops"]),
-                        nodes=tuple(entry["nodes"]),
-                        refusals=dict(entry["refusals"]),
-                        predicted_ms=entry["predicted_ms"],
-                    )
-                    for entry in data["regions"]
-                ),
-                partitions=tuple(
-                    PlannedPartition(
-                        name=entry["name"],
-                        device=entry["device"],
-                        regions=tuple(entry["regions"]),
-                        inputs=tuple(entry["inputs"]),
-                        outputs=tuple(entry["outputs"]),
-                    )
-                    for entry in data["partitions"]
-                ),
-                transfers=tuple(Transfer(**entry) for entry in data["transfers"]),
-                predicted_ms=data.get("predicted_ms"),
-            )
-        except (KeyError, TypeError) as error:
-            raise PlanError(f"the plan is not complete: {error}") from error
+            raise PlanError(f"{where} is of format {data.get('format')!r}; this version reads format {FORMAT}")
+        return cast(Plan, _build(Plan, {key: value for key, value in data.items() if key != "format"}, where))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as YAML (in the part of YAML that is also JSON, one region a line). PlanError if it cannot."""
+        """Write the plan as YAML. Raises PlanError if it cannot be written."""
+        import yaml  # only who writes or reads a file needs it
+
         destination = Path(path)
         temporary = destination.with_name(f"{destination.name}.{os.getpid()}.tmp")
+        text = yaml.safe_dump(
+            _plain(self.to_json()), sort_keys=False, default_flow_style=None, width=140, allow_unicode=True
+        )
         try:
-            temporary.write_text(_lines(self.to_json()), encoding="utf-8")
+            temporary.write_text(HEAD + text, encoding="utf-8")
             temporary.replace(destination)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -185,25 +187,80 @@ class Plan:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
-        """Read a plan that `save` wrote. PlanError if the file is missing or is not one."""
+        """Read a plan (YAML). Raises PlanError if the file is missing or is not one."""
+        import yaml
+
+        where = os.fspath(path)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data: object = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise PlanError(f"cannot read the plan {os.fspath(path)}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise PlanError(f"{os.fspath(path)} is not a plan that nestc wrote: {error}") from error
+            raise PlanError(f"cannot read the plan {where}: {error.strerror or error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            words = " ".join(str(error).split())
+            raise PlanError(f"{where} is not a plan: it does not read as YAML ({words})") from error
         if not isinstance(data, dict):
-            raise PlanError(f"{os.fspath(path)} is not a plan that nestc wrote: it is not a mapping")
-        return Plan.from_json(data)
+            raise PlanError(f"{where} is not a plan: it is not a mapping")
+        return Plan.from_json(cast("dict[str, Any]", data), where)
 
 
-def _lines(data: Mapping[str, Any]) -> str:
-    """JSON with each element of a top-level list on a line of its own, so that plans can be compared by line."""
-    parts: list[str] = []
-    for key, value in data.items():
-        if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
-            rows = ",\n    ".join(json.dumps(row) for row in value)
-            parts.append(f'  "{key}": [\n    {rows}\n  ]')
-        else:
-            parts.append(f'  "{key}": {json.dumps(value)}')
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+HEAD = """\
+# Which device runs which region, and what that is predicted to take; made by nestc.
+# To place a region elsewhere change its device, and give the file back: nestc compile MODEL --plan FILE
+"""
+
+
+def _plain(value: Any) -> Any:
+    """JSON values with lists for tuples and numbers of six digits, as a person reads them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in cast("Sequence[Any]", value)]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _build(kind: Any, data: object, where: str) -> object:
+    """A value of the annotated kind from JSON values. Raises PlanError with the place that does not fit."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if data is None and type(None) in arguments:
+            return None
+        return _build(next(each for each in arguments if each is not type(None)), data, where)
+    if origin is tuple:
+        if not isinstance(data, list | tuple):
+            raise PlanError(f"{where} must be a list, not {data!r}")
+        items = cast("Sequence[object]", data)
+        return tuple(_build(arguments[0], item, f"{where}, item {index}") for index, item in enumerate(items))
+    if origin is not None:
+        if not isinstance(data, Mapping):
+            raise PlanError(f"{where} must be a mapping, not {data!r}")
+        pairs = cast("Mapping[object, object]", data)
+        return {str(key): _build(arguments[1], item, f"{where}, {key}") for key, item in pairs.items()}
+    if dataclasses.is_dataclass(kind):
+        return _record(cast("type[Any]", kind), data, where)
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
+        raise PlanError(f"{where} must be a {kind.__name__}, not {data!r}")
+    return data
+
+
+def _record(kind: type[Any], data: object, where: str) -> object:
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{where} must be a mapping, not {data!r}")
+    given = cast("Mapping[str, object]", data)
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    unknown = next((name for name in given if name not in fields), None)
+    if unknown is not None:
+        raise PlanError(f"{where} has a field {unknown!r} that no plan has; there are {', '.join(fields)}")
+    required = (
+        item.name
+        for item in fields.values()
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    )
+    missing = next((name for name in required if name not in given), None)
+    if missing is not None:
+        raise PlanError(f"{where} lacks the field {missing!r}")
+    hints = get_type_hints(kind)
+    label = given.get("name")
+    place = f"{where} {label}" if isinstance(label, str) else where
+    return kind(**{name: _build(hints[name], value, f"{place}, {name}") for name, value in given.items()})
