@@ -23,11 +23,15 @@ from nestc.targets.api import Target
 
 @dataclass(frozen=True)
 class Placement:
-    """A network placed by cost: what was solved, how, and what became of it."""
+    """A network placed by cost: what was solved, how, and what became of it.
+
+    ``describe`` makes partitions and a plan of any other solution of the problem, so that it can be compiled and run.
+    """
 
     placed: Placed
     costed: Costed
     solution: Solution
+    describe: Callable[[Solution], Placed]
 
     @property
     def problem(self) -> Problem:
@@ -64,9 +68,13 @@ def place_by_cost(
     )
     progress("solve", 1.0)
     solution = solve(costed.problem, objective, time_limit=time_limit)
-    kept = [node for node in cuts if not _joined(node, pieces, solution, costed)]
-    formed = form(model, cuts=kept) if kept else whole
-    return Placement(_describe(formed, kept, targets, costed, solution), costed, solution)
+
+    def describe(solution: Solution) -> Placed:
+        kept = [node for node in cuts if not _joined(node, pieces, solution, costed)]
+        formed = form(model, cuts=kept) if kept else whole
+        return _describe(formed, kept, targets, costed, solution)
+
+    return Placement(describe(solution), costed, solution, describe)
 
 
 def _joined(node: str, pieces: Sequence[Region], solution: Solution, costed: Costed) -> bool:
