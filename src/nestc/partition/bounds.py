@@ -1,0 +1,180 @@
+"""Lower bounds on what any stages cost, quickly: along paths, by the load of the resources, and in joules.
+
+Each is a relaxation of the rules in `problem.py`; its docstring says why no stages can do better.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from nestc.partition.labelling import Array, Factor, Labelling, minimise
+from nestc.partition.network import Link, Network
+
+
+def along_paths(network: Network) -> list[Array]:
+    """For every task [unit of task 0, unit of the task]: no sooner can its part of its stage be done.
+
+    Inside a stage, tasks run one after another, so a task is done no sooner than a task before it in the same stage
+    plus its own cost less all gains; and than one in another stage plus that one's work to send, the way, the launch
+    of its own stage and the work to receive. Of several predecessors the latest counts, and each may be on the unit
+    that suits this task best, although it suits others worse: that only lowers the value. Work shared with other
+    tasks (tensors received once for several) is left out.
+    """
+    units = len(network.units)
+    launch = np.array(network.launch)
+    cost = np.array(network.cost)
+    alone = _inputs_alone(network)
+    found: list[Array] = []
+    for task in range(len(network.tasks)):
+        gains = np.zeros(units)
+        for link in network.links_into[task]:
+            gains = gains + np.array(link.gains)
+        base = cost[task] + alone[task] - gains
+        if task == 0:
+            # Everything of other first units is unreachable, so the axis stays separate along all paths.
+            start = np.full((units, units), np.inf)
+            np.fill_diagonal(start, launch + base)
+            found.append(start)
+            continue
+        best = np.broadcast_to(launch + base, (units, units)).copy()
+        for link in network.links_into[task]:
+            before = found[link.source]
+            step = _step(network, link)
+            reached = (before[:, :, None] + step[None, :, :]).min(axis=1)
+            best = np.maximum(best, reached + base)
+        found.append(best)
+    return found
+
+
+def _step(network: Network, link: Link) -> Array:
+    units = len(network.units)
+    step = np.array(link.out) + np.array(link.wire) + np.array(link.into) + np.array(network.launch)[None, :]
+    step = step + np.array(link.gains)[None, :]  # all gains were taken off; apart, this one is not made
+    step[np.arange(units), np.arange(units)] = 0.0
+    return step
+
+
+def _inputs_alone(network: Network) -> Array:
+    # Work to receive graph inputs that no other task takes.
+    takers = _takers(network)
+    found = np.zeros((len(network.tasks), len(network.units)))
+    for border in network.inputs:
+        if takers[border.tensor] == 1:
+            found[border.task] += np.array(border.work)
+    return found
+
+
+def _takers(network: Network) -> dict[int, int]:
+    count: dict[int, set[int]] = {}
+    for border in network.inputs:
+        count.setdefault(border.tensor, set()).add(border.task)
+    return {tensor: len(tasks) for tensor, tasks in count.items()}
+
+
+def weights(resources: int) -> list[tuple[float, ...]]:
+    """Ways to weigh resources, summing to 1: evenly over each subset of them."""
+    found: list[tuple[float, ...]] = []
+    for size in range(1, resources + 1):
+        for subset in itertools.combinations(range(resources), size):
+            found.append(tuple(1 / size if r in subset else 0.0 for r in range(resources)))
+    return found
+
+
+def load(
+    network: Network, weight: Sequence[float], serial: Collection[int] = (), keep: tuple[int, ...] = ()
+) -> Labelling:
+    """The least weighted seconds of work over all placements: no latency or period is less, if weights sum to 1.
+
+    Every resource is busy at most the whole time, hence any weighted mean of their work is no more than that. Tasks in
+    ``serial`` come before or after every other (`segments.hubs`): while the stage of one runs nothing else does, so
+    what it costs (its launch, work to send and receive included) weighs 1. Shared work is counted at its least: a
+    tensor that several tasks take is received in equal parts by each (all may be in one stage), and sent in parts (the
+    largest is no less than the mean). Launches are counted along one path only: two runs of tasks on one unit with
+    something else between them on the path cannot be one stage, as that would be cyclic.
+    """
+    per_unit = np.array([weight[r] for r in network.resource])
+    ones = np.ones(len(network.units))
+    of = [ones if task in serial else per_unit for task in range(len(network.tasks))]
+    launch = np.array(network.launch)
+    # An infinite cost stays infinite where the weight is 0.
+    cost = np.where(np.isinf(network.cost), np.inf, np.nan_to_num(network.cost, posinf=0.0) * np.array(of))
+    takers = _takers(network)
+    senders: dict[int, int] = {}
+    for link in network.links:
+        senders[link.tensor] = senders.get(link.tensor, 0) + 1
+    for border in network.outputs:
+        senders[border.tensor] = senders.get(border.tensor, 0) + 1
+    receivers: dict[int, int] = {}
+    for link in network.links:
+        receivers[link.tensor] = receivers.get(link.tensor, 0) + 1
+    for border in network.inputs:
+        cost[border.task] += np.array(border.work) * of[border.task] / takers[border.tensor]
+    for border in network.outputs:
+        cost[border.task] += np.array(border.work) * of[border.task] / senders[border.tensor]
+    spine = longest_path(network)
+    if spine:
+        cost[spine[0]] += launch * of[spine[0]]
+    factors = [Factor((task,), row) for task, row in enumerate(cost)]
+    following = dict(itertools.pairwise(spine))
+    launched: set[int] = set()
+    for link in network.links:
+        out = np.array(link.out) * of[link.source][:, None] / senders[link.tensor]
+        into = np.array(link.into) * of[link.destination][None, :] / receivers[link.tensor]
+        table = out + into
+        # Gains are made by tasks of one stage, whose time weighs at most 1.
+        saved = np.array(link.gains)
+        if saved.any():
+            at = np.maximum(of[link.source], of[link.destination])
+            table = table - np.diag(saved * at)
+        if following.get(link.source) == link.destination and link.destination not in launched:
+            launched.add(link.destination)
+            apart = np.broadcast_to(launch * of[link.destination], table.shape).copy()
+            np.fill_diagonal(apart, 0.0)
+            table = table + apart
+        if table.any():
+            factors.append(Factor((link.source, link.destination), table))
+    return minimise(len(network.units), len(network.tasks), factors, keep)
+
+
+def energy(network: Network) -> Labelling:
+    """The least joules of any placement; exact where each tensor goes to one task and the network is narrow.
+
+    A tensor with several takers is counted in equal parts, since all of them may be on one unit.
+    """
+    takers = _takers(network)
+    receivers: dict[int, int] = {}
+    for link in network.links:
+        receivers[link.tensor] = receivers.get(link.tensor, 0) + 1
+    cost = np.array(network.joules)
+    cost[np.isinf(np.array(network.cost))] = np.inf
+    for border in network.inputs:
+        cost[border.task] += np.array(border.joules) / takers[border.tensor]
+    for border in network.outputs:
+        cost[border.task] += np.array(border.joules)
+    factors = [Factor((task,), row) for task, row in enumerate(cost)]
+    for link in network.links:
+        table = np.array(link.joules) / receivers[link.tensor]
+        if table.any():
+            factors.append(Factor((link.source, link.destination), table))
+    return minimise(len(network.units), len(network.tasks), factors)
+
+
+def longest_path(network: Network) -> list[int]:
+    """A path with the most tasks."""
+    if not network.tasks:
+        return []
+    length = [1] * len(network.tasks)
+    before = [-1] * len(network.tasks)
+    for task in range(len(network.tasks)):
+        for link in network.links_into[task]:
+            if length[link.source] + 1 > length[task]:
+                length[task] = length[link.source] + 1
+                before[task] = link.source
+    task = max(range(len(network.tasks)), key=lambda t: length[t])
+    path = [task]
+    while before[path[-1]] >= 0:
+        path.append(before[path[-1]])
+    return path[::-1]
