@@ -34,6 +34,9 @@ FEW = 16
 _SCALED = ("QuantizeLinear", "DequantizeLinear")
 """Operators whose scales decide how numbers are rounded, and so which instructions do it."""
 
+_NO_PART = ("resource", "link", "watts", "capacity_bytes")
+"""Of a machine: what is no part of a region's time."""
+
 _HUBS = ("nestc", "nestc.targets", "nestc.runtime", "nestc.runtime.devices")
 """Modules that lead to every target: what they import says nothing about one of them."""
 
@@ -103,7 +106,7 @@ def device_fingerprint(target: Target, threads: int) -> str:
     machine = {
         item.name: _plain(getattr(target.machine, item.name))
         for item in dataclasses.fields(target.machine)
-        if item.name != "resource"
+        if item.name not in _NO_PART
     }
     options = {
         key: _plain(value)

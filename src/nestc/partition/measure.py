@@ -129,7 +129,7 @@ class Meter:
             self._say(f"measure {region.name} on {target.name}")
             found = self._whole(target, (region,), region.outputs, submodel).entry
             self._keep({key: found})
-        return found
+        return _powered(target, found)
 
     def chain(self, target: Target, regions: Sequence[Region], submodel: Submodel) -> dict[str, Entry]:
         """What each of some regions takes where all of them run as one partition, in that order.
@@ -153,7 +153,7 @@ class Meter:
         }
         known = {name: entry for name, key in keys.items() if (entry := self._recall(key)) is not None}
         if len(known) == len(regions):
-            return known
+            return {name: _powered(target, entry) for name, entry in known.items()}
         self._say(f"measure {names[0]} to {names[-1]} on {target.name}")
         found = self._whole(target, regions, outputs, submodel)
         if found.entry.refusal is None and found.entry.kind == "estimated":
@@ -161,7 +161,7 @@ class Meter:
         else:
             shares = self._shared(target, regions, found, submodel)
         self._keep({total: found.entry, **{keys[name]: entry for name, entry in shares.items()}})
-        return shares
+        return {name: _powered(target, entry) for name, entry in shares.items()}
 
     def launch(self, target: Target) -> Entry:
         """What starting a partition takes beyond what its program counts as its own time: the call from Python.
@@ -191,7 +191,7 @@ class Meter:
             if found.kind == "modelled":
                 return stated
             self._keep({key: found})
-        return found
+        return _powered(target, found)
 
     def _hash(self, region: Region, submodel: Submodel) -> str:
         known = self._hashes.get(id(region))
@@ -218,7 +218,7 @@ class Meter:
     def _keep(self, entries: Mapping[Key, Entry]) -> None:
         """Remember entries; what was only estimated is not stored, for next time the device may be here."""
         self._known |= entries
-        lasting = {key: stamped(entry) for key, entry in entries.items() if entry.kind != "estimated" or entry.refusal}
+        lasting = {key: stamped(entry) for key, entry in entries.items() if entry.kind != "estimated"}
         if lasting:
             self.store.put_all(lasting)
 
@@ -299,8 +299,7 @@ class Meter:
                 tried.append(entry)
                 if entry.spread <= UNSTEADY * entry.seconds or entry.runs == 1:
                     break
-        best = min(tried, key=lambda entry: entry.spread / entry.seconds)
-        return best if target.machine.watts == 0 else replace(best, joules=target.machine.watts * best.seconds)
+        return min(tried, key=lambda entry: entry.spread / entry.seconds)
 
     def _shared(self, target: Target, regions: Sequence[Region], whole: _Whole, submodel: Submodel) -> dict[str, Entry]:
         """The whole's entry in shares, one a region, that sum to it."""
@@ -389,7 +388,8 @@ def _modelled(artifact: Artifact, size: int) -> Entry | None:
         return None
     stated = cast("Mapping[str, float]", timing)
     joules = stated.get("energy_joules")
-    return Entry(float(stated["seconds"]), "modelled", joules=joules, energy_kind="modelled", bytes=size, runs=1)
+    seconds = max(float(stated["seconds"]), LEAST_SECONDS)
+    return Entry(seconds, "modelled", joules=joules, energy_kind="modelled", bytes=size, runs=1)
 
 
 def _estimate(target: Target, regions: Sequence[Region], note: str) -> Entry:
@@ -401,9 +401,15 @@ def _estimate(target: Target, regions: Sequence[Region], note: str) -> Entry:
         if cost is None and note.startswith("the device is not here"):
             return Entry(0.0, "estimated", refusal=f"{note}; and the offer states no cost to go by")
         seconds += UNKNOWN_SECONDS * len(region.ops) if cost is None else cost(region)
-    joules = target.machine.watts * seconds if target.machine.watts else None
-    size = _constant_bytes(regions)
-    return Entry(max(seconds, LEAST_SECONDS), "estimated", joules=joules, bytes=size, note=note)
+    return Entry(max(seconds, LEAST_SECONDS), "estimated", bytes=_constant_bytes(regions), note=note)
+
+
+def _powered(target: Target, entry: Entry) -> Entry:
+    """The entry with the energy that the device's stated power makes of its time, where no simulator has counted it."""
+    watts = target.machine.watts
+    if not watts or entry.joules is not None or entry.refusal is not None:
+        return entry
+    return replace(entry, joules=watts * entry.seconds)
 
 
 def _constant_bytes(regions: Sequence[Region]) -> int:

@@ -43,9 +43,10 @@ class Entry:
     """What a region takes on a device: the median of ``runs`` in seconds, and how that is known.
 
     ``spread`` is the interquartile range in seconds. ``joules`` are of the device's simulator ("modelled"), or
-    ("estimated") its stated power times the seconds; None if it states none. ``bytes``: constants that it keeps on the
-    device. ``refusal`` says in words why the device does not take the region although it was offered; the figures mean
-    nothing then. ``note``: why the time is an estimate. ``at``: when, UTC; ``version``: of nestc.
+    ("estimated") its stated power times the seconds, which the store does not hold; None if it states none.
+    ``bytes``: constants that it keeps on the device. ``refusal`` says in words why the device does not take the region
+    although it was offered; the figures mean nothing then. ``note``: why the time is an estimate. ``at``: when, UTC;
+    ``version``: of nestc.
     """
 
     seconds: float
