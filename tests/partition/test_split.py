@@ -1,0 +1,107 @@
+"""An operator split over devices computes the same, in parts of the channels asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.helper as oh
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+import nestc
+from nestc.graph import pipeline
+from nestc.graph.model import Model
+from nestc.graph.regions import form, regions
+from nestc.partition.problem import HOST, Cost, Crossing, Edge, Evaluation, Problem, Solution, Stage, Task, Unit
+from nestc.partition.split import Split, channels_of, propose, split
+
+
+def net(kind: str) -> onnx.ModelProto:
+    """One product of 96 channels with a bias, a scale a channel and a Relu behind it."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "Conv": ([1, 8, 6, 6], (96, 8, 3, 3), (96, 1, 1)),
+        "Gemm": ([5, 8], (96, 8), (96,)),
+        "MatMul": ([2, 5, 8], (8, 96), (96,)),
+    }
+    x, w, s = shapes[kind]
+    constants = {"w": rng.standard_normal(w), "b": rng.standard_normal(96), "s": rng.standard_normal(s)}
+    attributes: dict[str, object] = {"Conv": {"pads": [1] * 4}, "Gemm": {"transB": 1}, "MatMul": {}}[kind]
+    inputs = ["x", "w"] if kind == "MatMul" else ["x", "w", "b"]
+    nodes = [
+        oh.make_node(kind, inputs, ["c"], "product", **attributes),
+        oh.make_node("Mul", ["c", "s"], ["m"], "scale"),
+        oh.make_node("Relu", ["m"], ["y"], "relu"),
+    ]
+    graph = oh.make_graph(
+        nodes,
+        kind,
+        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, x)],
+        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in constants.items()],
+    )
+    return oh.make_model(graph, opset_imports=[oh.make_opsetid("", 21)], ir_version=10)
+
+
+def run(model: Model, x: np.ndarray) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return np.asarray(ort.InferenceSession(ir.to_proto(model.ir).SerializeToString(), options).run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("kind", ["Conv", "Gemm", "MatMul"])
+def test_parts_compute_the_same(kind: str, quantized: bool) -> None:
+    model = nestc.load(net(kind).SerializeToString())
+    shape = model.inputs["x"][1]
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)  # type: ignore[arg-type]
+    if quantized:
+        model = nestc.quantize(model, nestc.calibrate(model, [{"x": x}]), "int8")
+    model = pipeline.optimize(model)
+    whole = {region.name: region for region in regions(form(model))}
+    heavy = [region for region in whole.values() if region.anchor == kind]
+    assert [channels_of(region) for region in heavy] == [96]
+    parted = split(model, [Split(heavy[0].name, (64, 32))], whole)
+    formed = regions(form(parted))
+    assert [channels_of(region) for region in formed if region.anchor == kind] == [64, 32]
+    assert any(op.op_type == "Concat" for region in formed for op in region.ops)
+    if not quantized:
+        np.testing.assert_allclose(run(parted, x), run(model, x), rtol=1e-5, atol=1e-5)
+    else:
+        np.testing.assert_array_equal(run(parted, x), run(model, x))
+    ours = nestc.compile(parted, threads=1)(x)
+    np.testing.assert_allclose(ours, run(model, x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_needs_all_channels_or_two_values_is_not_split() -> None:
+    nodes = [
+        oh.make_node("Conv", ["x", "w"], ["c"], "conv", pads=[1] * 4),
+        oh.make_node("Add", ["c", "x"], ["y"], "residual"),
+    ]
+    graph = oh.make_graph(
+        nodes,
+        "residual",
+        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 64, 6, 6])],
+        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(np.ones((64, 64, 3, 3), np.float32), "w")],
+    )
+    model = oh.make_model(graph, opset_imports=[oh.make_opsetid("", 21)], ir_version=10)
+    found = regions(form(pipeline.optimize(nestc.load(model.SerializeToString()))))
+    assert [channels_of(region) for region in found] == [0]
+
+
+def test_shares_are_such_that_both_devices_end_together() -> None:
+    model = pipeline.optimize(nestc.load(net("Conv").SerializeToString()))
+    (region,) = regions(form(model))
+    units = (Unit("cpu", "cpu"), Unit("npu", "npu", launch=10e-6))
+    task = Task(region.name, {"cpu": Cost(300e-6), "npu": Cost(500e-6)})
+    wire = {(HOST, "npu"): Crossing(wire_seconds=20e-6), ("npu", HOST): Crossing(wire_seconds=40e-6)}
+    edges = (Edge("x", None, region.name, 0, wire), Edge("y", region.name, None, 0, wire))
+    problem = Problem(units, (task,), edges)
+    stages = (Stage("cpu", (region.name,)),)
+    solution = Solution(stages, Evaluation(300e-6, 300e-6, 0.0, {}, ()), "latency", 300e-6, True, "by hand")
+    # 300 (1 - s) = (500 + 40) s + 10 + 20 -> s = 270 / 840 of 96 channels, in whole 32s.
+    assert propose(problem, solution, {region.name: region}) == [Split(region.name, (64, 32))]
+    slow = Problem(units, (Task(region.name, {"cpu": Cost(300e-6), "npu": Cost(9e-3)}),), edges)
+    assert propose(slow, solution, {region.name: region}) == []
