@@ -12,7 +12,19 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "nestc"
 
 # The order of the stages; each may import itself and those before it.
-STAGES = ("importers", "graph", "quant", "partition", "tensor", "kernels", "codegen", "bundle", "runtime", "measure")
+STAGES = (
+    "importers",
+    "graph",
+    "quant",
+    "partition",
+    "tensor",
+    "kernels",
+    "codegen",
+    "bundle",
+    "runtime",
+    "measure",
+    "report",
+)
 
 # Contracts between stages: plain data and protocols, which any stage may import.
 CONTRACTS = {

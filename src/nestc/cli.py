@@ -21,6 +21,7 @@ from nestc.commands.evaluate import evaluate
 from nestc.commands.explain import explain
 from nestc.commands.partition import partition
 from nestc.commands.quantize import quantize
+from nestc.commands.report import report
 from nestc.commands.run import run
 from nestc.commands.targets import targets
 from nestc.errors import Error
@@ -60,6 +61,7 @@ app.command("quantize")(quantize)
 app.command("partition")(partition)
 app.command("demo")(demo)
 app.command("explain")(explain)
+app.command("report")(report)
 app.command("targets")(targets)
 
 

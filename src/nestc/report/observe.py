@@ -1,0 +1,157 @@
+"""Runs a bundle and says how long each partition and each region took, and how that is known."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nestc.bundle.bundle import BundlePartition
+from nestc.bundle.dtypes import numpy_dtype
+from nestc.errors import ShapeError
+from nestc.graph.region import Region
+from nestc.report.schema import Figure, total
+
+if TYPE_CHECKING:
+    from nestc.runtime.executable import Executable
+
+ENOUGH_SECONDS = 5.0
+"""Runs beyond this are left out: a simulator may take long for a time that never varies."""
+
+Inputs = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Milliseconds and how they are known, energy in millijoules if it is known, and what was timed, in words."""
+
+    ms: float
+    kind: str
+    energy: Figure | None = None
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Timelines of some runs, after one that warmed up. ``typical`` is the one of the median latency."""
+
+    timelines: tuple[tuple[Mapping[str, Any], ...], ...]
+
+    @property
+    def typical(self) -> tuple[Mapping[str, Any], ...]:
+        """The timeline whose latency is the median (the lower one of two)."""
+        return sorted(self.timelines, key=latency_ms)[(len(self.timelines) - 1) // 2]
+
+    @property
+    def latency_ms(self) -> float:
+        """The median latency."""
+        return median(map(latency_ms, self.timelines))
+
+    def partition_ms(self) -> dict[str, tuple[float, str]]:
+        """Median time of each partition, by name, and how it is known."""
+        spans: dict[str, list[float]] = {}
+        kinds: dict[str, str] = {}
+        for timeline in self.timelines:
+            for mark in timeline:
+                spans.setdefault(mark["region"], []).append((mark["end_us"] - mark["start_us"]) / 1e3)
+                kinds[mark["region"]] = mark["kind"]
+        return {name: (median(found), kinds[name]) for name, found in spans.items()}
+
+
+def latency_ms(timeline: Sequence[Mapping[str, Any]]) -> float:
+    """When the last mark ends."""
+    return max((mark["end_us"] for mark in timeline), default=0.0) / 1e3
+
+
+def observe(executable: Executable, inputs: Inputs, runs: int) -> Runs:
+    """Run once to warm up and then up to `runs` times; fewer if that takes long, but at least once."""
+    executable.run(inputs)
+    begin = time.perf_counter()
+    timelines: list[tuple[Mapping[str, Any], ...]] = []
+    while len(timelines) < max(1, runs) and (not timelines or time.perf_counter() - begin < ENOUGH_SECONDS):
+        executable.run(inputs)
+        timelines.append(tuple(executable.timeline()))
+    return Runs(tuple(timelines))
+
+
+def random_inputs(executable: Executable) -> dict[str, np.ndarray]:
+    """Inputs drawn with seed 0: floats normally distributed, all else 0. Raises ShapeError if a size is open."""
+    generator = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+    for name, (dtype, shape) in executable.inputs.items():
+        sizes = [size for size in shape if isinstance(size, int)]
+        if len(sizes) < len(shape):
+            raise ShapeError(f"input {name!r} has no fixed shape; give it with --input {name}=FILE")
+        kind = numpy_dtype(dtype)
+        floats = dtype.startswith(("float", "bfloat"))
+        arrays[name] = generator.standard_normal(sizes).astype(kind) if floats else np.zeros(sizes, kind)
+    return arrays
+
+
+def region_times(
+    partition: BundlePartition, regions: Sequence[Region], rows: Sequence[Mapping[str, Any]], whole: Spent
+) -> dict[str, Spent]:
+    """Times of the regions of a partition, by name, as far as they are known one by one.
+
+    `rows` are those of `Executable.profile` for this partition, `whole` what all of it took.
+    """
+    if len(regions) == 1:
+        return {regions[0].name: whole}
+    timing: Mapping[str, Any] | None = partition.artifact.metadata.get("timing")
+    if timing and timing.get("layers"):
+        return _modelled(timing, partition.artifact.metadata, regions, whole.kind)
+    if any(row.get("origin") for row in rows):
+        return _measured(regions, rows)
+    return {}
+
+
+def _modelled(
+    timing: Mapping[str, Any], metadata: Mapping[str, Any], regions: Sequence[Region], kind: str
+) -> dict[str, Spent]:
+    """From the layers that a simulator has timed; a layer is named after its region, or begins with its name."""
+    units, clock = _clock(timing, metadata)
+    found: dict[str, Spent] = {}
+    if not clock:
+        return found
+    names = sorted((region.name for region in regions), key=len, reverse=True)
+    for layer in timing["layers"]:
+        name = next((name for name in names if str(layer["name"]).startswith(name)), None)
+        if name is None:
+            continue
+        ms, joules = 1e3 * float(layer[units]) / clock, layer.get("energy_joules")
+        energy = None if joules is None else Figure(1e3 * float(joules), "modelled")
+        before = found.get(name)
+        if before is not None:
+            ms, energy = ms + before.ms, total([before.energy, energy])
+        found[name] = Spent(ms, kind, energy, "its layers in the simulator")
+    return found
+
+
+def _clock(timing: Mapping[str, Any], metadata: Mapping[str, Any]) -> tuple[str, float]:
+    """What a simulator counts its layers in, and how many of that are a second (0: not known)."""
+    if "cycles" in timing:
+        return "cycles", float(metadata.get("clock_hz", 0))
+    seconds = float(timing.get("memory_seconds", 0))
+    return "ticks", timing.get("ticks", 0) / seconds if seconds else 0.0
+
+
+def _measured(regions: Sequence[Region], rows: Sequence[Mapping[str, Any]]) -> dict[str, Spent]:
+    """From the kernels of native code, each of which names the nodes that it computes."""
+    origins = [frozenset(region.origin) for region in regions]
+    spent: dict[str, float] = {}
+    at = 0
+    for row in rows:
+        nodes = frozenset(row.get("origin") or ())
+        # Kernels come in the order of their regions, so that of several regions with equal names the next one counts.
+        order = (*range(at, len(regions)), *range(at))
+        place = next((number for number in order if nodes and nodes <= origins[number]), None)
+        if place is None:
+            continue
+        at = place
+        took = row["us"] if row.get("team_us") is None else row["team_us"]
+        spent[regions[place].name] = spent.get(regions[place].name, 0.0) + took / 1e3
+    return {name: Spent(ms, "measured", about="its kernels, one by one") for name, ms in spent.items()}
