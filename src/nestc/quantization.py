@@ -14,17 +14,21 @@ from nestc.errors import DataError, QuantizationError, ShapeError
 from nestc.graph.bind import bind
 from nestc.graph.model import Model
 from nestc.importers.onnx import load
+from nestc.partition.cut import find_cuts
 from nestc.quant import quantize as stage
-from nestc.quant.choose import require_float
+from nestc.quant.choose import Wishes, require_float
+from nestc.quant.devices import ELSEWHERE, by_devices
 from nestc.quant.observe import observe
 from nestc.quant.overrides import overrides_of, read_overrides
 from nestc.quant.prepare import prepare
 from nestc.quant.profile import Profile
 from nestc.quant.run import Batch, Compiler, Progress, Runner
-from nestc.quant.scheme import Scheme, scheme_named
+from nestc.quant.scheme import DEVICES, Scheme, scheme_named
 from nestc.quant.threshold import parse_method
 from nestc.quant.toolbox import tools_named, tools_of
 from nestc.quant.tools import Tool
+from nestc.targets import resolve
+from nestc.targets.api import Target
 
 Overrides = Mapping[str, str | Scheme | None] | str | os.PathLike[str]
 
@@ -67,6 +71,7 @@ def quantize(
     threads: int | None = None,
     labels: Sequence[int] | np.ndarray | None = None,
     accuracy_budget: float | None = None,
+    targets: Sequence[str | Target] | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Quantize a float model by its profile; the result is standard ONNX with QuantizeLinear and DequantizeLinear.
@@ -81,6 +86,9 @@ def quantize(
     whose loss on `data` is at most `accuracy_budget` (0.01 if not given): a fraction of top-1 with ``labels``, one a
     sample, else of the float model's decisions. `nestc.autoscheme.auto` tells more of what it found.
 
+    ``scheme="devices"`` gives each node the format that an offer of `targets` asks for (`nestc.quant.devices`), and
+    int8 to what none of them takes; after a colon stands another scheme for that, or ``float``.
+
     Raises QuantizationError, also for a budget that cannot be met, and ModelError for a profile of another model.
     """
     require_repeatable(data)
@@ -94,9 +102,24 @@ def quantize(
         ).model  # fmt: skip
     if labels is not None or accuracy_budget is not None:
         raise QuantizationError("labels and an accuracy budget are for scheme auto; nestc.evaluate judges a model")
-    wanted = scheme_named(scheme) if isinstance(scheme, str) else scheme
     seen = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
     given = read_overrides(overrides) if isinstance(overrides, str | os.PathLike) else overrides_of(overrides or {})
+    wishes: Wishes | None = None
+    kind, _, elsewhere = scheme.partition(":") if isinstance(scheme, str) else (scheme.name, "", "")
+    by_device = kind.strip() == DEVICES
+    if by_device:
+        if targets is None:
+            raise QuantizationError("scheme devices asks targets for their formats; name them (--target vta)")
+        prepared = prepare(bound)
+        if seen is not None:
+            seen.require(prepared.hash)
+        asked = resolve(targets, {"threads": threads})
+        formats = by_devices(prepared, seen, asked, elsewhere or ELSEWHERE, given, find_cuts)
+        wanted, wishes = formats.scheme, formats.wishes
+    elif targets is not None:
+        raise QuantizationError("targets are for the schemes devices and auto; others are the same for all")
+    else:
+        wanted = scheme_named(scheme) if isinstance(scheme, str) else scheme
     chosen = tools_of(wanted, data is not None) if tools is None else tools_named(tools)
     run = compiler(threads)
     batches = None if data is None else checked(bound, data)
@@ -104,10 +127,13 @@ def quantize(
     def again(changed: Model) -> Profile:
         return observe(changed, batches or (), run, "mse" if seen is None else seen.method, progress)
 
-    return stage.quantize(
-        bound, seen, wanted, given, chosen,
+    quantized = stage.quantize(
+        bound, seen, wanted, given, chosen, wishes=wishes,
         batches=batches, compiler=run, calibrate=None if batches is None else again, progress=progress,
     )  # fmt: skip
+    if by_device:
+        quantized.ir.metadata_props["nestc.scheme"] = DEVICES
+    return quantized
 
 
 def require_repeatable(data: Iterable[Batch] | None) -> None:

@@ -43,8 +43,8 @@ Scheme = Annotated[
     typer.Option(
         "--quantize",
         metavar="SCHEME",
-        help="Quantize first: `int8`, `int8-symmetric`, `int8-pow2`, `int16`, `bf16`, `weight-int8`, `weight-int4` or "
-        "`auto`. [default: the model as it is]",
+        help="Quantize first: `int8`, `int8-symmetric`, `int8-pow2`, `int16`, `bf16`, `weight-int8`, `weight-int4`, "
+        "`auto` or `devices` (what the targets compute in). [default: the model as it is]",
     ),
 ]
 Calibrate = Annotated[
@@ -81,12 +81,16 @@ def quantize(
         typer.Option(
             "--scheme",
             metavar="SCHEME",
-            help="`int8`, `int8-symmetric`, `int8-pow2`, `int16`, `bf16`, `weight-int8`, `weight-int4` or `auto`, "
-            "perhaps with options (`int8:granularity=tensor`).",
+            help="`int8`, `int8-symmetric`, `int8-pow2`, `int16`, `bf16`, `weight-int8`, `weight-int4`, `auto` or "
+            "`devices`, perhaps with options (`int8:granularity=tensor`).",
         ),
     ] = "int8",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="OUT.onnx", help="[default: MODEL.SCHEME.onnx]")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", metavar="T", help="For `devices` and `auto`: what the model is for; repeat for more."),
     ] = None,
     overrides: Overrides = None,
     tools: Tools = None,
@@ -152,7 +156,7 @@ def quantize(
             source, seen, scheme,
             overrides=overrides, tools=tool_names(tools), data=found, threads=threads,
             labels=found.labels if searched and found is not None else None,
-            accuracy_budget=accuracy_budget if searched else None, progress=step,
+            accuracy_budget=accuracy_budget if searched else None, targets=target, progress=step,
         )  # fmt: skip
         report = summary(quantized, scheme, destination)
         report["sqnr_db"], report["sqnr_data"] = sqnr(source, quantized, seen, found, data, threads, step)
@@ -179,21 +183,25 @@ def calibrated(
     limit: int | None = None,
     budget: float | None = None,
     threads: int | None = None,
+    targets: Sequence[str] = ("cpu",),
 ) -> tuple[Model, dict[str, Any]]:
     """Calibrate and quantize in one go, for ``--calibrate`` and ``--quantize`` of other commands; with the report.
+
+    `targets` tell the scheme ``devices`` which formats to use, and ``auto`` what is fast.
 
     Raises QuantizationError where the scheme needs data and there are none.
     """
     from nestc.datasets import open_data
-    from nestc.quant.scheme import AUTO, scheme_named
+    from nestc.quant.scheme import AUTO, DEVICES, FLOAT, scheme_named
     from nestc.quantization import calibrate, quantize
 
     if budget is not None and data is None:
         raise QuantizationError("--accuracy-budget is checked on data; give --calibrate DATA")
-    searched = scheme.partition(":")[0].strip() == AUTO
+    kind, _, rest = (part.strip() for part in scheme.partition(":"))
+    searched, by_device = kind == AUTO, kind == DEVICES
     # Before the data are read: calibrating may take minutes.
-    wanted = scheme_named(scheme.partition(":")[2] or "int8" if searched else scheme)
-    if data is None and (searched or wanted.integer):
+    wanted = None if rest == FLOAT else scheme_named(rest or "int8" if searched or by_device else scheme)
+    if data is None and (searched or (wanted is not None and wanted.integer and not by_device)):
         raise QuantizationError(f"scheme {scheme} needs data to calibrate on; give --calibrate DATA")
     found: Dataset | None = None
     if data is not None:
@@ -204,7 +212,8 @@ def calibrated(
             source, profile, scheme,
             overrides=overrides, tools=tool_names(tools), data=found, threads=threads,
             labels=found.labels if searched and found is not None else None,
-            accuracy_budget=budget if searched else None, progress=step,
+            accuracy_budget=budget if searched else None,
+            targets=targets if searched or by_device else None, progress=step,
         )  # fmt: skip
         report = summary(quantized, scheme, None)
         if budget is not None and found is not None:

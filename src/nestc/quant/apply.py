@@ -100,11 +100,15 @@ class _Writer:
         made_of = assignment.of(front) if front is not None else None
         on_integers = made_of is not None and made_of.scheme is not None and made_of.scheme.integer
         read: dict[Format, ir.Value] = {}
+        stored = self.parameters.stored.get(value.name or "")
+
+        def rank(one: Activation) -> tuple[bool, bool, int]:
+            return (one.format != stored, one.format.is_float, 0 if one.format.is_float else -one.format.levels)
+
         # Integers first, the finest first: what an integer operator computed is read by all others as it was rounded.
-        for each in sorted(
-            wanted, key=lambda one: (one.format.is_float, 0 if one.format.is_float else -one.format.levels)
-        ):
-            base = next(iter(read.values())) if read and on_integers and each.format.is_float else value
+        for each in sorted(wanted, key=rank):
+            rounded = bool(read) and (stored is not None or (on_integers and each.format.is_float))
+            base = next(iter(read.values())) if rounded else value
             read[each.format] = self._rounded(base, each, value)
         integers = [each for form, each in read.items() if not form.is_float]
         for user, index in uses:

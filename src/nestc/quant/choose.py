@@ -49,11 +49,29 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What nodes get instead of the scheme asked for where no override names them, each with the reason.
+
+    ``schemes``: None is float. ``forced``: nodes that are quantized even where integers come from nowhere and lead
+    nowhere. ``stored``: nodes whose results are rounded to integers even where no integer operator reads them.
+    """
+
+    schemes: Mapping[str, Scheme | None] = field(default_factory=dict[str, "Scheme | None"])
+    forced: frozenset[str] = frozenset()
+    stored: frozenset[str] = frozenset()
+    because: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
 class Assignment:
-    """The decision of every node of the main graph, by name, in execution order; ``scheme`` is the one asked for."""
+    """The decision of every node of the main graph, by name, in execution order; ``scheme`` is the one asked for.
+
+    ``stored``: nodes whose results (behind their tails) are rounded to integers whoever reads them.
+    """
 
     scheme: Scheme
     decisions: Mapping[str, Decision] = field(default_factory=dict[str, Decision])
+    stored: frozenset[str] = frozenset()
 
     def of(self, node: ir.Node) -> Decision:
         """The decision of a node; a node that is not listed (of a body, or added later) stays float."""
@@ -61,6 +79,16 @@ class Assignment:
         if found is None or found.op != node.op_type:
             return Decision(node.name or "", node.op_type, "float", None, "not part of the model that was quantized")
         return found
+
+    def result(self, node: ir.Node) -> ir.Value:
+        """What is computed of a node before it is rounded: its first output, or that of the last of its tails."""
+        value = node.outputs[0]
+        while not value.is_graph_output():
+            readers = [use.node for use in value.uses()]
+            if len(readers) != 1 or self.of(readers[0]).role != "tail":
+                break
+            value = readers[0].outputs[0]
+        return value
 
     @property
     def quantized_ops(self) -> dict[str, int]:
@@ -88,26 +116,28 @@ def choose(
     scheme: Scheme,
     overrides: Mapping[str, Scheme | None] | None = None,
     profile: Profile | None = None,
+    wishes: Wishes | None = None,
 ) -> Assignment:
     """Decide about each node of a prepared model.
 
     Products are quantized wherever their operands allow it; other operators (and convolutions that only scale and shift
     each channel) only between quantized ones and products, where integers need not become floats in between;
     elementwise operators behind them before the result is rounded.
-    `overrides` gives nodes (by name or by a pattern with ``*`` and ``?``) another scheme, or None for float. With
-    `profile`, nodes whose inputs were not observed stay float. Raises QuantizationError for an override that names no
-    node, or asks for what cannot be.
+    `overrides` gives nodes (by name or by a pattern with ``*`` and ``?``) another scheme, or None for float; `wishes`
+    go before `scheme` and behind `overrides`. With `profile`, nodes whose inputs were not observed stay float. Raises
+    QuantizationError for an override that names no node, or asks for what cannot be.
     """
     asked = _asked(prepared, overrides or {})
+    wanted_else = wishes or Wishes()
     nodes = list(prepared.ir.graph)
     roles: dict[ir.Node, Role] = {}
     reasons: dict[ir.Node, str] = {}
     schemes: dict[ir.Node, Scheme | None] = {}
     for node in nodes:
-        wanted, key = asked.get(node.name or "", (scheme, None))
+        wanted, key = asked.get(node.name or "", (wanted_else.schemes.get(node.name or "", scheme), None))
         schemes[node] = wanted
         if wanted is None:
-            roles[node], reasons[node] = "float", f"float by the override {key!r}"
+            roles[node], reasons[node] = "float", "float" if key is None else f"float by the override {key!r}"
             continue
         refusal = _refusal(node, wanted, profile)
         if refusal is None:
@@ -118,7 +148,14 @@ def choose(
         roles[node], reasons[node] = "float", refusal
 
     forced = {
-        node for node in nodes if schemes[node] is not None and asked.get(node.name or "", (0, 0))[1] == node.name
+        node
+        for node in nodes
+        if schemes[node] is not None
+        and (
+            asked[node.name or ""][1] == node.name
+            if (node.name or "") in asked
+            else (node.name or "") in wanted_else.forced and roles[node] != "float"
+        )
     }
     leads = _leads(nodes, roles, schemes)
     decisions: dict[str, Decision] = {}
@@ -131,8 +168,11 @@ def choose(
             assert front is not None
             schemes[node] = schemes[front]
         chosen = None if role == "float" else schemes[node]
-        decisions[node.name or ""] = Decision(node.name or "", node.op_type, role, chosen, reason)
-    return Assignment(scheme, decisions)
+        unasked = (node.name or "") not in asked and role not in ("tail", "float")
+        because = None if not unasked else wanted_else.because.get(node.name or "")
+        told = reason if because is None else f"{reason}; {because}"
+        decisions[node.name or ""] = Decision(node.name or "", node.op_type, role, chosen, told)
+    return Assignment(scheme, decisions, wanted_else.stored)
 
 
 def data_inputs(node: ir.Node) -> tuple[int, ...]:
@@ -140,6 +180,11 @@ def data_inputs(node: ir.Node) -> tuple[int, ...]:
     if node.op_type in MANY:
         return tuple(range(len(node.inputs)))
     return (0, 1) if node.op_type in WEIGHTED else (0,)
+
+
+def overridden(prepared: Model, overrides: Mapping[str, Scheme | None]) -> frozenset[str]:
+    """Names of the nodes that overrides name, alone or by a pattern; raises as `choose` does."""
+    return frozenset(_asked(prepared, overrides))
 
 
 def _asked(prepared: Model, overrides: Mapping[str, Scheme | None]) -> dict[str, tuple[Scheme | None, str]]:

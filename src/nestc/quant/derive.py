@@ -47,6 +47,13 @@ def derive(prepared: Model, profile: Profile, assignment: Assignment) -> Paramet
             continue
         for name in _activations(node):
             wanted.setdefault((name, scheme.activation), scheme.method or profile.method)
+        if node.name in assignment.stored and scheme.integer:
+            result = assignment.result(node)
+            name = result.name or ""
+            # Outputs of the model stay float, and what was not observed has no range.
+            if not result.is_graph_output() and name in profile.tensors:
+                parameters.stored[name] = scheme.activation
+                wanted.setdefault((name, scheme.activation), scheme.method or profile.method)
     ranges = {key: _range(key, profile, method) for key, method in wanted.items() if not key[1].is_float}
     groups = _Groups({key: key for key in ranges})
     for node, decision in nodes:

@@ -60,9 +60,11 @@ class Parameters:
     """All of it: activations by (tensor, format), weights by (node, input index), biases by node.
 
     ``biases`` are float32 and still to be rounded to int32 with scale = input scale x weight scale, so that tools can
-    correct them; a node whose bias is absent has no entry, and gets one if a tool adds it.
+    correct them; a node whose bias is absent has no entry, and gets one if a tool adds it. ``stored``: the formats of
+    tensors that exist only as integers, from which every other format of theirs is made.
     """
 
     activations: dict[tuple[str, Format], Activation] = field(default_factory=dict[tuple[str, Format], Activation])
     weights: dict[tuple[str, int], Weight] = field(default_factory=dict[tuple[str, int], Weight])
     biases: dict[str, NDArray[np.float32]] = field(default_factory=dict[str, NDArray[np.float32]])
+    stored: dict[str, Format] = field(default_factory=dict[str, Format])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from nestc.errors import QuantizationError
 from nestc.graph.model import Model
 from nestc.quant.apply import apply
-from nestc.quant.choose import choose, require_float
+from nestc.quant.choose import Wishes, choose, require_float
 from nestc.quant.derive import derive
 from nestc.quant.prepare import prepare
 from nestc.quant.profile import Profile
@@ -24,12 +24,13 @@ def quantize(
     overrides: Mapping[str, Scheme | None] | None = None,
     tools: Sequence[Tool] = (),
     *,
+    wishes: Wishes | None = None,
     batches: Iterable[Batch] | None = None,
     compiler: Compiler | None = None,
     calibrate: Callable[[Model], Profile] | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """The quantized model (QDQ) of a float model and the profile of its prepared form.
+    """The quantized model (QDQ) of a float model and the profile of its prepared form, `wishes` as for `choose`.
 
     Schemes that need no ranges of activations need no profile. `batches`, `compiler` and `calibrate` are for tools that
     need them. Raises QuantizationError for a model that is quantized already, ModelError for a profile of another
@@ -48,11 +49,11 @@ def quantize(
 
     # The choice is made before the tools that change the float model, which ask it what will be quantized, and again
     # after them, since they may add nodes.
-    assignment = choose(prepared, scheme, overrides, profile)
+    assignment = choose(prepared, scheme, overrides, profile, wishes)
     context = Context(assignment, None, None, batches, compiler, calibrate, progress)
     profile = _run("before", tools, prepared, profile, context)
     if any(tool.stage == "before" for tool in tools):
-        context.assignment = choose(prepared, scheme, overrides, profile)
+        context.assignment = choose(prepared, scheme, overrides, profile, wishes)
 
     context.parameters = derive(prepared, profile, context.assignment)
     profile = _run("weights", tools, prepared, profile, context)

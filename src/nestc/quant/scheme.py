@@ -178,10 +178,14 @@ SCHEMES: Mapping[str, Scheme] = {
         ),
     )
 }
-"""The schemes by name, most exact integers first; ``auto`` (a search over them) is not one of these."""
+"""The schemes by name, most exact integers first; ``auto`` (a search over them) and ``devices`` (a mix of them) are
+not among these."""
 
 AUTO = "auto"
 """The search, where a scheme for the whole model is named."""
+
+DEVICES = "devices"
+"""What the targets ask for (`nestc.quant.devices`), where a scheme for the whole model is named."""
 
 FLOAT = "float"
 """In overrides: the node stays as it is."""
@@ -200,9 +204,10 @@ def scheme_named(text: str) -> Scheme:
         listed = ", ".join(SCHEMES)
         if name == AUTO:
             raise QuantizationError(f"scheme auto is a search for a whole model, over a scheme of these: {listed}")
-        raise QuantizationError(
-            f"there is no scheme {name!r}{nearest(name, (*SCHEMES, AUTO))}; choose {listed}, {AUTO}"
-        )
+        if name == DEVICES:
+            raise QuantizationError(f"scheme devices is for a whole model, with one of these elsewhere: {listed}")
+        known = (*SCHEMES, AUTO, DEVICES)
+        raise QuantizationError(f"there is no scheme {name!r}{nearest(name, known)}; choose {', '.join(known)}")
     scheme = SCHEMES[name]
     for option in filter(None, (part.strip() for part in options.split(","))):
         key, _, value = (part.strip() for part in option.partition("="))
