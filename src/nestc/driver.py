@@ -13,10 +13,10 @@ import onnx
 from nestc.bundle.bundle import Bundle, BundlePartition, TensorSpec
 from nestc.bundle.schema import DeviceSpec
 from nestc.errors import PlanError, UnsupportedOp
-from nestc.graph import pipeline, regions
+from nestc.graph import pipeline
 from nestc.graph.bind import bind
 from nestc.graph.model import Model, require_static, skeleton, unbound_dims
-from nestc.graph.region import Region, TensorType
+from nestc.graph.region import TensorType
 from nestc.importers.onnx import load
 from nestc.partition.descend import claim_or_descend
 from nestc.partition.match import Claim, takes
@@ -110,7 +110,7 @@ def build(
     # Placement follows a given plan, or costs, or the claims; partitions are as large as they can be without a cycle.
     tell("place", 0.15)
     if plan is not None:
-        placed = follow(plan, _former(done.optimised), targets)
+        placed = follow(plan, done.optimised, targets)
     elif by_cost:
         from nestc.partition.by_cost import place_by_cost  # most compilations need neither solver nor profile store
         from nestc.partition.measure import Meter
@@ -150,16 +150,6 @@ def build(
     done.bundle = _bundle(done, targets, threads or available_cpus())
     tell("done", 1.0)
     return done
-
-
-def _former(model: Model) -> Callable[[Sequence[str]], tuple[Model, list[Region]]]:
-    """Forms `model` into regions, cut after the nodes named."""
-
-    def form(cuts: Sequence[str]) -> tuple[Model, list[Region]]:
-        formed = regions.form(model, cuts=cuts)
-        return formed, regions.regions(formed)
-
-    return form
 
 
 def compile(
@@ -278,10 +268,9 @@ def _planned(
 
 def require_objective(name: str) -> Objective:
     """`name` as an objective. Raises PlanError if there is no such."""
-    found = next((each for each in OBJECTIVES if each == name), None)
-    if found is None:
+    if name not in OBJECTIVES:
         raise PlanError(f"there is no objective {name!r}; choose {', '.join(OBJECTIVES)}")
-    return found
+    return name
 
 
 def _by_cost(placement: PlaceBy, targets: Sequence[str | Target]) -> bool:

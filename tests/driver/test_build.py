@@ -139,7 +139,7 @@ class TestPlan:
     def test_it_is_followed(self, two_matmuls: onnx.ModelProto, tmp_path) -> None:
         plan, _ = explain(two_matmuls, targets=[Only("npu", "MatMul")])
         plan.save(tmp_path / "plan.yaml")
-        text = (tmp_path / "plan.yaml").read_text().replace('"device": "npu", "ops"', '"device": "cpu", "ops"', 1)
+        text = (tmp_path / "plan.yaml").read_text().replace("device: npu\n  ops", "device: cpu\n  ops", 1)
         (tmp_path / "plan.yaml").write_text(text)
         exe = compile(two_matmuls, targets=[Only("npu", "MatMul")], plan=tmp_path / "plan.yaml")
         assert [p.device for p in exe.plan.partitions] == ["cpu", "npu"]
@@ -148,9 +148,9 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("old", "new", "said"),
         [
-            ('"device": "cpu", "ops"', '"device": "npu", "ops"', "which refuses: operator ReduceSum"),
-            ('"device": "cpu", "ops"', '"device": "gpu", "ops"', "'gpu', which is not among the targets"),
-            ('{"name": "r000_', '{"name": "other_', "says nothing of region r000_"),
+            ("device: cpu\n  ops", "device: npu\n  ops", "which refuses: operator ReduceSum"),
+            ("device: cpu\n  ops", "device: gpu\n  ops", "'gpu', which is not among the targets"),
+            ("name: r000_", "name: other_", "says nothing of region r000_"),
         ],
     )
     def test_it_is_refused_where_it_does_not_fit(

@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 
 import nestc
+from nestc.errors import PlanError
 from nestc.graph import pipeline
 from nestc.graph.model import Model
 from nestc.graph.regions import form, regions
@@ -62,7 +63,7 @@ def test_parts_compute_the_same(kind: str, quantized: bool) -> None:
     whole = {region.name: region for region in regions(form(model))}
     heavy = [region for region in whole.values() if region.anchor == kind]
     assert [channels_of(region) for region in heavy] == [96]
-    parted = split(model, [Split(heavy[0].name, (64, 32))], whole)
+    parted = split(model, [Split("product", (64, 32))], whole.values())
     formed = regions(form(parted))
     assert [channels_of(region) for region in formed if region.anchor == kind] == [64, 32]
     assert any(op.op_type == "Concat" for region in formed for op in region.ops)
@@ -91,6 +92,15 @@ def test_what_needs_all_channels_or_two_values_is_not_split() -> None:
     assert [channels_of(region) for region in found] == [0]
 
 
+@pytest.mark.parametrize(
+    ("node", "channels", "words"), [("relu", (96,), "no such product"), ("product", (64, 64), "it has 96")]
+)
+def test_a_split_of_another_model_is_refused(node: str, channels: tuple[int, ...], words: str) -> None:
+    model = pipeline.optimize(nestc.load(net("Conv").SerializeToString()))
+    with pytest.raises(PlanError, match=words):
+        split(model, [Split(node, channels)], regions(form(model)))
+
+
 def test_shares_are_such_that_both_devices_end_together() -> None:
     model = pipeline.optimize(nestc.load(net("Conv").SerializeToString()))
     (region,) = regions(form(model))
@@ -102,6 +112,6 @@ def test_shares_are_such_that_both_devices_end_together() -> None:
     stages = (Stage("cpu", (region.name,)),)
     solution = Solution(stages, Evaluation(300e-6, 300e-6, 0.0, {}, ()), "latency", 300e-6, True, "by hand")
     # 300 (1 - s) = (500 + 40) s + 10 + 20 -> s = 270 / 840 of 96 channels, in whole 32s.
-    assert propose(problem, solution, {region.name: region}) == [Split(region.name, (64, 32))]
+    assert propose(problem, solution, {region.name: region}) == [Split("product", (64, 32))]
     slow = Problem(units, (Task(region.name, {"cpu": Cost(300e-6), "npu": Cost(9e-3)}),), edges)
     assert propose(slow, solution, {region.name: region}) == []

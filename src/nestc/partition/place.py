@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nestc.errors import PlanError, UnsupportedOp
 from nestc.graph.model import Model
 from nestc.graph.region import Region
-from nestc.graph.regions import submodel
+from nestc.graph.regions import form, submodel
+from nestc.graph.regions import regions as read
 from nestc.partition.group import order, partitions, runs
 from nestc.partition.match import Claim, ask, refused
 from nestc.partition.plan import Plan, PlannedPartition, PlannedRegion, Transfer
 from nestc.partition.problem import HOST
 from nestc.partition.sizes import nbytes
+from nestc.partition.split import Split, split
 from nestc.targets.api import Link, Offer, Partition, Target
 
 
@@ -69,15 +71,16 @@ def assemble(
     return Placed(formed, tuple(made), plan)
 
 
-def follow(
-    plan: Plan, form: Callable[[Sequence[str]], tuple[Model, list[Region]]], targets: Sequence[Target]
-) -> Placed:
-    """What a given plan asks for. `form` forms the model into regions, cut after the nodes named.
+def follow(plan: Plan, model: Model, targets: Sequence[Target]) -> Placed:
+    """What a given plan asks for of a `model` that is not formed yet.
 
     Its devices count, and its partitions too as long as they agree with these. Raises PlanError if the plan is of
     another model, names an unknown target or one that refuses a region, is cyclic, or exceeds a device's memory.
     """
-    formed, regions = form(plan.cuts)
+    if plan.splits:
+        model = split(model, [Split(each.node, each.channels) for each in plan.splits], read(form(model)))
+    formed = form(model, cuts=plan.cuts)
+    regions = read(formed)
     wanted = {region.name: region for region in plan.regions}
     by_name = {target.name: target for target in targets}
     device: dict[str, str] = {}

@@ -74,13 +74,22 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class PlannedSplit:
+    """An operator that is computed in parts, by its node: the output channels of each part."""
+
+    node: str
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where everything of a model runs. Regions are in execution order.
 
     ``predicted_ms`` is of the objective "latency" or "energy" one inference, of "throughput" the time a request when
     pipelined; ``lower_bound_ms``: no placement of these regions does better by the same costs (millijoules for the
     objective "energy", as ``predicted_mj``); ``single_device_ms``: by device, all it takes there and the rest on the
-    CPU. ``method`` tells how it was found. ``cuts``: nodes after which regions are cut for a device that takes a piece.
+    CPU. ``method`` tells how it was found. ``cuts``: nodes after which regions are cut for a device that takes a piece;
+    ``splits``: operators that are computed in parts, which may run on several devices.
     """
 
     model: str
@@ -96,6 +105,7 @@ class Plan:
     single_device_ms: Mapping[str, float] = field(default_factory=dict)
     method: str = "in the order of the targets"
     cuts: tuple[str, ...] = ()
+    splits: tuple[PlannedSplit, ...] = ()
 
     @property
     def fallback_ops(self) -> dict[str, int]:
@@ -124,6 +134,8 @@ class Plan:
         if self.fallback_ops:
             listed = ", ".join(f"{op} {count}" for op, count in self.fallback_ops.items())
             lines.append(f"  interpreted, not compiled: {listed}")
+        for each in self.splits:
+            lines.append(f"  {each.node} is computed in parts of {', '.join(map(str, each.channels))} channels")
         for transfer in self.transfers:
             took = f", {transfer.us:.3g} us {transfer.kind}" if transfer.us else ""
             lines.append(

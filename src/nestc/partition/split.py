@@ -7,14 +7,15 @@ solver then places the parts like any other region, and is free to put both on o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from nestc.errors import PlanError
 from nestc.graph.model import Model
-from nestc.graph.region import Region
+from nestc.graph.region import Op, Region
 from nestc.partition.problem import HOST, Crossing, Edge, Problem, Solution, edges_from, edges_into
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
@@ -28,9 +29,9 @@ LEAST_GAIN = 0.1
 
 @dataclass(frozen=True)
 class Split:
-    """Channels of each part of a region."""
+    """Channels of each part of the region whose product is the node of that name."""
 
-    region: str
+    node: str
     channels: tuple[int, ...]
 
 
@@ -45,10 +46,10 @@ def propose(problem: Problem, solution: Solution, regions: Mapping[str, Region])
     launch, at = {unit.name: unit.launch for unit in problem.units}, solution.assignment
     found: list[Split] = []
     for task in problem.tasks:
-        region = regions[task.name]
-        channels = channels_of(region)
+        region = regions.get(task.name)  # a piece of a region that was cut is small enough
+        channels = 0 if region is None else channels_of(region)
         home = at[task.name]
-        if channels < 2 * GRAIN:
+        if region is None or channels < 2 * GRAIN:
             continue
         best: tuple[float, tuple[int, int]] | None = None
         for other in task.costs:
@@ -68,7 +69,7 @@ def propose(problem: Problem, solution: Solution, regions: Mapping[str, Region])
             if took < (1 - LEAST_GAIN) * here and (best is None or took < best[0]):
                 best = took, (channels - part, part)
         if best is not None:
-            found.append(Split(task.name, best[1]))
+            found.append(Split(_product(region).name, best[1]))
     return found
 
 
@@ -81,8 +82,8 @@ def channels_of(region: Region) -> int:
     """Output channels of a region that can be split by them; 0 for one that cannot."""
     if region.anchor not in PRODUCTS or len(region.outputs) != 1 or len(region.inputs) != 1:
         return 0
-    anchor = next((op for op in region.ops if op.op_type == region.anchor), None)
-    if anchor is None or (anchor.attributes.get("group") or 1) != 1 or any(op.domain for op in region.ops):
+    anchor = _product(region)
+    if (anchor.attributes.get("group") or 1) != 1 or any(op.domain for op in region.ops):
         return 0
     widened = {op.outputs[0]: op.input(0) for op in region.ops if op.op_type == "DequantizeLinear"}
     weight, bias, data = anchor.input(1), anchor.input(2), region.inputs[0]
@@ -103,12 +104,25 @@ def _axis(op_type: str, rank: int) -> int:
     return 1 if op_type == "Conv" else rank - 1
 
 
-def split(model: Model, splits: Sequence[Split], regions: Mapping[str, Region]) -> Model:
-    """A copy of a model (not formed) in which the regions named are computed in parts."""
+def _product(region: Region) -> Op:
+    return next(op for op in region.ops if op.op_type == region.anchor)
+
+
+def split(model: Model, splits: Sequence[Split], regions: Iterable[Region]) -> Model:
+    """A copy of a model (not formed) in which some of its `regions` are computed in parts.
+
+    Raises PlanError if there is no such region, or its channels are others.
+    """
     made = model.clone()
     by_name = {node.name: node for node in made.ir.graph}
+    owners = {_product(region).name: region for region in regions if channels_of(region)}
     for each in splits:
-        region = regions[each.region]
+        region = owners.get(each.node)
+        if region is None:
+            raise PlanError(f"the plan splits node {each.node!r}, but the model has no such product that can be split")
+        there = channels_of(region)
+        if min(each.channels, default=0) < 1 or sum(each.channels) != there:
+            raise PlanError(f"the plan splits {each.node!r} into {list(each.channels)} channels, but it has {there}")
         _split(made.ir.graph, region, [by_name[op.name] for op in region.ops], each.channels)
     made.notes.append(f"split over devices: {len(splits)} operators")
     return made
