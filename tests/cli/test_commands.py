@@ -48,7 +48,7 @@ def test_run_gives_the_outputs(nestc, bundle: Path, tmp_path: Path) -> None:
     report = json.loads(result.out)
     assert set(report) == {"outputs", "latency_ms", "timeline"}
     assert report["outputs"]["y"]["shape"] == [2, 3] and report["outputs"]["y"]["dtype"] == "float32"
-    assert set(report["timeline"][0]) == {"device", "region", "start_us", "end_us", "kind"}
+    assert set(report["timeline"][0]) == {"device", "region", "start_us", "end_us", "kind", "request"}
     with np.load(tmp_path / "out.npz") as out:
         np.testing.assert_allclose(out["y"], np.maximum(x @ np.ones((4, 3)) + 1, 0), rtol=1e-6)
     np.savez(tmp_path / "x.npz", x=x)

@@ -294,7 +294,7 @@ class _Slow(_Doubling):
 
 def test_the_time_of_a_simulator_is_in_no_timeline(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "nestc.runtime.session.device_for", lambda kind: _Slow() if kind == "doubling" else device_for(kind)
+        "nestc.runtime.stages.device_for", lambda kind: _Slow() if kind == "doubling" else device_for(kind)
     )
     artifact = Artifact("doubling", {}, {}, {})
     parts = (

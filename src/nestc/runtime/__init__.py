@@ -10,10 +10,11 @@ from nestc.runtime.executable import Executable
 __all__ = ["Executable", "open"]
 
 
-def open(path: str | os.PathLike[str], *, threads: int | None = None) -> Executable:
+def open(path: str | os.PathLike[str], *, threads: int | None = None, on_failure: str = "raise") -> Executable:
     """Load the bundle at `path`, ready to run with `threads` threads (by default as many as it was compiled for).
 
-    Raises BundleError if the file is not a good bundle, and TargetError if a device of it is not here or lacks what
-    the code needs.
+    With `on_failure` "cpu" the CPU runs what a device that fails, or is not here, should have run; the model must have
+    been compiled with it. Raises BundleError if the file is not a good bundle, and TargetError if a device of it is not
+    here or lacks what the code needs.
     """
-    return Executable(read(path), threads=threads)
+    return Executable(read(path), threads=threads, on_failure=on_failure)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
@@ -15,13 +17,18 @@ from nestc.bundle.dtypes import numpy_dtype
 from nestc.errors import ShapeError, TargetError
 from nestc.runtime.arrays import ready
 from nestc.runtime.native import NativeProgram
-from nestc.runtime.session import Mark, Session, marks_to_timeline
+from nestc.runtime.session import Batch, Direct, Last, Session, marks_to_timeline, run_of
+from nestc.runtime.stages import Answer, total
+from nestc.runtime.trace import write_trace
 
 if TYPE_CHECKING:
     from nestc.partition.plan import Plan
 
 Shape = tuple[int, ...]
 Respecialise = Callable[[Mapping[str, Shape]], "Executable"]
+
+Item: TypeAlias = "np.ndarray | Sequence[np.ndarray] | Mapping[str, np.ndarray]"
+"""A request: the only input, all inputs in graph order, or by name (outputs then come by name, too)."""
 
 
 class Executable:
@@ -30,6 +37,11 @@ class Executable:
     ``threads`` is the number of workers a native partition uses (default: what the bundle was compiled for).
     ``respecialise``, if given, is asked for another executable when a call comes with other shapes of the same rank.
     Code for another machine raises TargetError; with ``foreign`` it is kept, to be saved, and a call raises that error.
+    Where a device fails a call raises TargetError; with ``on_failure`` "cpu" the CPU runs what the device should have,
+    for which the bundle must have been compiled.
+
+    `submit` and `map` keep several requests in flight, each on whatever device it needs next. Their arrays must not be
+    changed before the results are there.
     """
 
     def __init__(
@@ -39,6 +51,7 @@ class Executable:
         threads: int | None = None,
         respecialise: Respecialise | None = None,
         foreign: bool = False,
+        on_failure: str = "raise",
     ) -> None:
         if threads is not None and threads < 1:
             raise TargetError(f"a model runs on at least one thread, not {threads}")
@@ -49,7 +62,7 @@ class Executable:
         self._session: Session | None = None
         self._refusal: str | None = None  # why this machine cannot run the code
         try:
-            self._session = Session(bundle, self.threads)
+            self._session = Session(bundle, self.threads, on_failure)
         except TargetError as error:
             if not foreign:
                 raise
@@ -60,7 +73,7 @@ class Executable:
         self._outputs = [_Wanted(spec) for spec in bundle.outputs]
         self._none = [None] * len(self._outputs)
         self._single = len(self._outputs) == 1
-        self._marks: tuple[Mark, ...] = ()
+        self._last: Last = Direct(())
 
     @property
     def name(self) -> str:
@@ -103,8 +116,7 @@ class Executable:
         Raises ShapeError if an array does not fit.
         """
         if len(arrays) != len(self._specs):
-            wanted = ", ".join(spec.name for spec in self._specs) or "none"
-            raise ShapeError(f"the model has {len(self._specs)} inputs ({wanted}), but {len(arrays)} were given")
+            self._check_count(arrays)
         try:
             checked = [spec.input(array) for spec, array in zip(self._specs, arrays, strict=True)]
         except _OtherShape:
@@ -116,17 +128,80 @@ class Executable:
         self, inputs: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
         """Run on inputs by name; returns the outputs by name. Raises ShapeError if a name or an array does not fit."""
-        unknown = next((name for name in inputs if name not in self._by_name), None)
-        missing = next((name for name in self._by_name if name not in inputs), None)
-        if unknown is not None or missing is not None:
-            problem = f"there is no input {unknown!r}" if unknown is not None else f"input {missing!r} is missing"
-            raise ShapeError(f"{problem}; the inputs are {', '.join(self._by_name) or 'none'}")
-        results = self(*(inputs[spec.name] for spec in self._specs), out=out)
+        results = self(*self._ordered(inputs), out=out)
         return dict(zip(self.outputs, (results,) if self._single else results, strict=True))
 
+    def submit(self, *arrays: np.ndarray | Mapping[str, np.ndarray]) -> Future[Any]:
+        """Run in the background: a future of what a call with these arrays returns.
+
+        Instead of arrays one mapping by name may be given; its outputs come by name, as from `run`. Raises ShapeError
+        at once if an array does not fit.
+        """
+        by_name = len(arrays) == 1 and isinstance(arrays[0], Mapping)
+        given = arrays[0] if by_name else cast("tuple[np.ndarray, ...]", arrays)
+        inputs, answer = self._request(given)
+        try:
+            checked = [spec.input(array) for spec, array in zip(self._specs, inputs, strict=True)]
+        except _OtherShape:
+            return self._other([np.asarray(array) for array in inputs]).submit(*arrays)
+        future, self._last = self._open().submit(checked, answer)
+        return future
+
+    def map(self, iterable: Iterable[Item], in_flight: int = 4) -> Generator[Any, None, None]:
+        """What a call returns for each item (the only input, or all inputs, in order or by name), in their order.
+
+        Up to `in_flight` items are taken ahead of the results that have been asked for, and are at work at once. What a
+        request raises is raised at its place, and ends it all; so does closing the generator.
+        """
+        if in_flight < 1:
+            raise TargetError(f"at least one request is in flight, not {in_flight}")
+        return self._map(iterable, in_flight)
+
     def timeline(self) -> list[dict[str, Any]]:
-        """The last finished run: device, region (partition), start_us, end_us, and kind, measured or modelled."""
-        return marks_to_timeline(self._marks)
+        """The last run: device, region (partition), start_us, end_us, kind (measured, modelled ...) and request.
+
+        A run is a call, a `map`, or what was submitted from when nothing was in flight until nothing is any more. A
+        tensor on its way is a row, too: its device is ``source->destination``, its region the tensor, with ``bytes``.
+        Where the CPU ran what a failed device should have, ``instead_of`` names that.
+        """
+        return marks_to_timeline(list(run_of(self._last).marks))
+
+    def throughput(self) -> dict[str, Any]:
+        """Requests of the last run that are done, its seconds until the end of the timeline, and requests a second.
+
+        ``kind`` is "modelled" as soon as a part of the timeline is not measured.
+        """
+        run = run_of(self._last)
+        marks = list(run.marks)
+        seconds = total(marks)
+        return {
+            "requests": run.requests,
+            "seconds": seconds,
+            "per_second": run.requests / seconds if seconds else 0.0,
+            "kind": run.kind,
+        }
+
+    def energy(self) -> list[dict[str, Any]]:
+        """The energy of the last run: for each device and link the joules and how they are known, or None.
+
+        "modelled" is what the device's simulator says; "estimated" are the device's watts times its seconds; those of a
+        link are of the kind that its figures are. Where no watts are stated ``joules`` and ``kind`` are None.
+        """
+        found: dict[tuple[str, str | None], float] = {}
+        for mark in run_of(self._last).marks:
+            key = mark.device, mark.joules_kind
+            found[key] = found.get(key, 0.0) + (mark.joules or 0.0)
+        return [
+            {"device": device, "joules": None if kind is None else joules, "kind": kind}
+            for (device, kind), joules in found.items()
+        ]
+
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the timeline as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing.
+
+        Raises Error if the file cannot be written.
+        """
+        write_trace(self.timeline(), path, self.name)
 
     def profile(self, *arrays: np.ndarray, runs: int = 20) -> list[dict[str, Any]]:
         """Median time of every kernel call (see `runtime.native.StepTime`), and of other partitions as a whole.
@@ -140,15 +215,15 @@ class Executable:
         rows: list[dict[str, Any]] = []
         for stage, values in session.sources(checked):
             about = {"partition": stage.partition.name, "device": stage.partition.device}
-            if isinstance(stage.program, NativeProgram):
-                rows.extend({**about, **asdict(step)} for step in stage.program.profile(values, runs))
+            if isinstance(stage.runnable, NativeProgram):
+                rows.extend({**about, **asdict(step)} for step in stage.runnable.profile(values, runs))
                 continue
             about["symbol"] = stage.partition.artifact.kind
-            elapsed = stage.program(values, [None] * len(stage.outputs))[1]
+            elapsed = stage.runnable(values, [None] * len(stage.outputs))[1]
             if elapsed.kind == "modelled":
                 rows.append({**about, "us": elapsed.seconds * 1e6, "kind": elapsed.kind})
                 continue
-            again = [stage.program(values, [None] * len(stage.outputs))[1].seconds for _ in range(runs - 1)]
+            again = [stage.runnable(values, [None] * len(stage.outputs))[1].seconds for _ in range(runs - 1)]
             rows.append({**about, "us": float(np.median([elapsed.seconds, *again])) * 1e6})
         return rows
 
@@ -206,18 +281,79 @@ class Executable:
     def _run(self, inputs: list[np.ndarray], outputs: Sequence[np.ndarray | None]) -> Sequence[np.ndarray]:
         session = self._open()
         if outputs is self._none:
-            results, self._marks = session.run(inputs, outputs)
+            results, self._last = session.run(inputs, outputs)
             return results
         given = cast("Sequence[np.ndarray]", outputs)
         # Kernels need contiguous outputs that no input overlaps; anything else gets its values from a copy.
         direct = [_writable_in_place(array, inputs) for array in given]
-        results, self._marks = session.run(
+        results, self._last = session.run(
             inputs, [array if fits else None for array, fits in zip(given, direct, strict=True)]
         )
         for array, fits, result in zip(given, direct, results, strict=True):
             if not fits:
                 array[...] = result
         return given
+
+    def _map(self, iterable: Iterable[Item], in_flight: int) -> Generator[Any, None, None]:
+        batch = self._open().batch()
+        self._last = batch
+        waiting: deque[Callable[[], Any]] = deque()
+        items = iter(iterable)
+        more = True
+        try:
+            while more or waiting:
+                try:
+                    while more and len(waiting) < in_flight:
+                        waiting.append(self._admitted(batch, next(items)))
+                except StopIteration:
+                    more = False
+                except Exception:  # of the items, or since one does not fit: those before it come first
+                    while waiting:
+                        yield waiting.popleft()()
+                    raise
+                if waiting:
+                    yield waiting.popleft()()
+        finally:
+            batch.cancel()
+
+    def _admitted(self, batch: Batch, item: Item) -> Callable[[], Any]:
+        """Begin a request of `map`; calling the result waits for it."""
+        inputs, answer = self._request(item)
+        try:
+            checked = [spec.input(array) for spec, array in zip(self._specs, inputs, strict=True)]
+        except _OtherShape:  # such as the last, smaller batch of samples; it runs on a timeline of its own
+            other = self._other([np.asarray(array) for array in inputs])
+            return lambda: next(other.map([item], 1))
+        future = batch.add(checked, self._none, answer)
+        return lambda: batch.wait(future)
+
+    def _request(self, item: Item) -> tuple[list[np.ndarray], Answer]:
+        """The inputs of a request in graph order, and what makes of the outputs the answer in the item's form."""
+        if isinstance(item, Mapping):
+            return self._ordered(item), self._by_output
+        inputs = list(item) if isinstance(item, list | tuple) else [np.asarray(item)]
+        self._check_count(inputs)
+        return inputs, self._plain
+
+    def _by_output(self, results: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        return {spec.name: result for spec, result in zip(self._outputs, results, strict=True)}
+
+    def _plain(self, results: Sequence[np.ndarray]) -> Any:
+        return results[0] if self._single else tuple(results)
+
+    def _ordered(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Inputs given by name in graph order. Raises ShapeError if a name does not fit."""
+        unknown = next((name for name in inputs if name not in self._by_name), None)
+        missing = next((name for name in self._by_name if name not in inputs), None)
+        if unknown is not None or missing is not None:
+            problem = f"there is no input {unknown!r}" if unknown is not None else f"input {missing!r} is missing"
+            raise ShapeError(f"{problem}; the inputs are {', '.join(self._by_name) or 'none'}")
+        return [inputs[spec.name] for spec in self._specs]
+
+    def _check_count(self, arrays: Sequence[np.ndarray]) -> None:
+        if len(arrays) != len(self._specs):
+            wanted = ", ".join(spec.name for spec in self._specs) or "none"
+            raise ShapeError(f"the model has {len(self._specs)} inputs ({wanted}), but {len(arrays)} were given")
 
     def _given(self, out: np.ndarray | Sequence[np.ndarray] | Mapping[str, np.ndarray]) -> list[np.ndarray]:
         names = [spec.name for spec in self._outputs]

@@ -1,177 +1,266 @@
-"""A loaded bundle: its programs in order, and the values that pass between them."""
+"""A loaded bundle: runs its partitions in order, by worker threads or by a virtual clock, as its devices need."""
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from nestc.bundle.artifact import Program
-from nestc.bundle.bundle import Bundle, BundlePartition
-from nestc.bundle.dtypes import numpy_dtype
-from nestc.errors import BundleError, TargetError
-from nestc.runtime.arrays import ready
-from nestc.runtime.devices import device_for
+from nestc.bundle.artifact import Elapsed
+from nestc.bundle.bundle import Bundle
+from nestc.bundle.schema import Kind
+from nestc.errors import TargetError
+from nestc.runtime.clock import Clock, Conductor
+from nestc.runtime.stages import CPU, Answer, Flow, Mark, Stage, Values, checked, failure, load, stage_mark, warn
+from nestc.runtime.workers import CLOSED, Results, Workers
+
+ON_FAILURE = ("raise", CPU)
+
+
+class Run(Protocol):
+    """One call or several requests on one timeline: what ran when, by which kind of clock."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def marks(self) -> Sequence[Mark]: ...
+
+    @property
+    def requests(self) -> int: ...
+
+
+class Batch(Run, Protocol):
+    """A run that takes more requests: `clock.Clock` and `workers.Wall`."""
+
+    def add(
+        self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray | None], answer: Answer | None = None
+    ) -> Results: ...
+
+    def wait(self, future: Results) -> Any: ...
+
+    def cancel(self) -> None: ...
 
 
 @dataclass(frozen=True)
-class _Stage:
-    partition: BundlePartition
-    program: Program
-    outputs: tuple[str, ...]
-    dead: tuple[str, ...]  # values that no later partition needs
+class Direct:
+    """A call that ran in its caller's thread, one stage after the other."""
+
+    marks: Sequence[Mark]
+    kind: Kind = "measured"
+    requests: int = 1
 
 
-Mark = tuple[str, str, float, float, str]
-"""Device, partition, begin and end (seconds since the call began), measured or modelled.
-
-Where a partition runs on a simulator, its end is modelled and what follows begins there: the time that the simulator
-itself takes is left out.
-"""
+Last: TypeAlias = "Run | tuple[Stage, float, Elapsed]"
+"""What is kept of the last run; of one partition only what takes no time to keep. `run_of` tells the rest."""
 
 
 class Session:
-    """Runs partitions one after another. Raises BundleError if their borders do not fit together."""
+    """Runs the partitions of a bundle. May be used from several threads at once.
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
-        self._inputs = tuple(spec.name for spec in bundle.inputs)
-        self._outputs = tuple(spec.name for spec in bundle.outputs)
-        dead = _last_uses(bundle)
-        programs: list[Program] = []
-        try:
-            for partition in bundle.partitions:
-                programs.append(device_for(partition.artifact.kind).load(partition.artifact, threads))
-        except BaseException:
-            for program in programs:
-                program.close()
-            raise
-        self.stages = tuple(
-            _Stage(partition, program, tuple(spec.name for spec in partition.outputs), gone)
-            for partition, program, gone in zip(bundle.partitions, programs, dead, strict=True)
-        )
-        whole = len(self.stages) == 1 and self.stages[0].outputs == self._outputs
+    A bundle of one partition, and one whose partitions all share a resource and are measured, runs in the thread of
+    the caller. As soon as a time is modelled a `Clock` decides; else there are `Workers`, one a resource.
+    `on_failure` "cpu": where a device fails its partition's fallback runs. Raises BundleError if partitions do not fit
+    together, TargetError if a device is not here or a fallback is missing.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int, on_failure: str = "raise") -> None:
+        if on_failure not in ON_FAILURE:
+            raise TargetError(f"on_failure is {' or '.join(map(repr, ON_FAILURE))}, not {on_failure!r}")
+        self._flow = load(bundle, threads, on_failure)
+        self._closed = threading.Event()
+        self._starting = threading.Lock()
+        self._one_at_a_time = threading.Lock()  # stages, where a clock is virtual
+        self._conductor: Conductor | None = None
+        self._workers: Workers | None = None
         # Most bundles are one partition whose border is the graph's: nothing to pass on then.
-        self._only = self.stages[0] if whole and bundle.partitions[0].inputs == self._inputs else None
+        self._only = _only(self._flow)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The loaded partitions, in order."""
+        return self._flow.stages
 
     def run(
         self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray | None]
-    ) -> tuple[Sequence[np.ndarray], tuple[Mark, ...]]:
+    ) -> tuple[Sequence[np.ndarray], Last]:
         """Run once. Where an output is given it is written, else it is allocated."""
         only = self._only
-        if only is not None:
+        if only is not None and only.program is not None:
             begin = time.perf_counter()
-            results, elapsed = only.program(inputs, outputs)
-            end = time.perf_counter() - begin
-            begin = max(0.0, end - elapsed.seconds) if elapsed.kind == "measured" else 0.0
-            mark = (only.partition.device, only.partition.name, begin, begin + elapsed.seconds, elapsed.kind)
-            return results, (mark,)
+            try:
+                results, elapsed = only.program(inputs, outputs)
+            except Exception as error:  # a device may raise anything
+                failed = TargetError(CLOSED) if self._closed.is_set() else failure(only, error)
+                if only.fallback is None or self._closed.is_set():
+                    raise failed from error
+            else:
+                return results, (only, time.perf_counter() - begin, elapsed)
+            return self._fallen(only, failed, inputs, outputs)
         return self._run_all(inputs, outputs)
 
+    def batch(self) -> Batch:
+        """A timeline for several requests."""
+        return (self._start_conductor() if self._virtual else self._start_workers()).batch()
+
+    def submit(self, inputs: Sequence[np.ndarray], answer: Answer) -> tuple[Results, Run]:
+        """Run in the background: the future of the answer, and the timeline, shared with what is in flight."""
+        executor = self._start_conductor() if self._virtual else self._start_workers()
+        return executor.submit(inputs, [None] * len(self._flow.outputs), answer)
+
     def close(self) -> None:
-        """Close every program."""
-        for stage in self.stages:
-            stage.program.close()
+        """Close every program; what runs is finished, what waits raises TargetError."""
+        self._closed.set()
+        with self._starting:
+            started = [executor.lanes for executor in (self._conductor, self._workers) if executor is not None]
+        for lanes in started:
+            if lanes.process == os.getpid():
+                lanes.stop()
+        self._flow.close()
 
-    def _run_all(
-        self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray | None]
-    ) -> tuple[Sequence[np.ndarray], tuple[Mark, ...]]:
-        start = time.perf_counter()
-        simulating = 0.0  # seconds that simulators took beyond what they modelled; they are no part of the timeline
-        values: dict[str, np.ndarray] = dict(zip(self._inputs, inputs, strict=True))
-        wanted: Mapping[str, np.ndarray | None] = dict(zip(self._outputs, outputs, strict=True))
-        marks: list[Mark] = []
-        for stage in self.stages:
-            begin = time.perf_counter() - start - simulating
-            results, elapsed = stage.program(
-                [values[name] for name in stage.partition.inputs], [wanted.get(name) for name in stage.outputs]
-            )
-            end = begin + elapsed.seconds
-            marks.append((stage.partition.device, stage.partition.name, begin, end, elapsed.kind))
-            if elapsed.kind == "modelled":
-                simulating = time.perf_counter() - start - end
-            values.update(_checked(stage, results))
-            for name in stage.dead:
-                del values[name]
-        return [self._output(name, values[name], given) for name, given in wanted.items()], tuple(marks)
-
-    def _output(self, name: str, value: np.ndarray, given: np.ndarray | None) -> np.ndarray:
-        if given is None:
-            # What is an input of the graph too is copied: the caller owns every output that he gets.
-            return value.copy() if name in self._inputs else value
-        if given is not value:
-            given[...] = value
-        return given
-
-    def sources(self, inputs: Sequence[np.ndarray]) -> list[tuple[_Stage, list[np.ndarray]]]:
+    def sources(self, inputs: Sequence[np.ndarray]) -> list[tuple[Stage, list[np.ndarray]]]:
         """Every stage with the inputs it gets in a run (for profiles)."""
-        values: dict[str, np.ndarray] = dict(zip(self._inputs, inputs, strict=True))
-        found: list[tuple[_Stage, list[np.ndarray]]] = []
+        values: dict[str, np.ndarray] = dict(zip(self._flow.inputs, inputs, strict=True))
+        found: list[tuple[Stage, list[np.ndarray]]] = []
         for stage in self.stages:
             arguments = [values[name] for name in stage.partition.inputs]
             found.append((stage, arguments))
-            results, _ = stage.program(arguments, [None] * len(stage.outputs))
-            values.update(_checked(stage, results))
+            results, _ = stage.runnable(arguments, [None] * len(stage.outputs))
+            values.update(checked(stage, results))
         return found
 
+    @property
+    def _virtual(self) -> bool:
+        """Whether a time is modelled, or might be: devices of other packages tell only when they run."""
+        return any(modelled is not False for modelled in self._flow.modelled)
 
-def _checked(stage: _Stage, results: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Results by name, as native code may read them. Raises TargetError if they are not what the bundle promises.
+    def _run_all(
+        self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray | None]
+    ) -> tuple[Sequence[np.ndarray], Run]:
+        self._require_open()
+        batch: Batch
+        if self._virtual:
+            batch = Clock(self._flow, self._one_at_a_time, self._closed)
+        elif len(self._flow.queues) > 1:
+            workers = self._start_workers()
+            if workers.lanes.inside():  # a worker that waits for itself would wait for ever
+                return self._run_in_order(inputs, outputs)
+            batch = workers.batch()
+        else:
+            return self._run_in_order(inputs, outputs)
+        return batch.wait(batch.add(inputs, outputs)), batch
 
-    The next partition trusts shapes and types, and would read beyond an array that is too small.
-    """
-    values: dict[str, np.ndarray] = {}
-    for spec, result in zip(stage.partition.outputs, results, strict=True):
-        array = ready(np.asarray(result))
-        fits = spec.shape is None or (
-            len(spec.shape) == array.ndim
-            and all(size is None or size == found for size, found in zip(spec.shape, array.shape, strict=True))
-        )
-        if array.dtype != numpy_dtype(spec.dtype) or not fits:
-            raise TargetError(
-                f"partition {stage.partition.name} on {stage.partition.device} gave {spec.name!r} as "
-                f"{array.dtype}{list(array.shape)}, not {spec.dtype}{list(spec.shape or ())}"
-            )
-        values[spec.name] = array
-    return values
+    def _run_in_order(
+        self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray | None]
+    ) -> tuple[Sequence[np.ndarray], Run]:
+        """Run the stages one after the other in the caller's thread."""
+        start = time.perf_counter()
+        values = Values(self._flow, inputs, outputs)
+        marks: list[Mark] = []
+        for stage in self.stages:
+            begin = time.perf_counter() - start
+            on_cpu = stage.program is None
+            try:
+                seconds, kind = values.run(stage, on_cpu)
+            except TargetError as error:
+                if stage.fallback is None or on_cpu:
+                    raise
+                warn(self._flow, stage, error)
+                on_cpu, begin = True, time.perf_counter() - start
+                seconds, kind = values.run(stage, on_cpu)
+            device = self._flow.cpu if on_cpu else None
+            marks.append(stage_mark(stage, begin, begin + seconds, kind, 0, device))
+            values.release(stage)
+        return values.results(), Direct(marks)
+
+    def _fallen(
+        self, stage: Stage, error: TargetError, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray | None]
+    ) -> tuple[Sequence[np.ndarray], Run]:
+        """Have the CPU run the only stage, whose device failed."""
+        warn(self._flow, stage, error)
+        values = Values(self._flow, inputs, outputs)
+        seconds, kind = values.run(stage, on_cpu=True)
+        return values.results(), Direct((stage_mark(stage, 0.0, seconds, kind, 0, self._flow.cpu),))
+
+    def _require_open(self) -> None:
+        if self._closed.is_set():
+            raise TargetError(CLOSED)
+
+    def _start_conductor(self) -> Conductor:
+        with self._starting:
+            self._require_open()
+            if self._conductor is None or not _ours(self._conductor):
+                self._conductor = Conductor(self._flow, self._one_at_a_time, self._closed)
+            return self._conductor
+
+    def _start_workers(self) -> Workers:
+        with self._starting:
+            self._require_open()
+            if self._workers is None or not _ours(self._workers):
+                self._workers = Workers(self._flow, self._closed)
+            return self._workers
 
 
-def _last_uses(bundle: Bundle) -> list[tuple[str, ...]]:
-    """For each partition the values that are dead after it. Raises BundleError if a value is used before it exists."""
-    known = {spec.name for spec in bundle.inputs}
-    last: dict[str, int] = {}
-    for number, partition in enumerate(bundle.partitions):
-        for name in partition.inputs:
-            if name not in known:
-                raise BundleError(f"partition {partition.name} needs {name!r}, which no earlier partition computes")
-            last[name] = number
-        for spec in partition.outputs:
-            known.add(spec.name)
-            last[spec.name] = number
-    kept = {spec.name for spec in bundle.outputs}
-    missing = next((name for name in sorted(kept) if name not in known), None)
-    if missing is not None:
-        raise BundleError(f"output {missing!r} is computed by no partition")
-    return [
-        tuple(name for name, use in last.items() if use == number and name not in kept)
-        for number in range(len(bundle.partitions))
-    ]
+def run_of(last: Last) -> Run:
+    """What is kept of a run, with its marks."""
+    if not isinstance(last, tuple):
+        return last
+    stage, end, elapsed = last
+    if elapsed.kind == "modelled":
+        return Direct((stage_mark(stage, 0.0, elapsed.seconds, "modelled", 0),), "modelled")
+    begin = max(0.0, end - elapsed.seconds)
+    return Direct((stage_mark(stage, begin, begin + elapsed.seconds, "measured", 0),))
 
 
 def modelled_ms(timeline: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Milliseconds of a timeline that are modelled, by device; empty where everything was measured."""
+    """Milliseconds of a timeline that are not measured, by device and link; empty where everything was measured."""
     found: dict[str, float] = {}
     for mark in timeline:
-        if mark["kind"] == "modelled":
+        if mark["kind"] != "measured":
             found[mark["device"]] = found.get(mark["device"], 0.0) + (mark["end_us"] - mark["start_us"]) / 1e3
     return found
 
 
 def marks_to_timeline(marks: Sequence[Mark]) -> list[dict[str, Any]]:
-    """The contract's timeline: times in microseconds since the call began."""
-    return [
-        {"device": device, "region": region, "start_us": begin * 1e6, "end_us": end * 1e6, "kind": kind}
-        for device, region, begin, end, kind in marks
-    ]
+    """The contract's timeline, in the order in which things began: times in microseconds since the run began."""
+    return [_row(mark) for mark in sorted(marks, key=lambda mark: (mark.begin, mark.request))]
+
+
+def _row(mark: Mark) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "device": mark.device,
+        "region": mark.region,
+        "start_us": mark.begin * 1e6,
+        "end_us": mark.end * 1e6,
+        "kind": mark.kind,
+        "request": mark.request,
+    }
+    if mark.bytes is not None:
+        row["bytes"] = mark.bytes
+    if mark.instead_of:
+        row["instead_of"] = mark.instead_of
+    return row
+
+
+def _only(flow: Flow) -> Stage | None:
+    """The one stage of a flow that is nothing else: no value to pass on, nothing to wait for."""
+    if len(flow.stages) != 1:
+        return None
+    (stage,) = flow.stages
+    device = stage.device
+    free = not (device.launch_seconds or device.latency_seconds or device.bytes_per_second)
+    whole = stage.partition.inputs == flow.inputs and stage.outputs == flow.outputs
+    return stage if whole and (free or flow.modelled == [False]) else None
+
+
+def _ours(executor: Conductor | Workers) -> bool:
+    """Whether an executor's threads are in this process; a fork leaves them behind."""
+    if executor.lanes.process == os.getpid():
+        return True
+    executor.lanes.forget()
+    return False
