@@ -44,6 +44,9 @@ def describe(target: Target) -> dict[str, Any]:
                 key: value if isinstance(value, int | float | bool) else str(value)
                 for key, value in machine.facts.items()
             },
+            "link": dataclasses.asdict(machine.link),
+            "resource": machine.resource or target.name,
+            "watts": machine.watts,
         },
         "offers": [describe_offer(offer) for offer in target.offers],
     }
@@ -69,6 +72,8 @@ def show(name: str, entry: dict[str, Any]) -> None:
     print(f"{name}: {machine['name']}")
     for key, value in machine["facts"].items():
         print(f"  {key}: {value}")
+    print(f"  runs on: {machine['resource']}{_power(machine['watts'])}")
+    print(f"  border to the host: {_border(machine['link'])}")
     for memory in machine["memories"]:
         print(f"  memory {memory['name']}: {memory['bytes'] or 'as much as there is'}")
     print(f"  element types: {', '.join(machine['dtypes'])}")
@@ -76,3 +81,19 @@ def show(name: str, entry: dict[str, Any]) -> None:
         print(f"  offer {offer['name']}: {len(offer['ops'])} operators")
         for reason in offer["where"]:
             print(f"    where {reason}")
+
+
+def _power(watts: float) -> str:
+    return f", {watts:g} W (for energies that are estimated)" if watts else ""
+
+
+def _border(link: dict[str, Any]) -> str:
+    """A link in words."""
+    parts = [f"{link['launch_seconds'] * 1e6:g} us a launch"] if link["launch_seconds"] else []
+    if link["latency_seconds"]:
+        parts.append(f"{link['latency_seconds'] * 1e6:g} us a tensor")
+    if link["bytes_per_second"]:
+        parts.append(f"{link['bytes_per_second'] / 1e6:g} MB/s")
+    if link["joules_per_byte"]:
+        parts.append(f"{link['joules_per_byte'] * 1e12:g} pJ a byte")
+    return f"{', '.join(parts)} ({link['kind']})" if parts else "none, it works in the host's memory"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.metadata
 import inspect
+import itertools
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from nestc.errors import TargetError
 from nestc.targets.api import Target
@@ -36,6 +38,7 @@ def installed() -> dict[str, Target]:
 def make(text: str, defaults: Mapping[str, object] | None = None) -> Target:
     """Make a target of ``name`` or ``name:option=value,option2=value2``.
 
+    A first word without ``=`` is the value of the target's first option: ``openvino:GPU`` is ``openvino:device=GPU``.
     `defaults` gives options that the text does not, to targets that have such options. Raises TargetError for an
     unknown name or option (the nearest is suggested), a value of the wrong kind, or a target that does not load.
     """
@@ -55,16 +58,44 @@ def make(text: str, defaults: Mapping[str, object] | None = None) -> Target:
 
 
 def resolve(targets: Iterable[str | Target], defaults: Mapping[str, object] | None = None) -> tuple[Target, ...]:
-    """Targets from names, texts with options, or Target objects, in the order given and each name once.
+    """Targets from names, texts with options, or Target objects, in the order given.
 
-    `defaults` as for `make`; objects are taken as they are.
+    `defaults` as for `make`. A second device of a kind is called ``vta_2`` (an object that is given is copied for that),
+    and so on; TargetError if it is the very same one, or the one processor that the first also runs on.
     """
     made = [make(target, defaults) if isinstance(target, str) else target for target in targets]
     names = [target.name for target in made]
-    for name in names:
-        if names.count(name) > 1:
-            raise TargetError(f"target {name!r} is given twice; give each target once")
+    for index, name in enumerate(names):
+        before = names[:index]
+        if name not in before:
+            continue
+        _require_another_device(made[index], [made[other] for other, used in enumerate(before) if used == name])
+        taken = {target.name for target in made}
+        number = next(number for number in itertools.count(2) if f"{name}_{number}" not in taken)
+        made[index] = _renamed(made[index], f"{name}_{number}")
     return tuple(made)
+
+
+def _require_another_device(target: Target, others: Sequence[Target]) -> None:
+    """Raise TargetError if `target` is the same device as one of `others`, which have its name."""
+    if any(other is target for other in others):
+        raise TargetError(
+            f"target {target.name!r} is given twice, as the same object; make another for a second device"
+        )
+    if any(target.machine.resource and other.machine.resource == target.machine.resource for other in others):
+        raise TargetError(
+            f"target {target.name!r} is given twice, but there is one {target.machine.resource} for both; give it once"
+        )
+
+
+def _renamed(target: Target, name: str) -> Target:
+    """A second device of a kind under a name of its own; a copy, since the object given is somebody else's."""
+    second = copy.copy(target)
+    try:
+        second.name = name
+    except AttributeError as error:
+        raise TargetError(f"target {target.name!r} is given twice, and its name cannot be set: {error}") from error
+    return second
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -78,13 +109,17 @@ def _options(name: str, text: str, kinds: Mapping[str, type]) -> dict[str, objec
     if not text:
         return {}
     options: dict[str, object] = {}
-    for part in text.split(","):
+    for index, part in enumerate(text.split(",")):
         key, equals, value = part.partition("=")
-        if not equals:
+        if not equals and index == 0 and kinds and key and key not in kinds:
+            key, value = next(iter(kinds)), key
+        elif not equals:
             raise TargetError(f"option {part!r} of target {name!r} has no value; write {name}:{part}=VALUE")
         if key not in kinds:
             listed = ", ".join(kinds) or "it has none"
             raise TargetError(f"target {name!r} has no option {key!r}{suggestion(key, kinds)}; its options: {listed}")
+        if key in options:
+            raise TargetError(f"option {key!r} of target {name!r} is given twice")
         options[key] = _convert(name, key, value, kinds[key])
     return options
 

@@ -69,7 +69,7 @@ class OnnxRuntimeProgram:
         provider = provider_called(str(self._about.options.get("provider", CPU)))
         ort = runtime()
         try:
-            self._session = ort.InferenceSession(
+            self._session: Any = ort.InferenceSession(
                 self._about.model, _options(ort, provider, threads), providers=[provider]
             )
         except Exception as error:  # its errors have no base class of their own

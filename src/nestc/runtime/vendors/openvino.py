@@ -80,7 +80,7 @@ class OpenVinoProgram:
             inputs, outputs = _indices(network.inputs), _indices(network.outputs)
             known = core().get_property(device, "SUPPORTED_PROPERTIES")
             wanted = {key: value for key, value in settings.items() if key in known}
-            self._compiled = core().compile_model(network, device, wanted)
+            self._compiled: Any = core().compile_model(network, device, wanted)
             self._inputs = [(inputs[port.name], port) for port in about.inputs]
             self._outputs = [(outputs[port.name], port) for port in about.outputs]
             self._idle: list[Any] = [self._compiled.create_infer_request()]
@@ -96,11 +96,14 @@ class OpenVinoProgram:
         except IndexError:  # all are at work in other threads
             request = self._compiled.create_infer_request()
         try:
-            for (index, port), array in zip(self._inputs, inputs, strict=True):
-                request.set_input_tensor(index, self._tensor(port, array))
             results = [port.place(given) for (_, port), given in zip(self._outputs, outputs, strict=True)]
-            for (index, port), array in zip(self._outputs, results, strict=True):
-                request.set_output_tensor(index, self._tensor(port, array))
+            # The request knows addresses only: these lists keep the memory until it has run.
+            taken = [self._tensor(port, array) for (_, port), array in zip(self._inputs, inputs, strict=True)]
+            made = [self._tensor(port, array) for (_, port), array in zip(self._outputs, results, strict=True)]
+            for (index, _), tensor in zip(self._inputs, taken, strict=True):
+                request.set_input_tensor(index, tensor)
+            for (index, _), tensor in zip(self._outputs, made, strict=True):
+                request.set_output_tensor(index, tensor)
             request.infer()
         except Exception as error:  # as above; the request is not used again
             raise failed("run", KIND, self._about.partition, error) from error
@@ -113,7 +116,9 @@ class OpenVinoProgram:
         self._compiled = None
 
     def _tensor(self, port: Port, array: np.ndarray) -> Any:
-        """An array as OpenVINO's tensor, on the same memory."""
+        """An array as OpenVINO's tensor, on the same memory, which it only takes if that may be written."""
+        if not array.flags.writeable:
+            array = array.copy()
         if port.dtype.name != "bfloat16":
             return self._package.Tensor(array, shared_memory=True)
         return self._package.Tensor(array.view(np.uint16), list(array.shape), self._package.Type.bf16)

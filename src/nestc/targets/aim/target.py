@@ -11,13 +11,16 @@ from nestc.runtime.aim.machine import AimMachine, load
 from nestc.targets.aim.cost import seconds
 from nestc.targets.aim.offers import offers
 from nestc.targets.aim.regions import MOST_VECTORS, NUMBERS
-from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partition
+from nestc.targets.api import Artifact, Device, Link, Machine, Memory, Offer, Partition
+from nestc.targets.power import require_figure
 
 
 class AimTarget:
     """DRAM with multipliers in its banks (SK hynix GDDR6-AiM), in modelled time. Options: ``machine`` (a preset or a
     YAML file), ``channels`` in place of the machine's, and ``number``, the format of all it holds: bfloat16 or float16.
-    With ``round`` it also takes float32 regions, whose operands are then rounded to that."""
+    With ``round`` it also takes float32 regions, whose operands are then rounded to that. ``launch_us``, assumed, is
+    what the host does before the first request; what it writes and reads are requests of the stream, so that nothing
+    is copied beside it."""
 
     name = "aim"
 
@@ -27,6 +30,7 @@ class AimTarget:
         channels: int | None = None,
         number: str = "bfloat16",
         round: bool = False,
+        launch_us: float = 1.0,
     ) -> None:
         found = load(machine)
         if found.family != "aim":
@@ -42,7 +46,8 @@ class AimTarget:
             raise TargetError(f"target aim holds numbers as {' or '.join(NUMBERS)}, not as {number!r}")
         self.config, self.number = found, number
         self.rounded = number if round else None
-        self.machine = facts(found, number)
+        link = Link(launch_seconds=require_figure(launch_us, "launch_us", self.name) * 1e-6, kind="estimated")
+        self.machine = facts(found, number, link)
         self.offers: tuple[Offer, ...] = offers(found, number, self.cost, round)
 
     def cost(self, region: Region) -> float:
@@ -68,8 +73,8 @@ class AimTarget:
         return device_for("aim")
 
 
-def facts(machine: AimMachine, number: str) -> Machine:
-    """What a configuration says of its machine."""
+def facts(machine: AimMachine, number: str, link: Link) -> Machine:
+    """What a configuration says of its machine, behind `link`."""
     row = machine.row_elements * 2
     return Machine(
         name=machine.name,
@@ -92,4 +97,6 @@ def facts(machine: AimMachine, number: str) -> Machine:
             "times_and_energies": "modelled",
             **machine.timing,
         },
+        link=link,
+        capacity_bytes=machine.channels * machine.banks * machine.rows * row,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from nestc.targets.api import Machine, Memory, Offer, Partition, constraint
 from nestc.targets.cpu.cost import seconds
 from nestc.targets.cpu.layout import VIEW, Convert, Lower, View, plan_layouts, stored
 from nestc.targets.cpu.machine import machine as machine_called
+from nestc.targets.power import available_cpus, cpu_watts
 from nestc.tensor.ir import Kernel, written
 from nestc.tensor.math import expand
 from nestc.tensor.text import kernel_text
@@ -53,14 +53,15 @@ def _is_view(region: Region) -> bool:
 
 
 class CpuTarget:
-    """Generated machine code for CPUs. Option: ``arch`` (`native`, `avx512_vnni`, `avx512`, `avx2`, `sse2`, `neon`,
-    `neon_dotprod`)."""
+    """Generated machine code for CPUs. Options: ``arch`` (`native`, `avx512_vnni`, `avx512`, `avx2`, `sse2`, `neon`,
+    `neon_dotprod`), ``threads``, and ``watts``, what the processor draws while it runs (assumed if not given), from
+    which energies of measured times are estimated."""
 
     name = "cpu"
 
-    def __init__(self, arch: str = "native", threads: int | None = None) -> None:
+    def __init__(self, arch: str = "native", threads: int | None = None, watts: float | None = None) -> None:
         self.cpu: CpuMachine = machine_called(arch)
-        self.threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 1
+        self.threads = threads or available_cpus()
         self.machine = Machine(
             name=self.cpu.name,
             memories=(Memory("ram", 0, 64),),
@@ -75,6 +76,8 @@ class CpuTarget:
                 "l2_bytes": self.cpu.l2_bytes,
                 "l3_bytes": self.cpu.l3_bytes,
             },
+            resource="cpu",
+            watts=cpu_watts(watts, self.threads, self.name),
         )
         self.offers: tuple[Offer, ...] = (
             Offer("kernels", generic.SUPPORTED_OPS | _FAMILY_OPS, where=(_dense, _lowered), cost=self.cost),

@@ -14,6 +14,7 @@ from onnx.reference.ops.aionnxml import load_op as load_ml
 
 from nestc.errors import ModelError
 from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partition
+from nestc.targets.power import cpu_watts
 
 # From 2 GB on a protocol buffer cannot be written; the host's submodels travel as one.
 LARGEST_MODEL = 2**31 - 1
@@ -32,12 +33,20 @@ _LOADERS = {
 class HostTarget:
     """Runs a partition as an ONNX model in ``onnx.reference``: any dense tensor operator, control flow included.
 
-    It is offered everything last, so that what it runs is what no other target takes (``fallback_ops``).
+    It is offered everything last, so that what it runs is what no other target takes (``fallback_ops``). Option:
+    ``watts``, what the processor draws meanwhile (assumed for one thread if not given).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watts: float | None = None) -> None:
         self.name = "host"
-        self.machine = Machine(name="host", memories=(Memory("ram", 0),), dtypes=tuple(_dtypes()), facts=FACTS)
+        self.machine = Machine(
+            name="host",
+            memories=(Memory("ram", 0),),
+            dtypes=tuple(_dtypes()),
+            facts=FACTS,
+            resource="cpu",
+            watts=cpu_watts(watts, 1, self.name),
+        )
         self.offers = (Offer("onnx.reference", ops=implemented()),)
 
     def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -11,14 +11,12 @@ import onnx.defs
 
 from nestc.graph.region import Op, Region, TensorType
 from nestc.runtime.vendors.onnxruntime import CPU, runtime
-from nestc.targets.api import Constraint
+from nestc.targets.api import Constraint, constraint
 
 OPSET = 24
 """The version of ONNX's operators that every model has after import."""
 
-BORDER = tuple(
-    "bool float16 float32 float64 int16 int32 int64 int8 string uint16 uint32 uint64 uint8".split()
-)
+BORDER = tuple("bool float16 float32 float64 int16 int32 int64 int8 string uint16 uint32 uint64 uint8".split())
 """Element types that go in and out of a session as numpy arrays."""
 
 NEWEST = 2**31 - 1
@@ -50,6 +48,35 @@ def offered(provider: str) -> Constraint:
         return border and all(_runs(op, region.types, kernels) for op in region.ops)
 
     return Constraint(holds, "onnxruntime has no kernel for an operator with these element types")
+
+
+@constraint
+def sound(region: Region) -> bool:
+    """onnxruntime computes an operator in this form otherwise than ONNX says, or not at all"""
+    empty = any(0 in type_.shape for type_ in region.types.values())
+    return not empty and not any(_FAULTS.get(op.op_type, _never)(op) for op in region.ops)
+
+
+def _never(_: Op) -> bool:
+    return False
+
+
+def _batch_first(op: Op) -> bool:
+    return op.attributes.get("layout") == 1
+
+
+_FAULTS: Mapping[str, Callable[[Op], bool]] = {
+    "Attention": lambda op: bool(op.input(6) or op.output(3)),
+    "Bernoulli": lambda _: True,
+    "ConvInteger": lambda op: bool(op.input(3)),
+    "GRU": _batch_first,
+    "LSTM": _batch_first,
+    "MaxUnpool": lambda op: bool(op.input(2)),
+    "RNN": _batch_first,
+    "Resize": lambda op: op.attributes.get("coordinate_transformation_mode") == "align_corners" and bool(op.input(2)),
+    "StringNormalizer": lambda _: True,
+}
+"""Forms in which version 1.32 fails node tests of the package onnx 1.23."""
 
 
 @lru_cache

@@ -13,7 +13,8 @@ from nestc.errors import TargetError
 from nestc.graph.region import Region
 from nestc.runtime.vta.config import PRESETS, VtaConfig, load, preset
 from nestc.runtime.vta.energy import HOROWITZ_45NM, Energy
-from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partition
+from nestc.targets.api import Artifact, Device, Link, Machine, Memory, Offer, Partition
+from nestc.targets.power import require_figure
 from nestc.targets.vta.cost import seconds
 from nestc.targets.vta.layer import Layer
 from nestc.targets.vta.layers import Alias, layers_of, needs_rows
@@ -30,8 +31,10 @@ MOST_DEVICES = 64
 class VtaTarget:
     """VTA accelerators (tvm-vta), in modelled time. Options: ``config`` (a preset or a JSON file in VTA's own keys),
     ``count`` (devices that share each layer), ``clock_mhz`` and ``bus_bits`` (in place of the configuration's),
-    ``energy``, a JSON file of picojoules an operation in place of those of `runtime.vta.energy`, and ``unroll`` (false:
-    images of few channels are packed like any other value, and their first convolution multiplies mostly padding)."""
+    ``energy``, a JSON file of picojoules an operation in place of those of `runtime.vta.energy`, ``unroll`` (false:
+    images of few channels are packed like any other value, and their first convolution multiplies mostly padding), and
+    of the border to the host, both assumed: ``launch_us`` (the driver writes registers and polls) and ``link_mb_s``
+    (the host packs values into blocks; default: as fast as the bus, its width times the clock)."""
 
     name = "vta"
 
@@ -43,6 +46,8 @@ class VtaTarget:
         bus_bits: int | None = None,
         energy: str | None = None,
         unroll: bool = True,
+        launch_us: float = 50.0,
+        link_mb_s: float | None = None,
     ) -> None:
         self.config = _configuration(config, clock_mhz, bus_bits)
         self.energy = HOROWITZ_45NM if energy is None else _energy(energy)
@@ -50,7 +55,13 @@ class VtaTarget:
             raise TargetError(f"target vta runs on 1 to {MOST_DEVICES} devices, not {count}; write vta:count=N")
         self.count = count
         self.unroll = unroll
-        self.machine = machine(self.config, count, self.energy)
+        rate = self.config.bus_bits / 8 * self.config.clock_hz if link_mb_s is None else link_mb_s * 1e6
+        link = Link(
+            launch_seconds=require_figure(launch_us, "launch_us", self.name) * 1e-6,
+            bytes_per_second=require_figure(rate, "link_mb_s", self.name, above=True),
+            kind="estimated",
+        )
+        self.machine = machine(self.config, count, self.energy, link)
         self.offers: tuple[Offer, ...] = offers(self.config, self.cost)
 
     def cost(self, region: Region) -> float:
@@ -96,8 +107,8 @@ def network(partition: Partition, config: VtaConfig) -> Network:
     return Network(partition.name, layers, aliases, inputs, outputs, rows)
 
 
-def machine(config: VtaConfig, count: int, energy: Energy) -> Machine:
-    """What a configuration says of its machine."""
+def machine(config: VtaConfig, count: int, energy: Energy, link: Link) -> Machine:
+    """What a configuration says of its machine, behind `link`."""
     sizes = {"uop": 4, "inp": config.inp_bytes, "wgt": config.wgt_bytes, "acc": config.acc_bytes}
     return Machine(
         name=config.name,
@@ -116,6 +127,7 @@ def machine(config: VtaConfig, count: int, energy: Energy) -> Machine:
             **{f"{key}_pj": joules * 1e12 for key, joules in dataclasses.asdict(energy).items()},
             **config.to_json(),
         },
+        link=link,
     )
 
 
