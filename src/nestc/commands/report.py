@@ -25,6 +25,15 @@ def report(
     ] = None,
     input: common.Inputs = None,
     runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="Runs that the times are medians of.")] = 10,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            "--requests",
+            min=1,
+            metavar="N",
+            help="Also a timeline of N requests in flight. [default: 4 if placed for throughput, else 1]",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option("--data", metavar="DATA", help="Judge it on this data, as nestc evaluate does."),
@@ -67,7 +76,8 @@ def report(
     executable = open_bundle(bundle, threads=threads)
     inputs = common.read_inputs(input or [], executable.inputs) or common.random_inputs(executable.inputs)
     judged = [] if data is None else _judge(executable, data, labels, against, split, preprocess, limit, threads)
-    found = collect(executable, runs, inputs, judged)
+    flying = requests or (4 if executable.plan.objective == "throughput" else 1)
+    found = collect(executable, runs, inputs, judged, flying)
     page = output or (None if json else PAGE)
     if page is not None:
         save(found, page)

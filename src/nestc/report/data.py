@@ -11,7 +11,16 @@ from nestc.graph.region import Region
 from nestc.measure.machine import cpu_name, versions
 from nestc.partition.plan import Plan, PlannedPartition, PlannedRegion
 from nestc.report.graph import Drawn, Graph, drawn, graph_of
-from nestc.report.observe import Inputs, Runs, Spent, observe, random_inputs, region_times
+from nestc.report.observe import (
+    Inputs,
+    Runs,
+    Spent,
+    Timeline,
+    observe,
+    pipelined,
+    random_inputs,
+    region_times,
+)
 from nestc.report.roofs import roof_of
 from nestc.report.schema import (
     AccuracyData,
@@ -21,6 +30,7 @@ from nestc.report.schema import (
     PartitionData,
     RegionData,
     ReportData,
+    TimelineData,
     together,
     total,
 )
@@ -35,16 +45,21 @@ def collect(
     runs: int = 10,
     inputs: Inputs | None = None,
     accuracy: Sequence[AccuracyData] = (),
+    requests: int = 1,
 ) -> ReportData:
     """Run an executable (inputs drawn with seed 0 unless given) up to `runs` times and put together what is known.
 
-    Raises BundleError if its bundle holds no graph, PlanError if no plan, ShapeError if inputs do not fit.
+    With `requests` above 1 there is also a timeline of that many requests in flight. Raises BundleError if its bundle
+    holds no graph, PlanError if no plan, ShapeError if inputs do not fit.
     """
     bundle, plan = executable.bundle, executable.plan
     graph = graph_of(bundle)
     given = random_inputs(executable) if inputs is None else inputs
     seen = observe(executable, given, runs)
-    rows = executable.profile(*(given[spec.name] for spec in bundle.inputs))
+    rows = executable.profile(*(given[spec.name] for spec in bundle.inputs), runs=runs)
+    timelines = [_timeline(bundle, plan, seen.typical)]
+    if requests > 1:
+        timelines.append(_timeline(bundle, plan, *pipelined(executable, given, requests)))
     works = {region.name: work(region, graph.weights) for region in graph.regions}
     partitions = _partitions(bundle, plan, graph, works, seen)
     drawing = drawn(graph, bundle, plan)
@@ -61,7 +76,8 @@ def collect(
         latency=Figure(seen.latency_ms, together(mark["kind"] for mark in seen.typical)),
         predicted=None if plan.predicted_ms is None else Figure(plan.predicted_ms, _kind(plan)),
         lower_bound=None if plan.lower_bound_ms is None else Figure(plan.lower_bound_ms, _kind(plan)),
-        energy=total(each.energy for each in partitions),
+        energy=_energy_of(seen),
+        energy_without=tuple(str(row["device"]) for row in seen.energy if row["joules"] is None),
         predicted_energy=None if plan.predicted_mj is None else Figure(plan.predicted_mj, "estimated"),
         single_device_ms=dict(plan.single_device_ms),
         fallback_ops=executable.fallback_ops,
@@ -72,8 +88,7 @@ def collect(
         edges=drawing.edges,
         width=drawing.width,
         height=drawing.height,
-        lanes=_lanes(bundle, plan, seen),
-        marks=_marks(seen),
+        timelines=tuple(timelines),
         accuracy=tuple(accuracy),
     )
 
@@ -240,22 +255,28 @@ def _link(spec: DeviceSpec) -> str:
     )
 
 
-def _lanes(bundle: Bundle, plan: Plan, seen: Runs) -> tuple[str, ...]:
-    """Devices in the plan's order, then whatever else the timeline has (links)."""
-    used = {str(mark["device"]) for mark in seen.typical}
-    known = list(dict.fromkeys([*plan.devices, *(part.device for part in bundle.partitions)]))
-    return (*(name for name in known if name in used), *sorted(used - set(known)))
+def _energy_of(seen: Runs) -> Figure | None:
+    """Of one inference, links included, as far as it is known."""
+    return total(
+        Figure(1e3 * float(row["joules"]), str(row["kind"])) for row in seen.energy if row["joules"] is not None
+    )
 
 
-def _marks(seen: Runs) -> tuple[MarkData, ...]:
-    return tuple(
+def _timeline(bundle: Bundle, plan: Plan, timeline: Timeline, per_second: Figure | None = None) -> TimelineData:
+    used = dict.fromkeys(str(mark["device"]) for mark in timeline)
+    known = dict.fromkeys([*plan.devices, *(part.device for part in bundle.partitions)])
+    marks = tuple(
         MarkData(
             lane=str(mark["device"]),
             name=str(mark["region"]),
-            request=int(mark.get("request", 0)),
+            request=int(mark["request"]),
             begin_us=float(mark["start_us"]),
             end_us=float(mark["end_us"]),
             kind=str(mark["kind"]),
+            bytes=mark.get("bytes"),
+            instead_of=str(mark.get("instead_of", "")),
         )
-        for mark in seen.typical
+        for mark in timeline
     )
+    lanes = (*(name for name in known if name in used), *(name for name in used if name not in known))
+    return TimelineData(len({mark.request for mark in marks}), lanes, marks, per_second)

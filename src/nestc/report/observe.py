@@ -23,6 +23,7 @@ ENOUGH_SECONDS = 5.0
 """Runs beyond this are left out: a simulator may take long for a time that never varies."""
 
 Inputs = Mapping[str, np.ndarray]
+Timeline = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class Spent:
 
 @dataclass(frozen=True)
 class Runs:
-    """Timelines of some runs, after one that warmed up. ``typical`` is the one of the median latency."""
+    """Timelines of some runs, after one that warmed up, and the energy of the last (`Executable.energy`)."""
 
-    timelines: tuple[tuple[Mapping[str, Any], ...], ...]
+    timelines: tuple[Timeline, ...]
+    energy: tuple[Mapping[str, Any], ...] = ()
 
     @property
-    def typical(self) -> tuple[Mapping[str, Any], ...]:
+    def typical(self) -> Timeline:
         """The timeline whose latency is the median (the lower one of two)."""
         return sorted(self.timelines, key=latency_ms)[(len(self.timelines) - 1) // 2]
 
@@ -56,13 +58,18 @@ class Runs:
         spans: dict[str, list[float]] = {}
         kinds: dict[str, str] = {}
         for timeline in self.timelines:
-            for mark in timeline:
+            for mark in partitions_only(timeline):
                 spans.setdefault(mark["region"], []).append((mark["end_us"] - mark["start_us"]) / 1e3)
                 kinds[mark["region"]] = mark["kind"]
         return {name: (median(found), kinds[name]) for name, found in spans.items()}
 
 
-def latency_ms(timeline: Sequence[Mapping[str, Any]]) -> float:
+def partitions_only(timeline: Timeline) -> list[Mapping[str, Any]]:
+    """The marks that are no tensors on their way."""
+    return [mark for mark in timeline if "bytes" not in mark]
+
+
+def latency_ms(timeline: Timeline) -> float:
     """When the last mark ends."""
     return max((mark["end_us"] for mark in timeline), default=0.0) / 1e3
 
@@ -71,11 +78,19 @@ def observe(executable: Executable, inputs: Inputs, runs: int) -> Runs:
     """Run once to warm up and then up to `runs` times; fewer if that takes long, but at least once."""
     executable.run(inputs)
     begin = time.perf_counter()
-    timelines: list[tuple[Mapping[str, Any], ...]] = []
+    timelines: list[Timeline] = []
     while len(timelines) < max(1, runs) and (not timelines or time.perf_counter() - begin < ENOUGH_SECONDS):
         executable.run(inputs)
         timelines.append(tuple(executable.timeline()))
-    return Runs(tuple(timelines))
+    return Runs(tuple(timelines), tuple(executable.energy()))
+
+
+def pipelined(executable: Executable, inputs: Inputs, requests: int) -> tuple[Timeline, Figure]:
+    """The timeline of equal requests that are all in flight at once, and how many of them are done a second."""
+    for _ in executable.map([inputs] * requests, in_flight=requests):
+        pass
+    done = executable.throughput()
+    return tuple(executable.timeline()), Figure(float(done["per_second"]), str(done["kind"]))
 
 
 def random_inputs(executable: Executable) -> dict[str, np.ndarray]:

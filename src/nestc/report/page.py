@@ -53,12 +53,13 @@ def write(
     runs: int = 10,
     inputs: Inputs | None = None,
     accuracy: Sequence[AccuracyData] = (),
+    requests: int = 1,
 ) -> ReportData:
     """Run an executable and write its report; the file appears only when it is complete.
 
     Raises what `collect` raises, and Error if the file cannot be written.
     """
-    data = collect(executable, runs, inputs, accuracy)
+    data = collect(executable, runs, inputs, accuracy, requests)
     save(data, path)
     return data
 

@@ -116,7 +116,10 @@ class DeviceData:
 
 @dataclass(frozen=True)
 class MarkData:
-    """A span in a lane of the timeline, in microseconds since the first request began."""
+    """A span in a lane of a timeline, in microseconds since it began: a partition, or a tensor on its way (``bytes``).
+
+    ``instead_of``: the device that failed, so that this one ran the partition.
+    """
 
     lane: str
     name: str
@@ -124,6 +127,18 @@ class MarkData:
     begin_us: float
     end_us: float
     kind: str
+    bytes: int | None = None
+    instead_of: str = ""
+
+
+@dataclass(frozen=True)
+class TimelineData:
+    """What ran when. ``lanes``: devices, then links; ``per_second``: requests, where there were several."""
+
+    requests: int
+    lanes: tuple[str, ...]
+    marks: tuple[MarkData, ...]
+    per_second: Figure | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +159,11 @@ class AccuracyData:
 
 @dataclass(frozen=True)
 class ReportData:
-    """A report. Times in milliseconds, energies in millijoules unless a name says otherwise."""
+    """A report. Times in milliseconds, energies in millijoules unless a name says otherwise.
+
+    ``energy`` is without the devices of ``energy_without``, of which neither a simulator nor a power tells it.
+    ``timelines``: one inference, and perhaps several requests in flight.
+    """
 
     model: str
     objective: str
@@ -159,6 +178,7 @@ class ReportData:
     predicted: Figure | None
     lower_bound: Figure | None
     energy: Figure | None
+    energy_without: tuple[str, ...]
     predicted_energy: Figure | None
     single_device_ms: Mapping[str, float]
     fallback_ops: Mapping[str, int]
@@ -169,8 +189,7 @@ class ReportData:
     edges: tuple[EdgeData, ...]
     width: float
     height: float
-    lanes: tuple[str, ...]
-    marks: tuple[MarkData, ...]
+    timelines: tuple[TimelineData, ...]
     accuracy: tuple[AccuracyData, ...]
 
     def to_json(self) -> dict[str, Any]:

@@ -12,52 +12,59 @@ function ticks(least, most, wanted) {
   return found;
 }
 
+// The timeline that is shown: one inference, or several requests in flight.
+let timeline = data.timelines[0];
+
 function laneKind(lane) {
-  const kinds = new Set(data.marks.filter((mark) => mark.lane === lane).map((mark) => mark.kind));
+  const kinds = new Set(timeline.marks.filter((mark) => mark.lane === lane).map((mark) => mark.kind));
   return [...kinds].join(' + ');
 }
+const laneColour = (lane) => colour(lane.split('->').find((end) => devices.includes(end)) || lane);
 
 function describeTimeline() {
-  const simulated = data.lanes.filter((lane) => laneKind(lane).includes('modelled'));
-  const requests = new Set(data.marks.map((mark) => mark.request)).size;
-  by('timeline-about').textContent = `${requests > 1 ? `${requests} requests` : 'One inference'}, the run of the median latency of ${data.runs}. `
-    + (simulated.length ? `Hatched lanes (${simulated.join(', ')}) are modelled: the device is simulated, and its modelled time stands where a measured one would. ` : 'All of it is measured. ')
+  const lanes = timeline.lanes.filter((lane) => laneKind(lane) !== 'measured');
+  const what = timeline.requests > 1 ? `${timeline.requests} requests in flight, ` + (timeline.per_second ? `${digits(timeline.per_second.value)} a second (${timeline.per_second.kind}). ` : '')
+    : `One inference, the run of the median latency of ${data.runs}. `;
+  by('timeline-about').textContent = what
+    + (lanes.length ? `Hatched lanes (${lanes.join(', ')}) are not measured: the device is simulated, or its link assumed, and the time stands where a measured one would. ` : 'All of it is measured. ')
     + 'Within a partition its regions are drawn in order, as long as their own times, where these are known.';
 }
 
 function drawTimeline() {
-  const end = Math.max(1e-9, ...data.marks.map((mark) => mark.end_us));
-  const many = new Set(data.marks.map((mark) => mark.request)).size > 1;
-  const names = el('div', { class: 'names' }, ...data.lanes.map((lane) => el('div', {},
-    devices.includes(lane) ? chip(lane) : el('span', {}, lane), el('small', {}, laneKind(lane)))));
+  const end = Math.max(1e-9, ...timeline.marks.map((mark) => mark.end_us));
+  const many = timeline.requests > 1;
+  const names = el('div', { class: 'names' }, ...timeline.lanes.map((lane) => el('div', {},
+    devices.includes(lane) ? chip(lane) : el('span', {}, lane.replace('->', ' \u2192 ')), el('small', {}, laneKind(lane)))));
   const frame = el('div', { class: 'view', tabindex: 0, role: 'group', 'aria-label': 'Timeline; scroll sideways when zoomed' });
   by('lanes').replaceChildren(names, frame);
   const width = Math.max(240, (frame.clientWidth || 700) - 2) * stretch;
-  const height = TOP + LANE * data.lanes.length + 6;
+  const height = TOP + LANE * timeline.lanes.length + 6;
   const x = (us) => 8 + (us / end) * (width - 24);
-  const chart = svg('svg', { width, height, viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': 'When each device runs what' },
+  const chart = svg('svg', { width, height, viewBox: `0 0 ${width} ${height}`, role: 'group', 'aria-label': 'When each device runs what' },
     svg('defs', {}, svg('pattern', { id: 'hatch', width: 7, height: 7, patternUnits: 'userSpaceOnUse', patternTransform: 'rotate(45)' },
       svg('line', { x1: 0, y1: 0, x2: 0, y2: 7, class: 'hatch' }))));
   for (const at of ticks(0, end, Math.max(2, width / 130))) {
-    chart.append(svg('line', { class: 'grid', x1: x(at), x2: x(at), y1: TOP - 6, y2: height }),
-      svg('text', { class: 'faint', x: x(at) + 3, y: TOP - 10 }, at ? ms(at / 1e3) : '0'));
+    chart.append(svg('line', { class: 'grid', x1: x(at), x2: x(at), y1: TOP - 6, y2: height }));
+    if (x(at) < width - 50) chart.append(svg('text', { class: 'faint', x: x(at) + 3, y: TOP - 10 }, at ? ms(at / 1e3) : '0'));
   }
-  for (const mark of data.marks) drawMark(chart, mark, x, many);
+  for (const mark of timeline.marks) drawMark(chart, mark, x, many);
   frame.append(chart);
+  const numbers = many ? [...new Set(timeline.marks.map((mark) => mark.request))] : [];
+  by('lanes-legend').replaceChildren(...numbers.map((number) => el('span', { class: `chip c${number % 8}` }, `request ${number + 1}`)));
 }
 
 function drawMark(chart, mark, x, many) {
-  const top = TOP + LANE * data.lanes.indexOf(mark.lane) + 7;
-  const partition = partitions.get(mark.name);
-  const tone = many ? `c${mark.request % 8}` : colour(mark.lane);
+  const top = TOP + LANE * timeline.lanes.indexOf(mark.lane) + 7;
+  const partition = mark.bytes === null ? partitions.get(mark.name) : undefined;
+  const tone = many ? `c${mark.request % 8}` : laneColour(mark.lane);
   const left = x(mark.begin_us);
   const wide = Math.max(1.5, x(mark.end_us) - left);
   const place = { x: left, y: top, width: wide, height: LANE - 14, rx: 2 };
   const took = (mark.end_us - mark.begin_us) / 1e3;
-  const text = `${mark.name} on ${mark.lane}${many ? `, request ${mark.request}` : ''}\n${ms(mark.begin_us / 1e3)} to ${ms(mark.end_us / 1e3)}: ${ms(took)}, ${mark.kind}`;
+  const text = `${mark.name} on ${mark.lane}${many ? `, request ${mark.request + 1}` : ''}${mark.bytes === null ? '' : `, ${bytes(mark.bytes)}`}${mark.instead_of ? `, instead of ${mark.instead_of}, which failed` : ''}\n${ms(mark.begin_us / 1e3)} to ${ms(mark.end_us / 1e3)}: ${ms(took)}, ${mark.kind}`;
   const bar = tip(svg('rect', { class: `mark ${tone} ${mark.kind}`, ...place, tabindex: 0, 'aria-label': text }), text);
   chart.append(bar);
-  if (mark.kind === 'modelled') chart.append(svg('rect', { ...place, fill: 'url(#hatch)', 'pointer-events': 'none' }));
+  if (mark.kind !== 'measured') chart.append(svg('rect', { ...place, fill: 'url(#hatch)', 'pointer-events': 'none' }));
   if (!partition) return;
   const inside = partition.regions.map((name) => regions.get(name)).filter((region) => region && region.observed);
   const whole = inside.reduce((sum, region) => sum + region.observed.value, 0);
@@ -76,12 +83,6 @@ function drawMark(chart, mark, x, many) {
   }
 }
 
-function timelineLegend() {
-  const numbers = [...new Set(data.marks.map((mark) => mark.request))];
-  by('lanes-legend').replaceChildren(...(numbers.length > 1
-    ? numbers.map((number) => el('span', { class: `chip c${number % 8}` }, `request ${number}`)) : []));
-}
-
 function listenToTimeline() {
   const set = (factor) => {
     stretch = factor === null ? 1 : Math.min(64, Math.max(1, stretch * factor));
@@ -95,6 +96,13 @@ function listenToTimeline() {
   by('time-out').addEventListener('click', () => set(1 / 1.6));
   by('time-fit').addEventListener('click', () => set(null));
   addEventListener('resize', drawTimeline);
+  by('time-which').hidden = data.timelines.length < 2;
+  by('time-which').append(...data.timelines.map((each, at) => el('option', { value: at }, each.requests > 1 ? `${each.requests} requests in flight` : 'one inference')));
+  by('time-which').addEventListener('change', (event) => {
+    timeline = data.timelines[event.target.value];
+    describeTimeline();
+    drawTimeline();
+  });
 }
 
 // Rooflines: logarithmic both ways.

@@ -17,7 +17,7 @@ function drawOverview() {
   const cards = [card('Observed latency', [ms(data.latency.value)], kind(data.latency.kind), `median of ${data.runs} ${data.runs === 1 ? 'run' : 'runs'}`)];
   if (data.predicted) cards.push(card(data.objective === 'throughput' ? 'Predicted, a request' : 'Predicted latency', [ms(data.predicted.value)], kind(data.predicted.kind), data.objective === 'throughput' ? null : `observed is ${digits(100 * Math.abs(off))} % ${off < 0 ? 'less' : 'more'}`));
   if (bound) cards.push(card('Lower bound', [(energy ? mj : ms)(bound.value)], kind(bound.kind), data.optimal ? 'the plan is optimal by these costs' : gap === null ? null : `the plan is at most ${digits(100 * gap)} % above the best`));
-  if (data.energy) cards.push(card('Energy an inference', [mj(data.energy.value)], kind(data.energy.kind), data.predicted_energy ? [`predicted ${mj(data.predicted_energy.value)}`] : null));
+  if (data.energy) cards.push(card('Energy an inference', [mj(data.energy.value)], kind(data.energy.kind), data.energy_without.length ? `without ${data.energy_without.join(', ')}, whose power is not stated` : null, data.predicted_energy ? `predicted ${mj(data.predicted_energy.value)}` : null));
   cards.push(card('Regions', [String(data.regions.length)], `in ${data.partitions.length} ${data.partitions.length === 1 ? 'partition' : 'partitions'}`));
   const work = data.regions.map((region) => region.operations);
   if (!work.includes(null)) cards.push(card('Operations', [count(work.reduce((a, b) => a + b, 0))], 'a multiply-add counts two'));
@@ -85,7 +85,6 @@ listenToSearch();
 details(null);
 describeTimeline();
 drawTimeline();
-timelineLegend();
 listenToTimeline();
 drawRoofs();
 drawTable();
