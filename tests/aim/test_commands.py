@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pytest
 from aim_nets import BFLOAT16, Net
 from typer.testing import CliRunner
 
@@ -33,6 +35,14 @@ def model() -> nestc.Model:
     )
 
 
+def gates() -> nestc.Model:
+    """Products and a sum of values, one of them constant, beside a matrix."""
+    net = Net()
+    x, y = net.input((2, 40)), net.input((2, 40))
+    h = net.node("Add", net.node("Mul", x, y), net.node("Mul", y, net.matrix(40)))
+    return net.float_model(net.node("MatMul", h, net.matrix(40, 24)), h)
+
+
 def artifact(source: nestc.Model, target: str = "aim:channels=4") -> Artifact:
     executable = nestc.compile(source, targets=[target])
     (found,) = [part.artifact for part in executable.bundle.partitions if part.device == "aim"]
@@ -44,9 +54,9 @@ def arrays(data: bytes) -> dict[str, np.ndarray]:
         return {name: found[name] for name in found.files}
 
 
-def test_the_trace_replays_the_partition() -> None:
-    source = model()
-    written = files("part", artifact(source))
+@pytest.mark.parametrize(("source", "target", "layers"), [(model, "", 3), (gates, ",round=true", 2)])
+def test_the_trace_replays_the_partition(source: Callable[[], nestc.Model], target: str, layers: int) -> None:
+    written = files("part", artifact(source(), f"aim:channels=4{target}"))
     about = json.loads(written["part.json"])
     machine = parse(written["part.machine.yaml"].decode(), "x")
     assert machine.channels == 4 and about["machine"] == "gddr6_aim"
@@ -64,16 +74,17 @@ def test_the_trace_replays_the_partition() -> None:
         assert sum(isinstance(each, ReadGpr) for each in stream) == layer["reads"]
         reads = np.stack(memory.run(stream, list(writes)))
         np.testing.assert_array_equal(reads.view(np.uint16), expected[f"{layer['name']}@reads"])
-    assert len(about["trace"]["layers"]) == 3
+    assert len(about["trace"]["layers"]) == layers
     assert {value["name"] for value in about["outputs"]} <= set(expected)
 
 
-def test_the_text_is_the_binary_stream() -> None:
-    made = artifact(model())
+@pytest.mark.parametrize(("source", "target"), [(model, ""), (gates, ",round=true")])
+def test_the_text_is_the_binary_stream(source: Callable[[], nestc.Model], target: str) -> None:
+    made = artifact(source(), f"aim:channels=4{target}")
     written = files("part", made)
     requests = parse_trace(written["part.aim"].decode())
     assert parse_trace(format_trace(requests)) == requests
-    streams = [decode(made.files[step["file"]]) for step in made.metadata["steps"] if step["kind"] == "launch"]
+    streams = [decode(made.files[step["file"]]) for step in made.metadata["steps"] if step["kind"] != "host"]
     assert requests == [each for stream in streams for each in stream[:-1]] + [Eoc()]
     # Streams one after the other take what the artifact says but for their ends, which all but one of them lose here.
     ticks = simulate_timing(requests, parse(made.files["machine.yaml"].decode(), "x")).ticks

@@ -7,6 +7,7 @@ import pytest
 from aim_nets import BFLOAT16, Net, on_cpu, products, regions
 from onnx import TensorProto
 
+import nestc
 from nestc.graph.region import Region
 from nestc.runtime.aim import host
 from nestc.runtime.aim.machine import preset
@@ -66,8 +67,8 @@ def check(net: Net, *outputs: str, shapes: dict[str, tuple[int, ...]]) -> list[P
 
 
 def test_the_offer_names_scheme_operators_and_cost() -> None:
-    offer, recurrent = offers(MACHINE, "bfloat16", lambda region: 1e-3)
-    assert recurrent.anchors == {"LSTM", "GRU"}
+    offer, recurrent, elementwise = offers(MACHINE, "bfloat16", lambda region: 1e-3)
+    assert recurrent.anchors == {"LSTM", "GRU"} and elementwise.anchors == {None}
     assert offer.quant is not None and offer.quant.scheme == "bf16"
     assert offer.anchors == {"Gemm", "MatMul", "Conv"} and {"Relu", "Add", "Gelu"} <= offer.ops
     assert offer.cost is not None and all(rule.reason for rule in offer.where)
@@ -237,7 +238,7 @@ def test_refusals_say_what_to_do() -> None:
 def test_regions_without_a_product_and_integers_are_refused() -> None:
     net = Net()
     (region,) = regions(net.model(net.node("Relu", net.input((1, 40)))))
-    assert refusal(region) == "offer matrix-vector is not for elementwise regions"
+    assert "no product or sum of two values" in str(refusal(region))
     net = Net()
     model = net.float_model(net.node("MatMul", net.input((1, 40)), net.matrix(40, 24)))
     batches = [{"x0": np.ones((1, 40), np.float32)}]
@@ -248,12 +249,14 @@ def test_regions_without_a_product_and_integers_are_refused() -> None:
     assert any("quantize the model with scheme bf16" in str(reason) for reason in reasons)
 
 
-def test_costs_follow_the_plain_mapping() -> None:
-    net = Net()
-    (region,) = products(net.model(net.node("MatMul", net.input((1, 1024)), net.matrix(1024, 4096))))
-    cost = ticks(4096, 1024, 1, MACHINE)
-    assert seconds(region, MACHINE) == MACHINE.seconds(cost)
-    assert ticks(4096, 1024, 3, MACHINE) == 3 * cost
-    # Without the transfers of the host, about what the public simulator takes for the plain mapping.
-    assert cost - 64 - 8 * 32 == pytest.approx(2417, rel=0.05)
+def test_costs_are_those_of_the_mapping_that_is_chosen() -> None:
+    """Shapes whose compiled launch has no other products in it: equal for one vector, and for more within 3 %."""
+    for m, k, rows in ((4096, 1024, 1), (24, 72, 1), (130, 300, 1), (130, 300, 9), (700, 64, 16)):
+        net = Net()
+        model = net.model(net.node("Relu", net.node("MatMul", net.input((rows, k)), net.matrix(k, m))))
+        (region,) = products(model)
+        (artifact,) = [p.artifact for p in nestc.compile(model, targets=["aim"]).bundle.partitions if p.device == "aim"]
+        compiled = artifact.metadata["timing"]["seconds"]
+        assert seconds(region, MACHINE) == pytest.approx(compiled, rel=1e-9 if rows == 1 else 0.03)
+    assert ticks(4096, 1024, 3, MACHINE) < 3 * ticks(4096, 1024, 1, MACHINE)
     assert rows_needed(4096, 1024, MACHINE) == 8 and rows_needed(513, 1025, MACHINE) == 3

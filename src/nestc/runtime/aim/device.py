@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,8 +12,24 @@ import numpy as np
 from nestc.bundle.artifact import Artifact, Elapsed
 from nestc.bundle.dtypes import numpy_dtype
 from nestc.errors import BundleError, TargetError
-from nestc.runtime.aim import host, layout
-from nestc.runtime.aim.commands import Command, CopyGbBk, EwMul, ReadGpr, WrAbk, WriteGpr, WriteMem, WrSbk, check
+from nestc.runtime.aim import elements, host, layout
+from nestc.runtime.aim.commands import (
+    Command,
+    CopyBkGb,
+    CopyGbBk,
+    EwMul,
+    MacAbk,
+    MacSbk,
+    RdSbk,
+    ReadGpr,
+    ReadMem,
+    WrAbk,
+    WriteGpr,
+    WriteMem,
+    WrSbk,
+    check,
+)
+from nestc.runtime.aim.elements import ElementLayout
 from nestc.runtime.aim.encode import decode
 from nestc.runtime.aim.host import HostOp
 from nestc.runtime.aim.layout import Layout
@@ -28,6 +45,7 @@ BANKS = "banks"
 REGISTERS = "registers"
 """The constant that holds what registers 0 and on hold: 16-bit patterns (n, lanes)."""
 
+_WITH_ROW = (WrSbk, WrAbk, RdSbk, CopyBkGb, CopyGbBk, MacSbk, MacAbk, EwMul, WriteMem, ReadMem)
 _WRITING = (WrSbk, WrAbk, CopyGbBk, EwMul, WriteMem)
 """Requests that write to banks."""
 
@@ -102,6 +120,42 @@ class Launch:
         return found
 
 
+@dataclass(frozen=True, eq=False)
+class ElementLaunch:
+    """Sums and products of values, which are broadcast to ``shape``, element by element; results have that shape.
+
+    ``rows`` rows of the banks from the ``row``-th on are worked in: each call has its own copy. ``commands`` count
+    them from there.
+    """
+
+    layer: str
+    sources: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    commands: Sequence[Command]
+    layout: ElementLayout
+    row: int
+    rows: int
+
+    def pack(self, sources: Sequence[Array]) -> Array:
+        """What the host writes, of sources of any float type."""
+        return self.layout.pack([np.broadcast_to(array, self.shape) for array in sources])
+
+    def execute(self, writes: Array, machine: AimMachine, banks: Array, registers: Array) -> list[Array]:
+        """What the host reads, (lanes,) each, after it wrote ``writes``; ``banks`` stay as they are."""
+        number = NUMBERS[self.layout.number]
+        own = banks[:, :, self.row : self.row + max(self.rows, 1)].copy()
+        return Machine(machine, self.layout.number, memory=own.view(number)).run(self.commands, list(writes))
+
+    def results(self, reads: Sequence[Array]) -> dict[str, Array]:
+        """The outputs, float32, from the registers that were read."""
+        found = self.layout.unpack(reads)
+        return {name: values.reshape(self.shape) for name, values in zip(self.outputs, found, strict=True)}
+
+
+Step: TypeAlias = Launch | ElementLaunch | HostOp
+
+
 class AimProgram:
     """A loaded partition. May be called from several threads: what a call changes is its own."""
 
@@ -145,6 +199,9 @@ class AimProgram:
             if isinstance(step, Launch):
                 writes = step.layout.pack(step.vectors(values[step.source]))
                 values |= step.results(step.execute(writes, self.machine, banks, self._registers))
+            elif isinstance(step, ElementLaunch):
+                writes = step.pack([values[name] for name in step.sources])
+                values |= step.results(step.execute(writes, self.machine, banks, self._registers))
             else:
                 values[step.output] = host.evaluate(step, [values[name] if name else None for name in step.inputs])
         results: list[np.ndarray] = []
@@ -167,12 +224,59 @@ def machine_of(artifact: Artifact) -> AimMachine:
     return parse(artifact.files[MACHINE_FILE].decode(), artifact.metadata["machine"])
 
 
-def steps(artifact: Artifact, machine: AimMachine) -> tuple[Launch | HostOp, ...]:
+def steps(artifact: Artifact, machine: AimMachine) -> tuple[Step, ...]:
     """What a partition does, in order. Raises BundleError or TargetError if it cannot be done."""
-    return tuple(
-        host.from_json(about) if about["kind"] == "host" else _launch(about, artifact, machine)
-        for about in artifact.metadata["steps"]
+    return tuple(_step(about, artifact, machine) for about in artifact.metadata["steps"])
+
+
+def _step(about: Mapping[str, Any], artifact: Artifact, machine: AimMachine) -> Step:
+    if about["kind"] == "host":
+        return host.from_json(about)
+    if about["kind"] == "elements":
+        return _element_launch(about, artifact, machine)
+    return _launch(about, artifact, machine)
+
+
+def _element_launch(about: Mapping[str, Any], artifact: Artifact, machine: AimMachine) -> ElementLaunch:
+    commands = decode(artifact.files[about["file"]])
+    check(commands, machine)
+    row, rows = int(about["row"]), int(about["rows"])
+    made = ElementLaunch(
+        layer=about["layer"],
+        sources=tuple(about["sources"]),
+        outputs=tuple(about["outputs"]),
+        shape=tuple(about["shape"]),
+        commands=[_shifted(command, row, rows) for command in commands],
+        layout=elements.from_json(about["layout"]),
+        row=row,
+        rows=rows,
     )
+    wanted = made.layout.chunks * made.layout.registers
+    _require_moves(made.layer, commands, wanted * len(made.layout.writes), wanted * len(made.layout.reads))
+    named = len(made.outputs) == len(made.layout.reads) and set(made.layout.writes) == set(range(len(made.sources)))
+    if not named or math.prod(made.shape) != made.layout.elements or made.layout.lanes != machine.lanes:
+        raise BundleError(f"layer {made.layer!r} of an AiM partition has other values than its layout")
+    return made
+
+
+def _shifted(command: Command, row: int, rows: int) -> Command:
+    """A request with its row counted from `row`. Raises BundleError if that is not among `rows`."""
+    if not isinstance(command, _WITH_ROW):
+        return command
+    if not 0 <= command.row - row < rows:
+        raise BundleError(f"{command.name} of an AiM partition is for row {command.row}, of rows {row} to {row + rows}")
+    return replace(command, row=command.row - row)
+
+
+def _require_moves(layer: str, commands: Sequence[Command], writes: int, reads: int) -> None:
+    """Raises BundleError if a stream does not write and read as many registers as its layout says."""
+    written = sum(isinstance(command, WriteGpr) for command in commands)
+    read = sum(isinstance(command, ReadGpr) for command in commands)
+    if (written, read) != (writes, reads):
+        raise BundleError(
+            f"the requests of layer {layer!r} of an AiM partition write {written} registers and read {read}, "
+            f"where its layout has {writes} and {reads}"
+        )
 
 
 def _launch(about: Mapping[str, Any], artifact: Artifact, machine: AimMachine) -> Launch:
@@ -195,14 +299,10 @@ def _launch(about: Mapping[str, Any], artifact: Artifact, machine: AimMachine) -
         take=array(about["take"]),
     )
     layout.require_activation(made.layout.activation)
-    written = sum(isinstance(command, WriteGpr) for command in commands)
-    read = sum(isinstance(command, ReadGpr) for command in commands)
-    wanted = made.layout.vectors * made.layout.inputs, made.layout.vectors * len(made.layout.outputs)
-    if made.layout.number not in NUMBERS or (written, read) != wanted:
-        raise BundleError(
-            f"the requests of layer {made.layer!r} of an AiM partition write {written} registers and read {read}, "
-            f"where its layout has {wanted[0]} and {wanted[1]}"
-        )
+    if made.layout.number not in NUMBERS:
+        raise BundleError(f"layer {made.layer!r} of an AiM partition holds numbers as {made.layout.number!r}")
+    vectors = made.layout.vectors
+    _require_moves(made.layer, commands, vectors * made.layout.inputs, vectors * len(made.layout.outputs))
     return made
 
 

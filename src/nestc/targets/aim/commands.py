@@ -10,7 +10,8 @@ import numpy as np
 from nestc.bundle.artifact import Artifact
 from nestc.bundle.dtypes import numpy_dtype
 from nestc.runtime.aim import host
-from nestc.runtime.aim.device import BANKS, MACHINE_FILE, REGISTERS, Launch, machine_of, steps
+from nestc.runtime.aim.device import BANKS, MACHINE_FILE, REGISTERS, ElementLaunch, machine_of, steps
+from nestc.runtime.aim.encode import decode
 from nestc.runtime.aim.trace import format_trace
 from nestc.targets.emitted import npz
 
@@ -44,21 +45,26 @@ def files(partition: str, artifact: Artifact) -> dict[str, bytes]:
     banks = image.copy()
     lines: list[str] = []
     told: list[dict[str, Any]] = []
+    files_of = {step["layer"]: step["file"] for step in about["steps"] if step["kind"] != "host"}
     for step in steps(artifact, machine):
-        if not isinstance(step, Launch):
+        if isinstance(step, host.HostOp):
             values[step.output] = host.evaluate(step, [values[name] if name else None for name in step.inputs])
             continue
-        writes = step.layout.pack(step.vectors(values[step.source]))
+        if isinstance(step, ElementLaunch):
+            writes = step.pack([values[name] for name in step.sources])
+        else:
+            writes = step.layout.pack(step.vectors(values[step.source]))
         reads = step.execute(writes, machine, banks, registers)
         values |= step.results(reads)
         given[f"{step.layer}@writes"], found[f"{step.layer}@reads"] = writes, np.stack(reads)
+        requests = decode(artifact.files[files_of[step.layer]])[:-1]
         first = sum(not line.startswith("#") for line in lines)
-        lines += [f"# layer {step.layer}", *format_trace(step.commands[:-1]).splitlines()]
+        lines += [f"# layer {step.layer}", *format_trace(requests).splitlines()]
         told.append(
             {
                 "name": step.layer,
                 "first": first,
-                "requests": len(step.commands) - 1,
+                "requests": len(requests),
                 "writes": len(writes),
                 "reads": len(reads),
                 "layout": step.layout.to_json(),

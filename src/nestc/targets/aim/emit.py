@@ -9,18 +9,22 @@ from nestc.errors import TargetError
 from nestc.runtime.aim.commands import (
     Af,
     Command,
+    EwAdd,
     EwMul,
     MacAbk,
     RdAf,
     RdMac,
+    RdSbk,
     ReadGpr,
+    Sync,
     WrBias,
     WrGb,
     WriteCfr,
     WriteGpr,
+    WrSbk,
 )
 from nestc.runtime.aim.machine import AimMachine
-from nestc.targets.aim.intrinsics import Column, Configure, Host, Register
+from nestc.targets.aim.intrinsics import Add, Bank, Column, Configure, Host, Register, Wait
 from nestc.tensor import index as ix
 from nestc.tensor.ir import Block, Call, Const, For, Kernel, Stmt, Window
 from nestc.tensor.text import statement_text
@@ -69,7 +73,7 @@ class _Refused(Exception):
 class _Emitter:
     def __init__(self, kernel: Kernel, addresses: Addresses, machine: AimMachine) -> None:
         self.addresses, self.machine = addresses, machine
-        self.banks, self.constants = kernel.params[1].name, kernel.params[2].name
+        self.banks, self.constants = kernel.params[1].name, kernel.params[2].name if len(kernel.params) > 3 else ""
         self.writes: list[int] = []
         self.reads: list[int] = []
         self.forms: dict[int, tuple[Call, Callable[[Mapping[str, int]], Command]]] = {}
@@ -97,6 +101,8 @@ class _Emitter:
         if isinstance(step, Configure):
             command = WriteCfr(step.cfr, step.value)
             return lambda values: command
+        if isinstance(step, Wait):
+            return lambda values: Sync()
         places = [_affine(window) for window in call.operands]
         if isinstance(step, Host):
             return self.moves(step, call.operands, places)
@@ -104,6 +110,12 @@ class _Emitter:
             return self.registers(step, call.operands, places)
         if isinstance(step, Column):
             return self.columns(step, call.operands, places)
+        if isinstance(step, Bank):
+            return self.bank(step, call.operands, places)
+        if isinstance(step, Add):
+            first, second = (self.register(window) for window in call.operands)
+            to, other = places
+            return lambda values: EwAdd(step.size, first + to(values), second + other(values))
         raise _Refused(f"there is no request {step.name}")
 
     def moves(
@@ -155,6 +167,22 @@ class _Emitter:
             return MacAbk(size, mask, row + found, column)
 
         return multiply
+
+    def bank(
+        self, step: Bank, operands: Sequence[Window], places: Sequence[_Place]
+    ) -> Callable[[Mapping[str, int]], Command]:
+        write, columns = step.request == "WR_SBK", self.machine.columns
+        which = 0 if write else 1
+        if operands[which].buffer.name != self.banks:
+            raise _Refused(f"{operands[which].buffer.name} is not in the banks")
+        column, register, row = places[which], places[1 - which], self.addresses.row
+        base, kind = self.register(operands[1 - which]), WrSbk if write else RdSbk
+
+        def move(values: Mapping[str, int]) -> Command:
+            found, start = divmod(column(values), columns)
+            return kind(base + register(values), step.mask, step.bank, row + found, start)
+
+        return move
 
     def register(self, window: Window) -> int:
         """First register of the buffer that an operand is in."""

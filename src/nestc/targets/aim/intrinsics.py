@@ -58,6 +58,27 @@ class Register(Intrinsic):
 
 
 @dataclass(frozen=True, eq=False)
+class Bank(Intrinsic):
+    """One column of one bank: ``WR_SBK`` (banks, registers), ``RD_SBK`` (registers, banks)."""
+
+    request: str = ""
+    mask: int = 0
+    bank: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Intrinsic):
+    """EWADD of `size` registers: operands (registers, registers), the first of which become the sums."""
+
+    size: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Wait(Intrinsic):
+    """SYNC; no operands."""
+
+
+@dataclass(frozen=True, eq=False)
 class Host(Intrinsic):
     """The host writes a register: operands (registers, host), or reads one: (host, registers)."""
 
@@ -141,14 +162,54 @@ class Set:
 
     def open_row(self, mask: int) -> Column:
         """EWMUL of one column in the first bank group: bank 2 = bank 0 * bank 1. It opens the row on the way."""
+        return self.multiply_banks(1, mask, 1)
+
+    def multiply_banks(self, size: int, mask: int, groups: int) -> Column:
+        """EWMUL of `size` columns in the first `groups` bank groups: bank 2 of each = bank 0 * bank 1."""
         m = self.machine
-        weights = Buffer("banks", self.number, (1, m.channels, m.banks, m.lanes))
+        banks = Buffer("banks", self.number, (size, m.channels, m.banks, m.lanes))
+        column = Var("column", size)
         steps: list[Stmt] = []
         for c in map(ix.const, channels_of(mask)):
-            first, second = (Cast(Load(weights, (_ZERO, c, ix.const(b), _ZERO), m.lanes), "float32") for b in (0, 1))
-            product = Cast(Binary("mul", first, second), self.number)
-            steps.append(Store(weights, (_ZERO, c, ix.const(2), _ZERO), product))
-        return Column(f"ewmul[{mask:#x}]", (weights,), tuple(steps), "EWMUL", 1, mask)
+            for group in range(0, groups * m.banks_per_group, m.banks_per_group):
+                places = [(column, c, ix.const(group + bank), _ZERO) for bank in range(3)]
+                first, second = (Cast(Load(banks, place, m.lanes), "float32") for place in places[:2])
+                steps.append(Store(banks, places[2], Cast(Binary("mul", first, second), self.number)))
+        name = f"ewmul[{mask:#x}]" if (size, groups) == (1, 1) else f"ewmul[{size}, {mask:#x}, {groups}]"
+        return Column(name, (banks,), (For(column, tuple(steps)),), "EWMUL", size, mask)
+
+    def write_bank(self, mask: int, bank: int) -> Bank:
+        """WR_SBK: a column of `bank` of the i-th channel of the mask = register i."""
+        return self._bank("wr_sbk", mask, bank)
+
+    def read_bank(self, mask: int, bank: int) -> Bank:
+        """RD_SBK: register i = a column of `bank` of the i-th channel of the mask."""
+        return self._bank("rd_sbk", mask, bank)
+
+    def _bank(self, name: str, mask: int, bank: int) -> Bank:
+        m = self.machine
+        channels = channels_of(mask)
+        banks = Buffer("banks", self.number, (1, m.channels, m.banks, m.lanes))
+        gpr = Buffer("gpr", self.number, (len(channels), m.lanes))
+        write = name == "wr_sbk"
+        steps: list[Stmt] = []
+        for i, c in enumerate(channels):
+            column, register = (_ZERO, ix.const(c), ix.const(bank), _ZERO), (ix.const(i), _ZERO)
+            if write:
+                steps.append(Store(banks, column, Load(gpr, register, m.lanes)))
+            else:
+                steps.append(Store(gpr, register, Load(banks, column, m.lanes)))
+        params = (banks, gpr) if write else (gpr, banks)
+        return Bank(f"{name}[{mask:#x}, {bank}]", params, tuple(steps), name.upper(), mask, bank)
+
+    def add_registers(self) -> Add:
+        """EWADD of one register: it += the other, rounded to the format."""
+        lanes = self.machine.lanes
+        gpr, other = Buffer("gpr", self.number, (1, lanes)), Buffer("other", self.number, (1, lanes))
+        place = (_ZERO, _ZERO)
+        first, second = (Cast(Load(each, place, lanes), "float32") for each in (gpr, other))
+        body: Block = (Store(gpr, place, Cast(Binary("add", first, second), self.number)),)
+        return Add("ewadd[1]", (gpr, other), body, 1)
 
     def write_bias(self, mask: int) -> Register:
         """WR_BIAS: accumulators of the i-th channel of the mask = register i."""
@@ -209,6 +270,11 @@ class Set:
 def configure(cfr: int, value: int) -> Call:
     """W CFR: a configuration register = `value`."""
     return Call(Configure(f"w_cfr[{cfr}, {value}]", (), (), cfr, value), ())
+
+
+def wait() -> Call:
+    """SYNC: everything before is done."""
+    return Call(Wait("sync", (), ()), ())
 
 
 def select_function(name: str) -> Call:

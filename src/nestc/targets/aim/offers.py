@@ -9,6 +9,7 @@ from nestc.graph.region import Region
 from nestc.runtime.aim.host import OPERATORS
 from nestc.runtime.aim.machine import AimMachine, preset
 from nestc.targets.aim.cost import rows_needed
+from nestc.targets.aim.gates import read_elements
 from nestc.targets.aim.recurrent import RECURRENT, read_region
 from nestc.targets.aim.regions import ANCHORS, NUMBERS, Refused
 from nestc.targets.api import Constraint, Offer, QuantSpec
@@ -70,6 +71,26 @@ class AimOffer(Offer):
         return None
 
 
+@dataclass(frozen=True)
+class ElementOffer(AimOffer):
+    """An offer for regions without an anchor: sums and products of values, element by element."""
+
+    def refusal(self, region: Region) -> str | None:
+        """Why the offer does not take `region`, in words; None if it does."""
+        if region.anchor is not None:
+            return f"offer {self.name} is not for {region.anchor} regions"
+        try:
+            found = read_elements(region, self.rounded)
+        except Refused as reason:
+            return str(reason)
+        if found[0].number != self.number:
+            return (
+                f"the region is in {found[0].number}, and this AiM was asked to hold {self.number}; write "
+                f"aim:number={found[0].number}"
+            )
+        return None
+
+
 def offers(
     machine: AimMachine,
     number: str = "bfloat16",
@@ -88,4 +109,5 @@ def offers(
     return (
         offer("matrix-vector", frozenset({*ANCHORS, *OPERATORS}), ANCHORS),
         offer("recurrent", frozenset({*RECURRENT, "Cast"}), RECURRENT),
+        ElementOffer("elementwise", frozenset(OPERATORS), frozenset({None}), (), scheme, cost, machine, number, kind),
     )

@@ -105,6 +105,25 @@ def format_of(dtype: str, where: str, rounded: str | None) -> str:
     return dtype
 
 
+def host_operator(op: Op, region: Region, where: str) -> HostOp:
+    """An elementwise operator of a region for the processor beside the memory. Raises Refused for types that it does
+    not have; `where` it stands is for the message."""
+    type_ = region.types[op.outputs[0]]
+    shapeless = {"Reshape", "Squeeze", "Unsqueeze"}
+    inputs = op.inputs[:1] if op.op_type in shapeless else op.inputs
+    for dtype in (region.types[name].dtype for name in (*inputs, op.outputs[0]) if name):
+        if dtype not in FLOATS:
+            raise Refused(f"{op.op_type} (node {op.name!r}) {where} is on {dtype}")
+    attributes: dict[str, float | str] = {}
+    for key in _ATTRIBUTES & set(op.attributes):
+        value = op.attributes[key]
+        if isinstance(value, bytes):
+            attributes[key] = value.decode()
+        elif isinstance(value, int | float | str):
+            attributes[key] = value
+    return HostOp(op.op_type, inputs, op.outputs[0], type_.dtype, type_.shape, attributes)
+
+
 class _Reader:
     """What products and convolutions have in common."""
 
@@ -250,7 +269,6 @@ class _Reader:
 
     def _on_host(self, op: Op, constants: dict[str, Array]) -> HostOp:
         """An operator of the tail. Raises Refused if the processor beside the memory is not to run it."""
-        type_ = self.region.types[op.outputs[0]]
         if op.op_type not in OPERATORS or op.domain or len(op.outputs) != 1:
             raise Refused(f"{op.op_type} (node {op.name!r}) follows {self.where}, and is not among what AiM computes")
         for name in op.inputs:
@@ -258,19 +276,7 @@ class _Reader:
                 array = self.constant(name)
                 assert array is not None
                 constants[name] = array
-        shapeless = {"Reshape", "Squeeze", "Unsqueeze"}
-        inputs = op.inputs[:1] if op.op_type in shapeless else op.inputs
-        for dtype in (self.region.types[name].dtype for name in (*inputs, op.outputs[0]) if name):
-            if dtype not in FLOATS:
-                raise Refused(f"{op.op_type} (node {op.name!r}) after {self.where} is on {dtype}")
-        attributes: dict[str, float | str] = {}
-        for key in _ATTRIBUTES & set(op.attributes):
-            value = op.attributes[key]
-            if isinstance(value, bytes):
-                attributes[key] = value.decode()
-            elif isinstance(value, int | float | str):
-                attributes[key] = value
-        return HostOp(op.op_type, inputs, op.outputs[0], type_.dtype, type_.shape, attributes)
+        return host_operator(op, self.region, f"after {self.where}")
 
 
 class _MatrixProduct(_Reader):

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from nestc.runtime.aim.commands import Command, count_kinds
+from nestc.runtime.aim.elements import ElementLayout
 from nestc.runtime.aim.energy import joules
 from nestc.runtime.aim.host import HostOp
 from nestc.runtime.aim.layout import Layout
@@ -22,7 +23,9 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def timed(
-    launches: Sequence[tuple[str, Sequence[Command], Layout]], host: Sequence[HostOp], machine: AimMachine
+    launches: Sequence[tuple[str, Sequence[Command], Layout | ElementLayout]],
+    host: Sequence[HostOp],
+    machine: AimMachine,
 ) -> dict[str, Any]:
     """Ticks, seconds, energy and the fraction of internal bandwidth of launches that run one after the other.
 
@@ -36,23 +39,26 @@ def timed(
         spent = joules(report)
         for part, value in spent.items():
             parts[part] = parts.get(part, 0.0) + value
+        if isinstance(layout, ElementLayout):
+            shape = {"elements": layout.elements}
+        else:
+            additions = layout.vectors * layout.additions
+            shape = {"m": layout.m, "k": layout.k, "vectors": layout.vectors, "host_additions": additions}
         layers.append(
             {
                 "name": name,
-                "m": layout.m,
-                "k": layout.k,
-                "vectors": layout.vectors,
+                **shape,
                 "ticks": report.ticks,
-                "host_additions": layout.vectors * layout.additions,
                 "energy_joules": spent["total"],
                 "bandwidth_fraction": useful(layout, machine) / max(report.ticks, 1),
                 "commands": count_kinds(commands),
             }
         )
     ticks = sum(layer["ticks"] for layer in layers)
-    activated = sum(layout.vectors * layout.m for _, _, layout in launches if layout.activation is not None)
-    host_seconds = (sum(_moved(op) for op in host) + 8 * activated) / HOST_BYTES_PER_SECOND
-    every = sum(useful(layout, machine) for _, _, layout in launches)
+    products = [layout for _, _, layout in launches if isinstance(layout, Layout)]
+    activated = sum(layout.vectors * layout.m for layout in products if layout.activation is not None)
+    host_seconds = seconds_of_host(host) + 8 * activated / HOST_BYTES_PER_SECOND
+    every = sum(useful(layout, machine) for layout in products)
     total = parts.pop("total", 0.0)
     return {
         "kind": "modelled",
@@ -67,8 +73,15 @@ def timed(
     }
 
 
-def useful(layout: Layout, machine: AimMachine) -> float:
+def seconds_of_host(operators: Sequence[HostOp]) -> float:
+    """Estimated time of the host's operators (see `HOST_BYTES_PER_SECOND`)."""
+    return sum(_moved(op) for op in operators) / HOST_BYTES_PER_SECOND
+
+
+def useful(layout: Layout | ElementLayout, machine: AimMachine) -> float:
     """Ticks in which all banks together could deliver the weights of a layer once for each vector."""
+    if isinstance(layout, ElementLayout):
+        return 0.0
     a_tick = machine.outputs * machine.lanes / machine.timing["nCCDS"]
     return layout.vectors * layout.m * layout.k / a_tick
 
