@@ -6,8 +6,9 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import onnx_ir as ir
@@ -18,26 +19,12 @@ from nestc.partition.draw import CannotDraw, draw
 from nestc.partition.fingerprint import MODELLED, chain_hash, device_fingerprint, region_hash
 from nestc.partition.group import partitions
 from nestc.partition.match import ask, takes
+from nestc.partition.repeat import LEAST_SECONDS, Effort, Timed, together
 from nestc.partition.sizes import nbytes
 from nestc.partition.store import ALONE, CHAIN, LAUNCH, Entry, Key, ProfileStore, stamped
-from nestc.targets.api import Artifact, Offer, Partition, Program, Target
-
-if TYPE_CHECKING:
-    from nestc.bundle.artifact import Elapsed
+from nestc.targets.api import Artifact, Elapsed, Offer, Partition, Program, Target
 
 Submodel = Callable[[Sequence[str]], ir.Model]
-
-UNSTEADY = 0.3
-"""A spread above this part of the median is measured again."""
-
-TRIES = 3
-"""Measurements of one thing at most; the steadiest is kept."""
-
-SETTLE_SECONDS = 0.02
-"""Idle time when the device changes: thread pools of vendors' runtimes spin for a while after a run on shared cores."""
-
-LEAST_SECONDS = 1e-9
-"""A measured time is never zero, though the clock may not see it (a value that only gets another shape)."""
 
 UNKNOWN_SECONDS = 1e-4
 """Assumed for an operator of ``host`` that cannot be run on made up values."""
@@ -48,16 +35,13 @@ _WITH_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _one_at_a_time = threading.Lock()
 
 
-@dataclass(frozen=True)
-class Effort:
-    """A measurement is of at least ``runs`` runs and ``seconds``, but ends, with three, once it took ``longest``.
+PROFILE_RUNS = 9
+"""Runs of which the median is the time of a chain's step."""
 
-    If the first run alone takes that long it is the only one.
-    """
+_ABSENT = "the device is not here"
 
-    runs: int = 15
-    seconds: float = 0.03
-    longest: float = 1.0
+CHAIN_TIMES = 3
+"""A chain is measured so much longer than a region: there are few, and all shares are scaled to it."""
 
 
 class _Step(Protocol):
@@ -79,11 +63,33 @@ class _Profiled(Protocol):
 
 
 @dataclass(frozen=True)
-class _Refused:
-    """Why a device does not take a partition; ``absent``: because it is not here."""
+class _Work:
+    """Regions to be measured as one partition of a target; ``outputs`` are what leaves it."""
 
-    words: str
-    absent: bool = False
+    target: Target
+    regions: tuple[Region, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A partition that is ready to run; ``first``: what its first run took; ``bytes`` of its constants."""
+
+    program: Program
+    inputs: Sequence[np.ndarray]
+    outputs: int
+    bytes: int
+    first: Elapsed
+
+    def run(self) -> float:
+        """Run once; the seconds by the program's own clock."""
+        return self.program(self.inputs, [None] * self.outputs)[1].seconds
+
+    def outside(self) -> float:
+        """Run once; the seconds that the call took beside what the program counts."""
+        begin = time.perf_counter()
+        elapsed = self.program(self.inputs, [None] * self.outputs)[1]
+        return max(0.0, time.perf_counter() - begin - elapsed.seconds)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,15 @@ class _Whole:
 
     entry: Entry
     regions: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """A chain that is to be measured: what, and under which keys the whole and the regions (by name) are kept."""
+
+    work: _Work
+    total: Key
+    keys: Mapping[str, Key]
 
 
 class Meter:
@@ -115,7 +130,6 @@ class Meter:
         self._fingerprints: dict[int, tuple[Target, str]] = {}
         self._present: dict[int, bool] = {}
         self._hashes: dict[int, tuple[Region, str]] = {}
-        self._last: str | None = None  # the device measured last
 
     def region(self, target: Target, region: Region, submodel: Submodel) -> Entry:
         """What a region takes on a target as a partition of its own.
@@ -123,45 +137,71 @@ class Meter:
         A `refusal` in the entry says that the device does not take it after all. If the device is not here the entry
         is what the offer estimates; such entries are not kept in the store. `submodel` makes the ONNX model of regions.
         """
-        key = Key(self._hash(region, submodel), self._fingerprint(target), ALONE)
-        found = self._recall(key)
-        if found is None:
-            self._say(f"measure {region.name} on {target.name}")
-            found = self._whole(target, (region,), region.outputs, submodel).entry
-            self._keep({key: found})
-        return _powered(target, found)
+        return self.regions([target], region, submodel)[target.name]
+
+    def regions(self, targets: Sequence[Target], region: Region, submodel: Submodel) -> dict[str, Entry]:
+        """What a region takes on each of some targets, by their names; see `region`.
+
+        Those that are measured now take turns, so that their times can be compared.
+        """
+        text = self._hash(region, submodel)
+        keys = {target.name: Key(text, self._fingerprint(target), ALONE) for target in targets}
+        found = {name: self._recall(key) for name, key in keys.items()}
+        missing = {keys[target.name]: target for target in targets if found[target.name] is None}
+        if missing:
+            self._say(f"measure {region.name} on {', '.join(target.name for target in missing.values())}")
+            works = [_Work(target, (region,), region.outputs) for target in missing.values()]
+            wholes = self._wholes(works, submodel, self.effort)
+            self._keep({key: whole.entry for key, whole in zip(missing, wholes, strict=True)})
+        return {target.name: _powered(target, self._known[keys[target.name]]) for target in targets}
 
     def chain(self, target: Target, regions: Sequence[Region], submodel: Submodel) -> dict[str, Entry]:
-        """What each of some regions takes where all of them run as one partition, in that order.
+        """What each of some regions takes where all of them run as one partition, in that order, by their names.
 
         Where the program can tell what its steps take, each region gets those of its nodes, and a conversion between
         layouts goes to the region that asked for it; else the time is shared as the regions' times alone are. Either
         way the entries sum to the median of the whole. If the device does not take the chain every entry is a refusal;
         if it is not here, each is the region's estimate.
         """
+        return self.chains([(target, regions)], submodel)[0]
+
+    def chains(self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: Submodel) -> list[dict[str, Entry]]:
+        """What the regions of several chains take, on one target or different ones; see `chain`.
+
+        Those that are measured now take turns, so that their times can be compared.
+        """
+        chains = [self._chain(target, regions, submodel) for target, regions in given]
+        missing = {
+            chain.total: chain
+            for chain in chains
+            if len(chain.keys) > 1 and any(self._recall(key) is None for key in chain.keys.values())
+        }
+        for chain in missing.values():
+            first, *_, last = chain.keys
+            self._say(f"measure {first} to {last} on {chain.work.target.name}")
+        effort = Effort(self.effort.runs, CHAIN_TIMES * self.effort.seconds, CHAIN_TIMES * self.effort.longest)
+        wholes = self._wholes([chain.work for chain in missing.values()], submodel, effort)
+        for (total, chain), whole in zip(missing.items(), wholes, strict=True):
+            shares = self._shared(chain.work, whole, submodel)
+            self._keep({total: whole.entry, **{chain.keys[name]: entry for name, entry in shares.items()}})
+        return [self._entries(chain, submodel) for chain in chains]
+
+    def _chain(self, target: Target, regions: Sequence[Region], submodel: Submodel) -> _Chain:
+        names = [region.name for region in regions]
+        outputs = tuple(value.name or "" for value in submodel(names).graph.outputs)
+        hashes = [self._hash(region, submodel) for region in regions]
+        text, device = chain_hash(hashes, regions, outputs), self._fingerprint(target)
+        keys = {
+            name: Key(own, device, f"{CHAIN}:{text}:{index}")
+            for index, (name, own) in enumerate(zip(names, hashes, strict=True))
+        }
+        return _Chain(_Work(target, tuple(regions), outputs), Key(text, device, CHAIN), keys)
+
+    def _entries(self, chain: _Chain, submodel: Submodel) -> dict[str, Entry]:
+        target, regions = chain.work.target, chain.work.regions
         if len(regions) == 1:
             return {regions[0].name: self.region(target, regions[0], submodel)}
-        names = [region.name for region in regions]
-        outputs = [value.name or "" for value in submodel(names).graph.outputs]
-        hashes = [self._hash(region, submodel) for region in regions]
-        whole = chain_hash(hashes, regions, outputs)
-        device = self._fingerprint(target)
-        total = Key(whole, device, CHAIN)
-        keys = {
-            name: Key(text, device, f"{CHAIN}:{whole}:{index}")
-            for index, (name, text) in enumerate(zip(names, hashes, strict=True))
-        }
-        known = {name: entry for name, key in keys.items() if (entry := self._recall(key)) is not None}
-        if len(known) == len(regions):
-            return {name: _powered(target, entry) for name, entry in known.items()}
-        self._say(f"measure {names[0]} to {names[-1]} on {target.name}")
-        found = self._whole(target, regions, outputs, submodel)
-        if found.entry.refusal is None and found.entry.kind == "estimated":
-            shares = {region.name: self.region(target, region, submodel) for region in regions}
-        else:
-            shares = self._shared(target, regions, found, submodel)
-        self._keep({total: found.entry, **{keys[name]: entry for name, entry in shares.items()}})
-        return {name: _powered(target, entry) for name, entry in shares.items()}
+        return {name: _powered(target, self._known[key]) for name, key in chain.keys.items()}
 
     def launch(self, target: Target) -> Entry:
         """What starting a partition takes beyond what its program counts as its own time: the call from Python.
@@ -175,23 +215,18 @@ class Meter:
         if target.machine.facts.get(MODELLED) == "modelled" or not takes(target, region):
             return stated
         key = Key(region_hash(region), self._fingerprint(target), LAUNCH)
-        found = self._recall(key)
-        if found is None:
+        if self._recall(key) is None:
             self._say(f"measure a launch on {target.name}")
-            opened = self._open(target, _partition(target, (region,), region.outputs, submodel))
-            if isinstance(opened, _Refused | Entry):
-                return stated
-            program, partition, _ = opened
-            try:
-                found = self._timed(target, program, partition, outside=True)
-            except (TargetError, UnsupportedOp):
-                return stated
-            finally:
-                program.close()
-            if found.kind == "modelled":
-                return stated
-            self._keep({key: found})
-        return _powered(target, found)
+            with _one_at_a_time:
+                loaded = self._load(_Work(target, (region,), region.outputs), submodel)
+                if isinstance(loaded, Entry):
+                    return stated
+                with closing(loaded.program):
+                    if loaded.first.kind == "modelled":
+                        return stated
+                    (timed,) = together([loaded.outside], self.effort)
+            self._keep({key: Entry(timed.seconds, spread=timed.spread, runs=timed.runs)})
+        return _powered(target, self._known[key])
 
     def _hash(self, region: Region, submodel: Submodel) -> str:
         known = self._hashes.get(id(region))
@@ -226,48 +261,59 @@ class Meter:
         if self._tell is not None:
             self._tell(what)
 
-    def _whole(self, target: Target, regions: Sequence[Region], outputs: Sequence[str], submodel: Submodel) -> _Whole:
-        """Compile regions as one partition and find out what it takes."""
-        opened = self._open(target, _partition(target, regions, outputs, submodel))
-        if isinstance(opened, Entry):
-            return _Whole(opened)
-        if isinstance(opened, _Refused):
-            if opened.absent:
-                return _Whole(_estimate(target, regions, f"the device is not here: {opened.words}"))
-            return _Whole(Entry(0.0, refusal=opened.words))
-        program, partition, size = opened
-        try:
-            entry = self._timed(target, program, partition)
-            steps = None
-            if len(regions) > 1 and entry.kind == "measured" and isinstance(program, _Profiled):
-                with _one_at_a_time:
-                    rows = program.profile(draw(partition)[0], max(3, min(entry.runs, self.effort.runs)))
-                steps = attribute(rows, regions)
-        except CannotDraw as error:
-            return _Whole(_estimate(target, regions, f"it cannot be run alone: {error}"))
-        except (TargetError, UnsupportedOp) as error:
-            if draw(partition)[1]:
-                return _Whole(Entry(0.0, refusal=str(error)))
-            return _Whole(_estimate(target, regions, f"it does not run on made up values: {error}"))
-        finally:
-            program.close()
-        return _Whole(replace(entry, bytes=size), steps)
+    def _wholes(self, works: Sequence[_Work], submodel: Submodel, effort: Effort) -> list[_Whole]:
+        """Compile each as a partition, and find out what they take, one beside the other."""
+        with _one_at_a_time, ExitStack() as loaded_programs:
+            opened: list[_Loaded | Entry] = []
+            for work in works:
+                opened.append(self._load(work, submodel))
+                if isinstance(loaded := opened[-1], _Loaded):
+                    loaded_programs.callback(loaded.program.close)
+            varying = [
+                loaded
+                for loaded in opened
+                if isinstance(loaded, _Loaded)
+                and loaded.first.kind == "measured"
+                and loaded.first.seconds <= effort.longest
+            ]
+            timed = dict(zip(map(id, varying), together([loaded.run for loaded in varying], effort), strict=True))
+            return [
+                _Whole(each) if isinstance(each, Entry) else _told(work, each, timed.get(id(each)))
+                for work, each in zip(works, opened, strict=True)
+            ]
 
-    def _open(self, target: Target, partition: Partition) -> tuple[Program, Partition, int] | Entry | _Refused:
-        """A loaded partition and the bytes of its constants; an entry if the artifact says it all; or a refusal."""
+    def _load(self, work: _Work, submodel: Submodel) -> _Loaded | Entry:
+        """A partition that has run once; or an entry, if nothing has to run, or nothing does."""
+        target, regions = work.target, work.regions
+        partition = _partition(target, regions, work.outputs, submodel)
         try:
             artifact = target.compile(partition)
         except (TargetError, UnsupportedOp) as error:
-            return _Refused(str(error))
+            return Entry(0.0, refusal=str(error))
         # A vendor's runtime has its constants inside a file.
-        size = sum(array.nbytes for array in artifact.weights.values()) or _constant_bytes(partition.regions)
+        size = sum(array.nbytes for array in artifact.weights.values()) or _constant_bytes(regions)
         modelled = _modelled(artifact, size)
         if modelled is not None:
             return modelled
         try:
-            return target.open().load(artifact, self.threads), partition, size
+            program = target.open().load(artifact, self.threads)
         except (TargetError, UnsupportedOp) as error:
-            return _Refused(str(error), absent=not self._is_here(target))
+            if self._is_here(target):
+                return Entry(0.0, refusal=str(error))
+            return _estimate(target, regions, f"{_ABSENT}: {error}")
+        try:
+            inputs, sure = draw(partition)
+        except CannotDraw as error:
+            program.close()
+            return _estimate(target, regions, f"it cannot be run alone: {error}")
+        try:
+            first = program(inputs, [None] * len(partition.outputs))[1]
+        except (TargetError, UnsupportedOp) as error:
+            program.close()
+            if sure:
+                return Entry(0.0, refusal=str(error))
+            return _estimate(target, regions, f"it does not run on made up values: {error}")
+        return _Loaded(program, inputs, len(partition.outputs), size, first)
 
     def _is_here(self, target: Target) -> bool:
         """Whether a device runs anything at all here: then what it does not load is its own limit."""
@@ -285,30 +331,16 @@ class Meter:
             self._present[id(target)] = known
         return known
 
-    def _timed(self, target: Target, program: Program, partition: Partition, outside: bool = False) -> Entry:
-        """Run a program until its time is known; `outside`: the time of the call less what the program counts."""
-        inputs = draw(partition)[0]
-        count = len(partition.outputs)
-        with _one_at_a_time:
-            if self._last not in (None, target.name):
-                time.sleep(SETTLE_SECONDS)
-            self._last = target.name
-            tried: list[Entry] = []
-            for _ in range(TRIES):
-                entry = _measure(lambda: program(inputs, [None] * count), self.effort, outside)
-                tried.append(entry)
-                if entry.spread <= UNSTEADY * entry.seconds or entry.runs == 1:
-                    break
-        return min(tried, key=lambda entry: entry.spread / entry.seconds)
-
-    def _shared(self, target: Target, regions: Sequence[Region], whole: _Whole, submodel: Submodel) -> dict[str, Entry]:
-        """The whole's entry in shares, one a region, that sum to it."""
-        entry = whole.entry
+    def _shared(self, work: _Work, whole: _Whole, submodel: Submodel) -> dict[str, Entry]:
+        """The whole's entry in shares, one a region, that sum to it; of an estimate those of the regions."""
+        entry, target, regions = whole.entry, work.target, work.regions
         if entry.refusal is not None:
             return {region.name: entry for region in regions}
         parts = whole.regions
         if parts is None or sum(parts) <= 0:
             alone = [self.region(target, region, submodel) for region in regions]
+            if entry.kind == "estimated":
+                return {region.name: each for region, each in zip(regions, alone, strict=True)}
             usual = statistics.median([each.seconds for each in alone if each.refusal is None] or [1.0])
             parts = tuple(usual if each.refusal is not None else each.seconds for each in alone)
         parts = tuple(max(part, LEAST_SECONDS) for part in parts)
@@ -324,6 +356,17 @@ class Meter:
             )
             for region, part, size in zip(regions, parts, sizes, strict=True)
         }
+
+
+def _told(work: _Work, loaded: _Loaded, timed: Timed | None) -> _Whole:
+    """What repeated runs (None: there was only the first) and the program's profile tell of a partition."""
+    if timed is None:
+        seconds, kind = max(loaded.first.seconds, LEAST_SECONDS), loaded.first.kind
+        return _Whole(Entry(seconds, kind, runs=1, bytes=loaded.bytes))
+    entry = Entry(timed.seconds, spread=timed.spread, runs=timed.runs, bytes=loaded.bytes)
+    if len(work.regions) == 1 or not isinstance(loaded.program, _Profiled):
+        return _Whole(entry)
+    return _Whole(entry, attribute(loaded.program.profile(loaded.inputs, PROFILE_RUNS), work.regions))
 
 
 def attribute(steps: Sequence[_Step], regions: Sequence[Region]) -> tuple[float, ...]:
@@ -354,33 +397,6 @@ def attribute(steps: Sequence[_Step], regions: Sequence[Region]) -> tuple[float,
     return tuple(found)
 
 
-def _measure(run: Callable[[], tuple[object, Elapsed]], effort: Effort, outside: bool) -> Entry:
-    """The median of repeated runs after two that warm up; of a simulator one run, whose time never varies."""
-    begin = time.perf_counter()
-
-    def once() -> tuple[float, Elapsed]:
-        start = time.perf_counter()
-        elapsed = run()[1]
-        wall = time.perf_counter() - start
-        return (max(0.0, wall - elapsed.seconds) if outside else elapsed.seconds), elapsed
-
-    first, elapsed = once()
-    if elapsed.kind == "modelled":
-        return Entry(max(elapsed.seconds, LEAST_SECONDS), "modelled", runs=1)
-    if time.perf_counter() - begin > effort.longest:
-        return Entry(max(first, LEAST_SECONDS), runs=1)
-    once()
-    times: list[float] = []
-    start = time.perf_counter()
-    while True:
-        times.append(once()[0])
-        spent = time.perf_counter() - start
-        if (len(times) >= effort.runs and spent >= effort.seconds) or (len(times) >= 3 and spent >= effort.longest):
-            break
-    low, middle, high = (float(value) for value in np.percentile(times, (25, 50, 75)))
-    return Entry(max(middle, LEAST_SECONDS), spread=high - low, runs=len(times))
-
-
 def _modelled(artifact: Artifact, size: int) -> Entry | None:
     """What the compiler's simulator said of an artifact, if it did."""
     timing: object = artifact.metadata.get("timing")
@@ -398,7 +414,7 @@ def _estimate(target: Target, regions: Sequence[Region], note: str) -> Entry:
     for region in regions:
         offer = ask(region, target)
         cost = offer.cost if isinstance(offer, Offer) else None
-        if cost is None and note.startswith("the device is not here"):
+        if cost is None and note.startswith(_ABSENT):
             return Entry(0.0, "estimated", refusal=f"{note}; and the offer states no cost to go by")
         seconds += UNKNOWN_SECONDS * len(region.ops) if cost is None else cost(region)
     return Entry(max(seconds, LEAST_SECONDS), "estimated", bytes=_constant_bytes(regions), note=note)
