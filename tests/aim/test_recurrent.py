@@ -103,7 +103,7 @@ def reason(net: Net, *outputs: str, rounded: bool = True) -> str:
 
 def test_refusals_are_told_in_words() -> None:
     net = Net()
-    assert "have its operands rounded with aim:round=true" in reason(net, *node(net, "LSTM")[1], rounded=False)
+    assert "have operands rounded with aim:round=true" in reason(net, *node(net, "LSTM")[1], rounded=False)
     net = Net()
     assert "linear_before_reset=0" in reason(net, *node(net, "GRU")[1])
     net = Net()

@@ -239,3 +239,41 @@ def test_the_demo_network_is_computed_on_three_devices() -> None:
         # VTA rounds ties up (docs/vta.md), which here makes a few steps of int8; AiM rounds its sums to bfloat16.
         np.testing.assert_allclose(found_there, integers(image[None]), atol=0.05 * float(np.abs(exact).max()))
     assert same >= 38
+
+
+RECURRENT = """
+<ir_version: 10, opset_import: ["": 21]>
+steps (float[5, 2, 24] x) => (float[1, 2, 20] h, float[5, 2, 7] y)
+<float[1, 80, 24] w, float[1, 80, 20] r, float[1, 160] b, float[1, 60, 20] gw, float[1, 60, 20] gr, float[20, 7] last,
+ int64[1] one = {1}>
+{
+  a, h = LSTM <hidden_size=20> (x, w, r, b)
+  s = Squeeze (a, one)
+  g = GRU <hidden_size=20, linear_before_reset=1> (s, gw, gr)
+  q = Squeeze (g, one)
+  y = MatMul (q, last)
+}
+"""
+
+
+def test_recurrent_nodes_are_rounded_to_bfloat16_and_run_in_the_memory() -> None:
+    random = np.random.default_rng(9)
+    shapes = {"w": (1, 80, 24), "r": (1, 80, 20), "b": (1, 160), "gw": (1, 60, 20), "gr": (1, 60, 20), "last": (20, 7)}
+    weights = {name: random.standard_normal(shape).astype(np.float32) * 0.3 for name, shape in shapes.items()}
+    model = parsed(RECURRENT, **weights)
+    quantized = nestc.quantize(model, None, "devices", targets=["aim"])
+    onnx.checker.check_model(ir.to_proto(quantized.ir))
+    assert {each.op: each.scheme for each in reasons(quantized) if each.op != "Squeeze"} == {
+        "LSTM": "bf16", "GRU": "bf16", "MatMul": "bf16"
+    }  # fmt: skip
+    ours = nestc.compile(quantized, targets=["aim"])
+    devices = {op: region.device for region in ours.plan.regions for op in region.ops}
+    assert (devices["LSTM"], devices["GRU"]) == ("aim", "aim")
+    x = {"x": random.standard_normal((5, 2, 24)).astype(np.float32)}
+    session = ort.InferenceSession(ir.to_proto(quantized.ir).SerializeToString(), providers=["CPUExecutionProvider"])
+    exact, found, here = nestc.compile(model).run(x), ours.run(x), nestc.compile(quantized).run(x)
+    for name, standard in zip(("h", "y"), session.run(["h", "y"], x), strict=True):
+        np.testing.assert_allclose(here[name], standard, rtol=1e-4, atol=1e-5)
+        for other in (found[name], here[name]):
+            noise = float(np.square(other - exact[name]).sum())
+            assert 10 * math.log10(float(np.square(exact[name]).sum()) / noise) > 35

@@ -203,7 +203,7 @@ def planned_source(
     source, told = quantize.calibrated(
         bound, scheme, calibrate,
         overrides=overrides, tools=tools, labels=labels, split=split, preprocess=preprocess, limit=limit,
-        budget=accuracy_budget, threads=threads,
+        budget=accuracy_budget, threads=threads, targets=target or ["cpu"],
     )  # fmt: skip
     return source, {}, {}, told
 

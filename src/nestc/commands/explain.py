@@ -55,6 +55,7 @@ def explain(
             source, _ = quantize.calibrated(
                 source, scheme, calibrate,
                 overrides=overrides, tools=tools, labels=labels, split=split, preprocess=preprocess, limit=limit,
+                targets=target or ["cpu"],
             )  # fmt: skip
         found = reasons(source)
         words = in_words(found)

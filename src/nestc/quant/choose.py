@@ -17,7 +17,7 @@ from nestc.graph.model import Model
 from nestc.graph.passes.affine_convolutions import is_affine
 from nestc.graph.passes.rewrite import array, only_use, operand, scalar
 from nestc.quant.profile import Profile
-from nestc.quant.scheme import MOVING, WEIGHTED, Scheme, nearest
+from nestc.quant.scheme import MOVING, RECURRENT, WEIGHTED, Scheme, nearest
 
 Role = Literal["product", "active", "moving", "tail", "float"]
 
@@ -179,6 +179,8 @@ def data_inputs(node: ir.Node) -> tuple[int, ...]:
     """Indices of the inputs whose elements are data that may be quantized (bias, bounds, axes and sizes are not)."""
     if node.op_type in MANY:
         return tuple(range(len(node.inputs)))
+    if node.op_type in RECURRENT:
+        return (0, 1, 2)  # the input, and the weights for it and for the state
     return (0, 1) if node.op_type in WEIGHTED else (0,)
 
 
@@ -204,7 +206,7 @@ def _asked(prepared: Model, overrides: Mapping[str, Scheme | None]) -> dict[str,
 
 
 def _role(node: ir.Node) -> Role:
-    if node.op_type in WEIGHTED:
+    if node.op_type in WEIGHTED | RECURRENT:
         return "product"
     return "moving" if node.op_type in MOVING else "active"
 
@@ -240,8 +242,15 @@ def _refusal(node: ir.Node, scheme: Scheme, profile: Profile | None) -> str | No
 
 
 def _operand_refusal(node: ir.Node, scheme: Scheme) -> str | None:
-    """What is wrong with the operands of a node for any integer form of it."""
+    """What is wrong with the operands of a node for any narrow form of it."""
     weight = operand(node, 1)
+    if node.op_type in RECURRENT:
+        constants = [array(operand(node, index)) for index in (1, 2)]
+        if any(each is None for each in constants) or is_constant(operand(node, 0)):
+            return "its weights are no constants, or its input is one"
+        if any(each is not None and not np.isfinite(each).all() for each in constants):
+            return "its weights hold NaN or infinite values"
+        return None
     if node.op_type in WEIGHTED:
         constants = [index for index in (0, 1) if is_constant(operand(node, index))]
         if node.op_type != "MatMul" and (not is_constant(weight) or 0 in constants):

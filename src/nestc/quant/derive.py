@@ -16,7 +16,7 @@ from nestc.graph.passes.rewrite import array, operand
 from nestc.quant.choose import Assignment, data_inputs
 from nestc.quant.parameters import Activation, Parameters, Weight
 from nestc.quant.profile import Profile
-from nestc.quant.scheme import WEIGHTED, Format, Scheme
+from nestc.quant.scheme import RECURRENT, WEIGHTED, Format, Scheme
 from nestc.quant.threshold import scale_zero_point, thresholds
 from nestc.quant.weights import SMALLEST_SCALE, round_weights, weight_scales
 
@@ -168,7 +168,7 @@ def _weight(node: ir.Node, index: int, value: ir.Value, scheme: Scheme) -> Weigh
     assert values is not None
     values = values.astype(np.float32)
     name, tensor = node.name or "", value.name or ""
-    if node.op_type not in WEIGHTED:
+    if node.op_type not in WEIGHTED | RECURRENT:
         assert scheme.activation is not None
         low, high = min(float(values.min(initial=0.0)), 0.0), max(float(values.max(initial=0.0)), 0.0)
         step, zero = scale_zero_point(low, high, scheme.activation)

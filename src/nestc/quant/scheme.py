@@ -99,6 +99,9 @@ class Scheme:
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Products; MatMul also of two activations."""
 
+RECURRENT = frozenset({"GRU", "LSTM"})
+"""Products with the same weights at every step of time; bfloat16 is the one format they are rounded to."""
+
 MOVING = frozenset(
     """DepthToSpace Flatten Gather Identity MaxPool Pad Reshape Resize Slice SpaceToDepth Split Squeeze Transpose
     Unsqueeze""".split()
@@ -158,7 +161,7 @@ SCHEMES: Mapping[str, Scheme] = {
             "bf16",
             Format("bfloat16"),
             Format("bfloat16"),
-            WEIGHTED,
+            WEIGHTED | RECURRENT,
             "weights and activations of products rounded to bfloat16, sums in float32",
         ),
         Scheme(

@@ -15,7 +15,7 @@ from nestc.graph.model import Model, static_shape
 from nestc.quant.choose import Assignment, choose
 from nestc.quant.profile import Profile
 from nestc.quant.run import Batch, Compiler, Progress
-from nestc.quant.scheme import WEIGHTED, Scheme
+from nestc.quant.scheme import RECURRENT, WEIGHTED, Scheme
 from nestc.quant.score import Judge, Score
 from nestc.quant.sensitivity import Sensitivity, sensitivity
 
@@ -103,6 +103,9 @@ def macs(node: ir.Node) -> float:
     """Multiply-accumulates of a product, elements of the result of anything else; 1 for a size that is not known."""
     shape = static_shape(node.outputs[0]) or _known(node.outputs[0])
     elements = float(math.prod(shape))
+    if node.op_type in RECURRENT and node.inputs[0] is not None:
+        weights = sum(math.prod(_known(value)) for value in node.inputs[1:3] if value is not None)
+        return float(math.prod(_known(node.inputs[0])[:2]) * weights)
     if node.op_type not in WEIGHTED or node.inputs[1] is None:
         return elements
     weight = static_shape(node.inputs[1]) or _known(node.inputs[1])

@@ -92,7 +92,8 @@ def _results(prepared: Model, assignment: Assignment) -> dict[str, str]:
     for node in nodes:
         if assignment.of(node).role not in ("product", "active", "tail"):
             continue
-        shown[node.name or ""] = node.outputs[0].name or ""
+        if node.outputs[0].name:  # a recurrent node may leave its first result out
+            shown[node.name or ""] = node.outputs[0].name
     # From the end, so that a tail of several operators is followed to its last.
     for node in reversed(nodes):
         readers = [use.node for use in node.outputs[0].uses()]

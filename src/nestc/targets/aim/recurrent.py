@@ -44,8 +44,8 @@ class _Reader:
         x = self.widened.get(op.inputs[0], op.inputs[0])
         if region.types[x].dtype == "float32" and rounded is None:
             raise Refused(
-                f"{self.where} multiplies float32, which no scheme changes, and AiM multiplies bfloat16 or float16: "
-                "have its operands rounded with aim:round=true"
+                f"{self.where} multiplies float32, and AiM multiplies bfloat16 or float16: quantize the model with "
+                "scheme bf16 (or have operands rounded with aim:round=true)"
             )
         self.source, self.number = x, format_of(region.types[x].dtype, self.where, rounded)
         self.steps, self.batch, self.size = region.types[x].shape
@@ -55,7 +55,7 @@ class _Reader:
                 f"{self.where} has {self.steps} steps of {self.batch} sequences, each a product of its own; AiM takes "
                 f"1 to {MOST_STEPS}"
             )
-        if self.number not in (rounded, region.types[op.inputs[1]].dtype):
+        if self.number != rounded and not all(self.held(index) for index in (1, 2)):
             raise Refused(f"{self.where} has weights in another format than its input")
         self.products: list[Product] = []
         self.host: list[HostOp] = []
@@ -81,6 +81,15 @@ class _Reader:
             raise Refused(f"{self.where} couples its gates")
         if op.op_type == "GRU" and not op.attributes.get("linear_before_reset"):
             raise Refused(f"{self.where} resets the state before its product (linear_before_reset=0)")
+
+    def held(self, index: int) -> bool:
+        """Whether a matrix has the input's format, or float32 values that are the same in it: scheme bf16 leaves the
+        latter, once its casts of constants are folded."""
+        name = self.op.inputs[index]
+        array = self.region.constant(name)
+        if array is None or self.region.types[name].dtype != "float32":
+            return self.region.types[name].dtype == self.number
+        return bool((array.astype(NUMBERS[self.number]).astype(np.float32) == array).all())
 
     def read(self) -> tuple[Product, ...]:
         """All directions, step by step, and the node's outputs at the end."""
