@@ -99,9 +99,10 @@ def nbytes(type_: TensorType) -> int | None:
     if any(size < 0 for size in type_.shape):
         return None
     try:
-        return prod(type_.shape) * numpy_dtype(type_.dtype).itemsize
+        kind = numpy_dtype(type_.dtype)
     except (KeyError, ValueError, TypeError):
         return None
+    return None if kind.hasobject else prod(type_.shape) * kind.itemsize
 
 
 def operations(op: Op, types: Mapping[str, TensorType]) -> int | None:
