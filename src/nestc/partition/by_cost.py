@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nestc.graph.model import Model
@@ -10,19 +10,26 @@ from nestc.graph.region import Region
 from nestc.graph.regions import form, regions, submodel
 from nestc.partition.arrange import arrange
 from nestc.partition.baselines import single
-from nestc.partition.costs import Costed, Meter, measure_costs, number_of
+from nestc.partition.costs import Costed, Meter, corrected, measure_costs, number_of
 from nestc.partition.cut import find_cuts
 from nestc.partition.evaluate import evaluate
 from nestc.partition.group import order
+from nestc.partition.match import unknown_at_compile_time
 from nestc.partition.place import Placed, assemble
 from nestc.partition.plan import Alternative, PlannedRegion, PlannedSplit, Transfer
 from nestc.partition.problem import HOST, Edge, Evaluation, Objective, Problem, Solution, Task, stage_of
+from nestc.partition.refine import refine
 from nestc.partition.solve import solve
 from nestc.partition.split import Split, propose, split
+from nestc.partition.store import Entry
 from nestc.targets.api import Target
 
 SPLIT_GAIN = 0.02
 """Operators are split over devices for a gain of so much at least: it makes a plan harder to read."""
+
+
+ROUNDS = 3
+"""Placements tried: after each its partitions are measured, since a chain takes other than its regions together do."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,9 @@ def _place(
         (lambda names: submodel(whole, names), lambda names: submodel(cut, names)),
         progress,
     )
-    progress("solve", 1.0)
-    solution = solve(costed.problem, objective, time_limit=time_limit)
+    by_name = {target.name: target for target in targets}
 
-    def describe(solution: Solution) -> Placed:
+    def describe(costed: Costed, solution: Solution) -> Placed:
         kept = [node for node in cuts if not _joined(node, pieces, solution, costed)]
         formed = form(model, cuts=kept) if kept else whole
         placed = _describe(formed, kept, targets, costed, solution)
@@ -104,7 +110,29 @@ def _place(
             placed, plan=replace(placed.plan, splits=tuple(PlannedSplit(s.node, s.channels) for s in splits))
         )
 
-    return Placement(describe(solution), costed, solution, describe)
+    def chains(placed: Placed) -> dict[str, Mapping[str, Entry]]:
+        """By partition, what its regions take in it."""
+        formed = placed.formed
+        return {
+            each.name: meter.chain(by_name[each.device], each.regions, lambda names: submodel(formed, names))
+            for each in placed.partitions
+            if len(each.regions) > 1 and all(unknown_at_compile_time(region) is None for region in each.regions)
+        }
+
+    tried: list[tuple[Costed, Solution]] = []
+    for _ in range(ROUNDS):
+        progress("solve", 1.0)
+        solution = solve(costed.problem, objective, time_limit=time_limit / ROUNDS)
+        tried.append((costed, solution))
+        placed = describe(costed, solution)
+        costed = corrected(costed, solution, placed.partitions, chains(placed))
+        if costed is tried[-1][0]:
+            break
+        # By what its own partitions take, the plan may be worse than it looked.
+        tried[-1] = costed, replace(solution, evaluation=evaluate(costed.problem, solution.stages), optimal=False)
+    costed, solution = min(tried, key=lambda each: each[1].value)
+    solution = replace(solution, lower_bound=min(solution.lower_bound, solution.value))
+    return Placement(describe(costed, solution), costed, solution, lambda other: describe(costed, other))
 
 
 def _joined(node: str, pieces: Sequence[Region], solution: Solution, costed: Costed) -> bool:
@@ -151,7 +179,6 @@ def _describe(
         predicted_mj=evaluation.joules * 1e3,
         lower_bound_ms=solution.lower_bound * 1e3,
         optimal=solution.optimal,
-        single_device_ms=single_device_ms(problem, solution.objective),
         method=solution.method,
         cuts=tuple(cuts),
     )
@@ -160,15 +187,6 @@ def _describe(
 
 def _milliseconds(objective: Objective, evaluation: Evaluation) -> float:
     return 1e3 * (evaluation.period if objective == "throughput" else evaluation.latency)
-
-
-def single_device_ms(problem: Problem, objective: Objective) -> dict[str, float]:
-    """By device: all that it takes there and the rest on the CPU; in milliseconds."""
-    found: dict[str, float] = {}
-    for unit in problem.units:
-        stages = arrange(problem, single(problem, unit.name))
-        found[unit.name] = _milliseconds(objective, evaluate(problem, stages))
-    return found
 
 
 def _planned(region: Region, device: str, tasks: Sequence[Task], costed: Costed) -> PlannedRegion:
