@@ -22,6 +22,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in (MODELLED, MEASURED):
         monkeypatch.setitem(devices._OWN, kind, ("scripted", "ScriptedDevice"))  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(stages, "_MEASURED", stages._MEASURED | {MEASURED})  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(stages, "_IN_PLACE", stages._IN_PLACE | {MEASURED})  # pyright: ignore[reportPrivateUsage]
 
 
 class ScriptedDevice:
@@ -94,10 +95,11 @@ def bundle(
     parts: Sequence[BundlePartition], outputs: str, known: Sequence[DeviceSpec] = (), inputs: str = "x"
 ) -> Bundle:
     """A bundle of partitions; graph inputs are int64 of 2 elements."""
-    specs = {spec.name: spec for each in parts for spec in each.outputs}
+    given = tuple(TensorSpec(name, "int64", (2,)) for name in inputs.split())
+    specs = {spec.name: spec for spec in (*given, *(spec for each in parts for spec in each.outputs))}
     return Bundle(
         "scripted",
-        tuple(TensorSpec(name, "int64", (2,)) for name in inputs.split()),
+        given,
         tuple(specs[name] for name in outputs.split()),
         tuple(parts),
         devices=tuple(known),

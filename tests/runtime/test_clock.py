@@ -1,6 +1,5 @@
 """The virtual clock: schedules worked out by hand, and the same times as the partitioner's own rules give."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
