@@ -6,6 +6,7 @@ Each is a relaxation of the rules in `problem.py`; its docstring says why no sta
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -86,57 +87,75 @@ def weights(resources: int) -> list[tuple[float, ...]]:
 def load(
     network: Network, weight: Sequence[float], serial: Collection[int] = (), keep: tuple[int, ...] = ()
 ) -> Labelling:
-    """The least weighted seconds of work over all placements: no latency or period is less, if weights sum to 1.
+    """The least weighted seconds of work over all placements; ``keep``: tasks whose units are axes of the result."""
+    sizes = [len(network.units)] * len(network.tasks)
+    factors = [_squeezed(factor) for factor in loads(network, [weight], serial)]
+    return minimise(sizes, factors, keep)
 
-    Every resource is busy at most the whole time, hence any weighted mean of their work is no more than that. Tasks in
-    ``serial`` come before or after every other (`segments.hubs`): while the stage of one runs nothing else does, so
-    what it costs (its launch, work to send and receive included) weighs 1. Shared work is counted at its least: a
-    tensor that several tasks take is received in equal parts by each (all may be in one stage), and sent in parts (the
-    largest is no less than the mean). Launches are counted along one path only: two runs of tasks on one unit with
-    something else between them on the path cannot be one stage, as that would be cyclic.
+
+def least_load(
+    network: Network, weights: Sequence[Sequence[float]], serial: Collection[int], keep: tuple[int, ...]
+) -> Array:
+    """The greatest of the least weighted loads over several weights, by the units of the tasks to ``keep``."""
+    count = len(network.tasks)
+    sizes = [len(network.units)] * count + [len(weights)]
+    return minimise(sizes, loads(network, weights, serial), (*keep, count)).table.max(axis=-1)
+
+
+def loads(network: Network, weights: Sequence[Sequence[float]], serial: Collection[int] = ()) -> list[Factor]:
+    """Weighted seconds of work as factors over tasks and (the last variable) which weights: a bound of all stages.
+
+    No latency or period is less, if weights sum to 1: every resource is busy at most the whole time, hence any weighted
+    mean of their work is no more than that. Tasks in ``serial`` come before or after every other (`segments.hubs`):
+    while the stage of one runs nothing else does, so what it costs (its launch, work to send and receive included)
+    weighs 1. Shared work is counted at its least: a tensor that several tasks take is received in equal parts by each
+    (all may be in one stage), and sent in parts (the largest is no less than the mean). Launches are counted along one
+    path only: two runs of tasks on one unit with something else between them on the path cannot be one stage, as that
+    would be cyclic.
     """
-    per_unit = np.array([weight[r] for r in network.resource])
-    ones = np.ones(len(network.units))
-    of = [ones if task in serial else per_unit for task in range(len(network.tasks))]
+    count, units = len(network.tasks), len(network.units)
+    per_unit = np.array([[weight[r] for r in network.resource] for weight in weights])
+    ones = np.ones_like(per_unit)
+    of = [ones if task in serial else per_unit for task in range(count)]
     launch = np.array(network.launch)
-    # An infinite cost stays infinite where the weight is 0.
-    cost = np.where(np.isinf(network.cost), np.inf, np.nan_to_num(network.cost, posinf=0.0) * np.array(of))
     takers = _takers(network)
-    senders: dict[int, int] = {}
-    for link in network.links:
-        senders[link.tensor] = senders.get(link.tensor, 0) + 1
-    for border in network.outputs:
-        senders[border.tensor] = senders.get(border.tensor, 0) + 1
-    receivers: dict[int, int] = {}
-    for link in network.links:
-        receivers[link.tensor] = receivers.get(link.tensor, 0) + 1
-    for border in network.inputs:
-        cost[border.task] += np.array(border.work) * of[border.task] / takers[border.tensor]
-    for border in network.outputs:
-        cost[border.task] += np.array(border.work) * of[border.task] / senders[border.tensor]
+    receivers = Counter(link.tensor for link in network.links)
+    senders = receivers + Counter(border.tensor for border in network.outputs)
+    work: list[Array] = []
+    for task, row in enumerate(network.cost):
+        seconds = np.where(np.isinf(row), 0.0, row)
+        for border in network.inputs_of[task]:
+            seconds = seconds + np.array(border.work) / takers[border.tensor]
+        for border in network.outputs_of[task]:
+            seconds = seconds + np.array(border.work) / senders[border.tensor]
+        work.append(seconds)
     spine = longest_path(network)
     if spine:
-        cost[spine[0]] += launch * of[spine[0]]
-    factors = [Factor((task,), row) for task, row in enumerate(cost)]
-    following = dict(itertools.pairwise(spine))
-    launched: set[int] = set()
+        work[spine[0]] = work[spine[0]] + launch
+    # An infinite cost stays infinite where the weight is 0.
+    factors = [
+        Factor((task, count), np.where(np.isinf(row), np.inf, seconds * of[task]).T)
+        for task, (row, seconds) in enumerate(zip(network.cost, work, strict=True))
+    ]
+    following = set(itertools.pairwise(spine))
+    diagonal = np.eye(units, dtype=bool)
     for link in network.links:
-        out = np.array(link.out) * of[link.source][:, None] / senders[link.tensor]
-        into = np.array(link.into) * of[link.destination][None, :] / receivers[link.tensor]
-        table = out + into
-        # Gains are made by tasks of one stage, whose time weighs at most 1.
-        saved = np.array(link.gains)
-        if saved.any():
-            at = np.maximum(of[link.source], of[link.destination])
-            table = table - np.diag(saved * at)
-        if following.get(link.source) == link.destination and link.destination not in launched:
-            launched.add(link.destination)
-            apart = np.broadcast_to(launch * of[link.destination], table.shape).copy()
-            np.fill_diagonal(apart, 0.0)
-            table = table + apart
+        before, after = of[link.source], of[link.destination]
+        out = np.array(link.out)[None] * before[:, :, None] / senders[link.tensor]
+        table = out + np.array(link.into)[None] * after[:, None, :] / receivers[link.tensor]
+        if any(link.gains):
+            # Made by tasks of one stage, whose time weighs at most 1.
+            table = table - diagonal[None] * (np.array(link.gains) * np.maximum(before, after))[:, None, :]
+        if (link.source, link.destination) in following:
+            following.discard((link.source, link.destination))
+            table = table + np.where(diagonal[None], 0.0, (launch * after)[:, None, :])
         if table.any():
-            factors.append(Factor((link.source, link.destination), table))
-    return minimise(len(network.units), len(network.tasks), factors, keep)
+            factors.append(Factor((link.source, link.destination, count), np.moveaxis(table, 0, -1)))
+    return factors
+
+
+def _squeezed(factor: Factor) -> Factor:
+    return Factor(factor.variables[:-1], factor.table[..., 0])
 
 
 def energy(network: Network) -> Labelling:
@@ -145,9 +164,7 @@ def energy(network: Network) -> Labelling:
     A tensor with several takers is counted in equal parts, since all of them may be on one unit.
     """
     takers = _takers(network)
-    receivers: dict[int, int] = {}
-    for link in network.links:
-        receivers[link.tensor] = receivers.get(link.tensor, 0) + 1
+    receivers = Counter(link.tensor for link in network.links)
     cost = np.array(network.joules)
     cost[np.isinf(np.array(network.cost))] = np.inf
     for border in network.inputs:
@@ -159,7 +176,7 @@ def energy(network: Network) -> Labelling:
         table = np.array(link.joules) / receivers[link.tensor]
         if table.any():
             factors.append(Factor((link.source, link.destination), table))
-    return minimise(len(network.units), len(network.tasks), factors)
+    return minimise([len(network.units)] * len(network.tasks), factors)
 
 
 def longest_path(network: Network) -> list[int]:

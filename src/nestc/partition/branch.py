@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from nestc.partition import bounds
+import numpy as np
+
+from nestc.partition import bounds, labelling, pipeline
+from nestc.partition.labelling import Array, Factor
 from nestc.partition.network import Group, Link, Network, seconds
+
+FEW = 4
+"""Tasks up to which finding good weights takes longer than the search."""
 
 
 @dataclass(frozen=True)
@@ -24,84 +31,94 @@ class Found:
         return self.latency - self.bound <= 1e-9 * self.latency
 
 
-def best(network: Network, start: Found, *, deadline: float, nodes: int = 200_000) -> Found:
+def best(
+    network: Network, start: Found, *, serial: Collection[int] = (), deadline: float, nodes: int = 500_000
+) -> Found:
     """The best of all assignments, stages and orders, beginning with what is known.
 
     Depth first over the units of tasks in topological order. A partial assignment is given up if one of two bounds
     reaches the best latency known: the longest path (with units as chosen, the rest at its best), and weighted loads
-    (`bounds.load` without what crosses). What remains when nodes or time run out is bounded by ``start.bound``.
+    (`bounds.loads`; those of tasks to come by `labelling.remaining`). ``serial``: tasks before or after all others.
+    If nodes or time run out, the bound is that of the partial assignments left.
     """
-    search = _Search(network, start, deadline, nodes)
-    search.assign(0)
-    bound = start.bound if search.stopped else search.latency
-    return Found(search.groups, search.latency, max(start.bound, min(bound, search.latency)))
+    search = _Search(network, start, serial, deadline, nodes)
+    search.assign(0, np.zeros(len(search.weights)))
+    return Found(search.groups, search.latency, max(start.bound, min(search.open, search.latency)))
 
 
 class _Search:
-    def __init__(self, network: Network, start: Found, deadline: float, nodes: int) -> None:
+    def __init__(self, network: Network, start: Found, serial: Collection[int], deadline: float, nodes: int) -> None:
         self.network = network
         self.groups, self.latency = start.groups, start.latency
         self.deadline, self.nodes = deadline, nodes
-        self.stopped = False
-        count, units = len(network.tasks), range(len(network.units))
+        self.stopped, self.open = False, math.inf
+        count, units = len(network.tasks), len(network.units)
         self.units = [-1] * count
         self.path = [0.0] * count
-        self.base = [
-            [network.cost[t][u] - sum(k.gains[u] for k in network.links_into[t]) for u in units] for t in range(count)
-        ]
-        self.weights = bounds.weights(network.resources)
-        rows = [
-            [[w[network.resource[u]] * self.base[t][u] for u in network.allowed[t]] for w in self.weights]
+        base = [
+            [network.cost[t][u] - sum(k.gains[u] for k in network.links_into[t]) for u in range(units)]
             for t in range(count)
         ]
-        # Least weighted work of all tasks from one on, by weight.
-        self.rest = [[0.0] * len(self.weights) for _ in range(count + 1)]
-        for task in reversed(range(count)):
-            self.rest[task] = [self.rest[task + 1][k] + min(row) for k, row in enumerate(rows[task])]
-        self.loads = [[0.0] * len(self.weights)]
-        self.tail = tails(network, self.base)
+        self.base = np.array(base)
+        self.alone = self.base + np.array(network.launch)
+        self.tail = np.array(tails(network, base))
+        # By link and unit of its source: seconds from the end of the one to the beginning of the other's work.
+        self.steps = [
+            [
+                (
+                    link.source,
+                    np.array([[step(network, link, a, b) for b in range(units)] for a in range(units)]),
+                )
+                for link in links
+            ]
+            for links in network.links_into
+        ]
+        self.weights = bounds.weights(network.resources)
+        if count > FEW:
+            self.weights.append(tuple(pipeline.spread(network, serial, rounds=16)[2]))
+        factors = bounds.loads(network, self.weights, serial)
+        self.loads: list[list[Factor]] = [[] for _ in range(count)]
+        for factor in factors:
+            self.loads[factor.variables[-2]].append(factor)
+        self.rest = labelling.remaining([units] * count + [len(self.weights)], factors, count)
 
-    def assign(self, task: int) -> None:
-        """Choose the unit of a task, those before it being chosen; the most promising first."""
+    def assign(self, task: int, load: Array) -> None:
+        """Choose the unit of a task, those before it being chosen; the most promising first.
+
+        ``load``: by weights, what the tasks chosen cost.
+        """
         network = self.network
         if task == len(network.tasks):
             self.arrange()
             return
-        options: list[tuple[float, float, int]] = []
-        for unit in network.allowed[task]:
-            done = network.launch[unit] + self.base[task][unit]
-            for link in network.links_into[task]:
-                done = max(
-                    done,
-                    self.path[link.source] + step(network, link, self.units[link.source], unit) + self.base[task][unit],
-                )
-            options.append((done + self.tail[task][unit], done, unit))
-        for least, done, unit in sorted(options):
-            if self.stopped:
+        done = self.alone[task]
+        for source, steps in self.steps[task]:
+            done = np.maximum(done, self.path[source] + steps[self.units[source]] + self.base[task])
+        loads = load + sum(self._chosen(factor, task) for factor in self.loads[task])
+        rest = loads + sum(self._chosen(factor, task) for factor in self.rest[task + 1])
+        least = np.maximum(done + self.tail[task], rest.max(axis=-1))
+        for unit in np.argsort(least):
+            if least[unit] >= self.latency * (1 - 1e-12):
                 return
             self.nodes -= 1
-            if self.nodes < 0 or time.monotonic() > self.deadline:
+            if self.stopped or self.nodes < 0 or time.monotonic() > self.deadline:
+                # This one and those after it stay open, here and at every level above.
                 self.stopped = True
+                self.open = min(self.open, float(least[unit]))
                 return
-            if least >= self.latency * (1 - 1e-12):
-                return
-            work = self.base[task][unit]
-            load = [
-                value + weight[network.resource[unit]] * work
-                for value, weight in zip(self.loads[-1], self.weights, strict=True)
-            ]
-            if max(value + rest for value, rest in zip(load, self.rest[task + 1], strict=True)) >= self.latency:
-                continue
-            self.units[task], self.path[task] = unit, done
-            self.loads.append(load)
-            self.assign(task + 1)
-            self.loads.pop()
+            self.units[task], self.path[task] = int(unit), float(done[unit])
+            self.assign(task + 1, loads[unit])
+
+    def _chosen(self, factor: Factor, task: int) -> Array:
+        # The part of a table that units chosen leave: by unit of this task (if it is among them) and by weights.
+        index = tuple(self.units[v] for v in factor.variables[:-1] if v < task)
+        return factor.table[index]
 
     def arrange(self) -> None:
         """The best stages of the assignment that is complete now, if better than what is known."""
         found = sequence(self.network, self.units, self.latency, deadline=self.deadline)
         if found is None:
-            self.stopped = True
+            self.stopped, self.open = True, 0.0
         elif found[1] < self.latency:
             self.groups, self.latency = found
 

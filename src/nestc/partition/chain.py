@@ -49,7 +49,7 @@ class Steps:
         else:
             start = latency.known(network, serial=tuple(held))
         start = Found(start.groups, start.latency, min(max(start.bound, self.below[pair] + launched), start.latency))
-        found = latency.whole(network, start, seconds=seconds)
+        found = latency.whole(network, start, serial=tuple(held), seconds=seconds)
         bound = found.latency if found.exact else found.bound
         self.below[pair] = max(self.below[pair], bound - launched)
         self.above[pair] = found.latency - launched
@@ -108,9 +108,8 @@ def _steps(part: Segment) -> Steps:
     serial = [task for task, hub in ((0, part.head), (last, part.tail)) if hub]
     if last > 1 or not part.tail:
         keep = (0, last) if last else (0,)
-        for weight in bounds.weights(network.resources):
-            load = bounds.load(network, weight, serial, keep).table
-            table = np.maximum(table, load if last else np.diag(load) + np.where(np.eye(units) > 0, 0.0, np.inf))
+        load = bounds.least_load(network, bounds.weights(network.resources), serial, keep)
+        table = np.maximum(table, load if last else np.diag(load) + np.where(np.eye(units) > 0, 0.0, np.inf))
     table = table - launch[:, None]
     if not part.head:
         table = table.min(axis=0, keepdims=True)

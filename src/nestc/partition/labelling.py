@@ -8,6 +8,7 @@ beyond a limit its parts are minimised apart, which makes the value a lower boun
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,11 +46,12 @@ class Labelling:
         return float(self.table.min())
 
 
-def minimise(labels: int, variables: int, factors: Sequence[Factor], keep: tuple[int, ...] = ()) -> Labelling:
-    """The least sum of factors over all labellings.
+def minimise(sizes: Sequence[int], factors: Sequence[Factor], keep: tuple[int, ...] = ()) -> Labelling:
+    """The least sum of factors over all labellings; ``sizes``: how many labels each variable has.
 
     ``keep``: variables that become the axes of the result's table instead of being minimised over.
     """
+    variables = len(sizes)
     buckets: list[list[Factor]] = [[] for _ in range(variables)]
     neighbours: list[set[int]] = [set() for _ in range(variables)]
     constant = 0.0
@@ -85,7 +87,7 @@ def minimise(labels: int, variables: int, factors: Sequence[Factor], keep: tuple
                 mine.append(factor)
                 alive[index] = None
         buckets[variable] = mine
-        parts = _parts(mine, labels)
+        parts = _parts(mine, sizes)
         exact = exact and len(parts) <= 1
         for part in parts:
             made = _without(variable, _sum(part))
@@ -105,23 +107,51 @@ def minimise(labels: int, variables: int, factors: Sequence[Factor], keep: tuple
     # Axes come in the order of `keep`; labels of those kept are the best ones.
     ascending = tuple(sorted(keep))
     rest = [factor for factor in alive if factor is not None]
-    base = Factor(ascending, np.full((labels,) * len(ascending), constant))
+    base = Factor(ascending, np.full(tuple(sizes[v] for v in ascending), constant))
     table = _sum([base, *rest]).table
     chosen = [0] * variables
     best = np.unravel_index(int(table.argmin()), table.shape) if ascending else ()
     for variable, label in zip(ascending, best, strict=True):
         chosen[variable] = int(label)
     for variable in reversed(order):
-        chosen[variable] = _best(variable, buckets[variable], chosen, labels)
+        chosen[variable] = _best(variable, buckets[variable], chosen, sizes[variable])
     return Labelling(np.transpose(table, [ascending.index(v) for v in keep]), chosen, exact)
 
 
-def _parts(factors: Sequence[Factor], labels: int) -> list[list[Factor]]:
+def remaining(sizes: Sequence[int], factors: Sequence[Factor], keep: int) -> list[list[Factor]]:
+    """What labels chosen so far still cost, at least, when variables are chosen in ascending order.
+
+    Item v holds tables over variables below v, and over ``keep`` (never minimised over): their sum at the labels of
+    those is a bound of all factors that some variable from v on takes part in (Kask and Dechter, "A general scheme
+    for automatic generation of search heuristics from specification dependencies", Artificial Intelligence 129, 2001).
+    """
+    buckets: list[list[Factor]] = [[] for _ in sizes]
+    for factor in factors:
+        own = [v for v in factor.variables if v != keep]
+        if own:
+            buckets[max(own)].append(factor)
+    found: list[list[Factor]] = [[] for _ in range(len(sizes) + 1)]
+    for variable in reversed(range(len(sizes))):
+        if variable == keep:
+            continue
+        for part in _parts(buckets[variable], sizes):
+            made = _without(variable, _sum(part))
+            own = [v for v in made.variables if v != keep]
+            home = max(own, default=-1)
+            if home >= 0:
+                buckets[home].append(made)
+            # It stands for its variables until the last of those left is chosen.
+            for depth in range(home + 1, variable + 1):
+                found[depth].append(made)
+    return found
+
+
+def _parts(factors: Sequence[Factor], sizes: Sequence[int]) -> list[list[Factor]]:
     # Largest first, each into the first part in which the table stays small enough.
     parts: list[tuple[set[int], list[Factor]]] = []
     for factor in sorted(factors, key=lambda f: -len(f.variables)):
         for scope, part in parts:
-            if labels ** len(scope | set(factor.variables)) <= ENTRIES:
+            if math.prod(sizes[v] for v in scope | set(factor.variables)) <= ENTRIES:
                 scope.update(factor.variables)
                 part.append(factor)
                 break

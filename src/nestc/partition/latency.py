@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from nestc.partition import bounds, branch, cpsat
 from nestc.partition.arrange import arranged
@@ -12,14 +12,11 @@ from nestc.partition.heft import by_rank
 from nestc.partition.labelling import Array
 from nestc.partition.network import Group, Network, timeline, units_of
 
-SMALL = 6
-"""Tasks up to which branch and bound is at least as fast as building a model for CP-SAT."""
-
-ALONE = 10
-"""Tasks up to which branch and bound is tried where there is no CP-SAT."""
+SMALL = 12
+"""Tasks up to which branch and bound is faster than CP-SAT."""
 
 
-def known(network: Network, *, serial: Sequence[int] = (), tries: int = 40) -> Found:
+def known(network: Network, *, serial: Collection[int] = (), tries: int = 40) -> Found:
     """The best of what costs little to find, with a bound: all on one unit, HEFT, and the least weighted loads."""
     assignments: list[list[int]] = [by_rank(network)]
     for unit in range(len(network.units)):
@@ -60,17 +57,13 @@ def cheapest(network: Network, assignments: Iterable[Sequence[int]], tries: int)
     return best
 
 
-def whole(network: Network, start: Found, *, seconds: float) -> Found:
+def whole(network: Network, start: Found, *, serial: Collection[int] = (), seconds: float) -> Found:
     """Better than what is known, or proof that nothing is, as far as time allows."""
     count = len(network.tasks)
-    deadline = time.monotonic() + seconds
     if start.exact or not network.fits(units_of(network, start.groups)):
         return start
-    limited = any(network.memory)
-    if count <= SMALL and not limited:
-        return branch.best(network, start, deadline=deadline)
-    if cpsat.installed() and count <= cpsat.TASKS:
+    if count <= SMALL and not any(network.memory):
+        return branch.best(network, start, serial=serial, deadline=time.monotonic() + seconds)
+    if count <= cpsat.TASKS and cpsat.installed():
         return cpsat.best(network, start, seconds=seconds)
-    if count <= ALONE and not limited:
-        return branch.best(network, start, deadline=deadline)
     return start

@@ -8,7 +8,7 @@ busy (multiplicative weights: Arora, Hazan, Kale, Theory of Computing 8, 2012), 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from nestc.partition import bounds
 from nestc.partition.network import Network
@@ -16,33 +16,40 @@ from nestc.partition.network import Network
 ROUNDS = 60
 
 
-def spread(network: Network, *, rounds: int = ROUNDS) -> tuple[list[list[int]], float]:
-    """Placements that balance the resources, and the greatest bound of the period found on the way."""
+def spread(
+    network: Network, serial: Collection[int] = (), *, rounds: int = ROUNDS
+) -> tuple[list[list[int]], float, list[float]]:
+    """Placements that balance the resources, the greatest bound found on the way, and the weights that gave it.
+
+    ``serial``: as in `bounds.loads`, if the bound is to be of the latency.
+    """
     count = network.resources
-    weight = [1 / count] * count
+    parallel = [task for task in range(len(network.tasks)) if task not in serial]
+    weight = best = [1 / count] * count
     bound = 0.0
     found: list[list[int]] = []
     for number in range(rounds if count > 1 else 1):
-        labelling = bounds.load(network, weight)
-        bound = max(bound, labelling.bound)
+        labelling = bounds.load(network, weight, serial)
+        if labelling.bound > bound:
+            bound, best = labelling.bound, weight
         found.append(labelling.labels)
-        load = loads(network, labelling.labels)
+        load = loads(network, labelling.labels, parallel)
         top = max(load) or 1.0
         # Steps get shorter, so that weights come to rest.
         pace = 1.0 / math.sqrt(number + 1)
         raised = [w * math.exp(pace * seconds / top) for w, seconds in zip(weight, load, strict=True)]
         weight = [w / sum(raised) for w in raised]
-    return found, bound
+    return found, bound, best
 
 
-def loads(network: Network, units: Sequence[int]) -> list[float]:
-    """Seconds of the tasks themselves, and of what crosses, by resource; launches apart."""
+def loads(network: Network, units: Sequence[int], tasks: Iterable[int]) -> list[float]:
+    """Seconds of some tasks, and of what crosses to and from them, by resource; launches apart."""
     total = [0.0] * network.resources
-    for task, unit in enumerate(units):
+    for task in tasks:
+        unit = units[task]
         total[network.resource[unit]] += network.cost[task][unit]
-    for link in network.links:
-        a, b = units[link.source], units[link.destination]
-        if a != b:
-            total[network.resource[a]] += link.out[a][b]
-            total[network.resource[b]] += link.into[a][b]
+        for link in network.links_from[task]:
+            total[network.resource[unit]] += link.out[unit][units[link.destination]]
+        for link in network.links_into[task]:
+            total[network.resource[unit]] += link.into[units[link.source]][unit]
     return total

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from nestc.partition.network import Border, Link, Network
+
+PART = 8
+"""Tasks from one hub to the next that are worth cutting further although tensors pass over the cut."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,37 @@ class Segment:
 
 
 def hubs(network: Network) -> list[int]:
-    """Tasks that come before or after every other task, ascending, and over which no link with gains passes.
+    """Tasks, ascending, that come before or after every other task, and where the network is cut.
 
-    When the stage of a hub begins, everything before it that is not in this stage has ended, and nothing after it can
-    begin before the stage has ended: all tasks before are its ancestors, all after its descendants. So time before
-    and after adds up.
+    When the stage of such a task begins, everything before it that is not in this stage has ended, and nothing after
+    it can begin before the stage has ended: all tasks before are its ancestors, all after its descendants. So time
+    before and after adds up. Those that no tensor passes over are taken, and where these leave parts of more than
+    `PART` tasks some that few tensors pass over (none with gains, which would couple both sides).
     """
+    count = len(network.tasks)
+    passing = _passing(network.links, count)
+    coupled = _passing([link for link in network.links if any(link.gains)], count)
+    found: list[int] = []
+    weak: list[int] = []
+    for task in [*comparable(network), count]:
+        if task < count and passing[task]:
+            if not coupled[task]:
+                weak.append(task)
+            continue
+        last = found[-1] if found else -1
+        while task - last > PART and weak:
+            near = [each for each in weak if each - last <= PART and 2 * (each - last) > PART] or weak[:1]
+            last = min(near, key=lambda each: (passing[each], -each))
+            found.append(last)
+            weak = [each for each in weak if each > last]
+        if task < count:
+            found.append(task)
+        weak = []
+    return found
+
+
+def comparable(network: Network) -> list[int]:
+    """Tasks that come before or after every other task, ascending."""
     count = len(network.tasks)
     before = [0] * count
     after = [0] * count
@@ -39,15 +67,16 @@ def hubs(network: Network) -> list[int]:
     for task in reversed(range(count)):
         for link in network.links_from[task]:
             after[task] |= after[link.destination] | 1 << link.destination
-    comparable = [task for task in range(count) if (before[task] | after[task]).bit_count() == count - 1]
-    # Fused gains over a hub would couple both sides.
+    return [task for task in range(count) if (before[task] | after[task]).bit_count() == count - 1]
+
+
+def _passing(links: Iterable[Link], count: int) -> list[int]:
+    # How many links pass over each task.
     change = [0] * (count + 1)
-    for link in network.links:
-        if any(link.gains):
-            change[link.source + 1] += 1
-            change[link.destination] -= 1
-    over = list(itertools.accumulate(change))
-    return [task for task in comparable if not over[task]]
+    for link in links:
+        change[link.source + 1] += 1
+        change[link.destination] -= 1
+    return list(itertools.accumulate(change))
 
 
 def segments(network: Network, hubs: Sequence[int]) -> list[Segment]:

@@ -84,7 +84,9 @@ def _latency(network: Network, deadline: float) -> tuple[tuple[Group, ...], floa
         best, method = _repair(network, best, "latency"), "moved until memories fit"
         value = timeline(network, best)[2]
     if not _closed(value, bound):
-        found = latency.whole(network, Found(best, value, bound), seconds=0.4 * (deadline - time.monotonic()))
+        found = latency.whole(
+            network, Found(best, value, bound), serial=cuts, seconds=0.4 * (deadline - time.monotonic())
+        )
         bound = max(bound, found.bound)
         if found.latency < value:
             best, value = found.groups, found.latency
@@ -117,7 +119,7 @@ def _candidates(network: Network, found: Iterable[Sequence[int]]) -> list[list[i
 
 
 def _throughput(network: Network, deadline: float) -> tuple[tuple[Group, ...], float, str]:
-    found, bound = pipeline.spread(network)
+    found, bound, _ = pipeline.spread(network)
     value = measure(network, "throughput")
     options = [arranged(network, units, "throughput", tries=0) for units in _candidates(network, found)]
     best = min(options, key=value)
