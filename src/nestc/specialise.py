@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from nestc.bundle.bundle import Bundle
     from nestc.partition.plan import Plan
     from nestc.runtime import Executable
+    from nestc.runtime.executable import Item
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 Key = tuple[Shapes, tuple[bytes, ...]]
@@ -79,6 +83,17 @@ class Specialised:
         executable, rest = self._for(inputs)
         return executable.run(rest, out=out)
 
+    def submit(self, *arrays: np.ndarray | Mapping[str, np.ndarray]) -> Future[Any]:
+        """Run in the background, see `Executable.submit`; compiles first, in this thread, where shapes are new."""
+        by_name = len(arrays) == 1 and isinstance(arrays[0], Mapping)
+        executable, rest = self._item(arrays[0] if by_name else cast("tuple[np.ndarray, ...]", arrays))
+        return executable.submit(rest) if isinstance(rest, Mapping) else executable.submit(*rest)
+
+    def map(self, iterable: Iterable[Item], in_flight: int = 4) -> Generator[Any, None, None]:
+        """Several requests in flight (see `Executable.map`), as long as those that follow each other share shapes."""
+        for executable, group in groupby(map(self._item, iterable), key=itemgetter(0)):
+            yield from executable.map((rest for _, rest in group), in_flight)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """A bundle has fixed shapes, so this raises ShapeError: it names what is open and how to bind it."""
         require_static(self._model)
@@ -133,6 +148,18 @@ class Specialised:
         """The last run of the specialisation used last."""
         return self._current().timeline()
 
+    def throughput(self) -> dict[str, Any]:
+        """Requests a second of the last run of the specialisation used last."""
+        return self._current().throughput()
+
+    def energy(self) -> list[dict[str, Any]]:
+        """Energy of the last run of the specialisation used last."""
+        return self._current().energy()
+
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the last run of the specialisation used last as a trace."""
+        self._current().trace(path)
+
     def for_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> Executable:
         """The executable for inputs of these shapes, where no shape depends on values.
 
@@ -148,6 +175,14 @@ class Specialised:
         if len(arrays) != len(names):
             raise ShapeError(f"the model has {len(names)} inputs ({', '.join(names)}), but {len(arrays)} were given")
         return dict(zip(names, arrays, strict=True))
+
+    def _item(self, item: Item) -> tuple[Executable, Mapping[str, np.ndarray] | list[np.ndarray]]:
+        """The executable for a request, and what it still takes of it, in the form that it came in."""
+        if isinstance(item, Mapping):
+            return self._for(item)
+        arrays = list(item) if isinstance(item, list | tuple) else [np.asarray(item)]
+        executable, rest = self._for(self._named(arrays))
+        return executable, list(rest.values())
 
     def _current(self) -> Executable:
         if self._last is None:

@@ -124,6 +124,26 @@ def test_before_the_first_call_there_is_no_plan(doubled: onnx.ModelProto) -> Non
     assert exe.timeline()
 
 
+def test_requests_of_several_shapes_are_in_flight(doubled: onnx.ModelProto, tmp_path) -> None:
+    exe = compile(doubled)
+    items = [ones(1, 3), [ones(1, 3)], ones(2, 3), {"x": ones(2, 3)}, ones(1, 3)]
+    first, second, third, fourth, fifth = exe.map(items, in_flight=2)
+    np.testing.assert_array_equal(first, exe(ones(1, 3)))
+    np.testing.assert_array_equal(second, first)
+    np.testing.assert_array_equal(third, exe(ones(2, 3)))
+    assert list(fourth) == list(exe.outputs)
+    np.testing.assert_array_equal(fifth, first)
+    assert exe.specialisations == 2
+    np.testing.assert_array_equal(exe.submit(ones(2, 3)).result(), third)
+    np.testing.assert_array_equal(*exe.submit({"x": ones(2, 3)}).result().values(), third)
+    assert exe.throughput()["kind"] == "measured" and len(exe.energy()) == 1
+    exe.trace(tmp_path / "t.json")
+    results = exe.map([ones(1, 3), ones(1, 4)])
+    np.testing.assert_array_equal(next(results), first)
+    with pytest.raises(ShapeError, match="batch, 3"):
+        next(results)
+
+
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [

@@ -80,7 +80,6 @@ class Session:
         self._workers: Workers | None = None
         # Most bundles are one partition whose border is the graph's: nothing to pass on then.
         self._only = _only(self._flow)
-        self._trusted = self._only is not None and self._only.partition.artifact.kind == "cpu-native"
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -96,7 +95,7 @@ class Session:
             begin = time.perf_counter()
             try:
                 results, elapsed = only.program(inputs, outputs)
-                if not self._trusted:
+                if not only.trusted:
                     results = list(checked(only, results).values())
             except Exception as error:  # a device may raise anything
                 failed = TargetError(CLOSED) if self._closed.is_set() else failure(only, error)
