@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from nestc.graph.region import Region
 from nestc.graph.regions import form, regions, submodel
 from nestc.partition.arrange import arrange
 from nestc.partition.baselines import single
-from nestc.partition.costs import Costed, Meter, corrected, measure_costs, number_of
+from nestc.partition.costs import Costed, Meter, measure_costs, number_of
 from nestc.partition.cut import find_cuts
 from nestc.partition.evaluate import evaluate
 from nestc.partition.group import order
@@ -21,15 +22,14 @@ from nestc.partition.problem import HOST, Edge, Evaluation, Objective, Problem, 
 from nestc.partition.refine import refine
 from nestc.partition.solve import solve
 from nestc.partition.split import Split, propose, split
-from nestc.partition.store import Entry
-from nestc.targets.api import Target
+from nestc.targets.api import Partition, Target
 
 SPLIT_GAIN = 0.02
 """Operators are split over devices for a gain of so much at least: it makes a plan harder to read."""
 
 
 ROUNDS = 3
-"""Placements tried: after each its partitions are measured, since a chain takes other than its regions together do."""
+"""Solutions whose partitions are measured: a chain takes other than its regions together do."""
 
 
 @dataclass(frozen=True)
@@ -102,37 +102,48 @@ def _place(
     )
     by_name = {target.name: target for target in targets}
 
-    def describe(costed: Costed, solution: Solution) -> Placed:
+    alone = {unit.name: _single(costed.problem, unit.name, objective) for unit in costed.problem.units}
+
+    def describe(solution: Solution, costed: Costed, singles: Mapping[str, float]) -> Placed:
         kept = [node for node in cuts if not _joined(node, pieces, solution, costed)]
         formed = form(model, cuts=kept) if kept else whole
         placed = _describe(formed, kept, targets, costed, solution)
-        return replace(
-            placed, plan=replace(placed.plan, splits=tuple(PlannedSplit(s.node, s.channels) for s in splits))
-        )
+        parted = tuple(PlannedSplit(s.node, s.channels) for s in splits)
+        return replace(placed, plan=replace(placed.plan, splits=parted, single_device_ms=singles))
 
-    def chains(placed: Placed) -> dict[str, Mapping[str, Entry]]:
-        """By partition, what its regions take in it."""
-        formed = placed.formed
-        return {
-            each.name: meter.chain(by_name[each.device], each.regions, lambda names: submodel(formed, names))
-            for each in placed.partitions
-            if len(each.regions) > 1 and all(unknown_at_compile_time(region) is None for region in each.regions)
-        }
+    def measure(solution: Solution) -> list[float | None]:
+        placed = describe(solution, costed, {})
+        progress(f"measure the {len(placed.partitions)} partitions of a plan", 1.0)
+        return [_measure_stage(each, placed.formed, by_name[each.device], meter) for each in placed.partitions]
 
-    tried: list[tuple[Costed, Solution]] = []
-    for _ in range(ROUNDS):
+    def solved(problem: Problem) -> Solution:
         progress("solve", 1.0)
-        solution = solve(costed.problem, objective, time_limit=time_limit / ROUNDS)
-        tried.append((costed, solution))
-        placed = describe(costed, solution)
-        costed = corrected(costed, solution, placed.partitions, chains(placed))
-        if costed is tried[-1][0]:
-            break
-        # By what its own partitions take, the plan may be worse than it looked.
-        tried[-1] = costed, replace(solution, evaluation=evaluate(costed.problem, solution.stages), optimal=False)
-    costed, solution = min(tried, key=lambda each: each[1].value)
-    solution = replace(solution, lower_bound=min(solution.lower_bound, solution.value))
-    return Placement(describe(costed, solution), costed, solution, lambda other: describe(costed, other))
+        return solve(problem, objective, time_limit=time_limit / ROUNDS)
+
+    found = refine(costed.problem, solved(costed.problem), solved, measure, list(alone.values()), ROUNDS)
+    final = replace(costed, problem=found.problem)
+    singles = {
+        name: _milliseconds(objective, each) for name, each in zip(alone, found.others, strict=True) if each is not None
+    }
+    return Placement(
+        describe(found.solution, final, singles), final, found.solution, lambda other: describe(other, final, singles)
+    )
+
+
+def _single(problem: Problem, unit: str, objective: Objective) -> Solution:
+    """All that a device takes there, and the rest on the CPU."""
+    stages = arrange(problem, single(problem, unit), objective)
+    return Solution(stages, evaluate(problem, stages), objective, 0.0, False, f"all that {unit} takes")
+
+
+def _measure_stage(partition: Partition, formed: Model, target: Target, meter: Meter) -> float | None:
+    """What a partition takes as it is, without its launch: see `refine.Seconds`."""
+    if any(unknown_at_compile_time(region) is not None for region in partition.regions):
+        return None
+    entries = meter.chain(target, partition.regions, lambda names: submodel(formed, names)).values()
+    if any(entry.refusal is not None for entry in entries):
+        return math.inf
+    return None if any(entry.kind == "estimated" for entry in entries) else sum(entry.seconds for entry in entries)
 
 
 def _joined(node: str, pieces: Sequence[Region], solution: Solution, costed: Costed) -> bool:

@@ -16,9 +16,9 @@ from nestc.errors import UnsupportedOp
 from nestc.graph.region import Region, TensorType
 from nestc.partition.group import order, runs
 from nestc.partition.match import Claim, ask, refused, unknown_at_compile_time
-from nestc.partition.problem import HOST, Cost, Crossing, Edge, Kind, Problem, Solution, Task, Unit
+from nestc.partition.problem import HOST, Cost, Crossing, Edge, Kind, Problem, Task, Unit
 from nestc.partition.sizes import nbytes
-from nestc.targets.api import Link, Offer, Partition, Target
+from nestc.targets.api import Link, Offer, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -110,42 +110,6 @@ def measure_costs(
         refusals=measured.refusals,
         whole={number_of(region.name): frozenset(measured.takers(region.name)) for region in uncut},
     )
-
-
-AS_PREDICTED = 0.02
-"""A partition that takes as long as predicted within this part of it needs no correction: measurements vary more."""
-
-
-def corrected(
-    costed: Costed, solution: Solution, partitions: Sequence[Partition], chains: Mapping[str, Mapping[str, Entry]]
-) -> Costed:
-    """Costs such that the stages of `solution`, which became `partitions`, take what these were measured to take.
-
-    ``chains``: by partition, what each of its regions takes in it; modelled ones do add up and are left alone. Returns
-    `costed` itself if nothing is to be changed.
-    """
-    problem, evaluation = costed.problem, solution.evaluation
-    spent = {timed.stage: timed.end - timed.begin for timed in evaluation.times}
-    tasks = {task.name: task for task in problem.tasks}
-    for number, (stage, partition) in enumerate(zip(solution.stages, partitions, strict=True)):
-        entries = list(chains.get(partition.name, {}).values())
-        if not entries or any(entry.kind != "measured" or entry.refusal is not None for entry in entries):
-            continue
-        predicted = spent[number] - problem.unit(stage.unit).launch
-        took = sum(entry.seconds for entry in entries)
-        inside = sum(tasks[name].costs[stage.unit].seconds for name in stage.tasks)
-        if abs(took - predicted) <= AS_PREDICTED * took or inside <= 0:
-            continue
-        # What crosses the border stays as it is; the tasks share the rest. A tenth is left to them in any case.
-        factor = max(0.1, (inside + took - predicted) / inside)
-        for name in stage.tasks:
-            cost = tasks[name].costs[stage.unit]
-            changed = replace(cost, seconds=cost.seconds * factor, joules=cost.joules * factor)
-            tasks[name] = replace(tasks[name], costs={**tasks[name].costs, stage.unit: changed})
-    changed_tasks = tuple(tasks.values())
-    if changed_tasks == problem.tasks:
-        return costed
-    return replace(costed, problem=replace(problem, tasks=changed_tasks))
 
 
 def _measure_region(

@@ -1,0 +1,203 @@
+"""Measuring the stages that were chosen, as they are, and placing again with what was learned.
+
+What a stage takes is not quite the sum of its tasks: layouts are chosen for all of it, and what is measured inside one
+chain differs inside another. So the stages of a solution are measured as whole partitions, the difference is written
+into the problem, and it is solved again, until nothing new turns up. Of all that was measured the best is taken, the
+plans of single devices among them: what is taken is then not slower than any of these, by measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from nestc.errors import PlanError
+from nestc.partition.evaluate import evaluate
+from nestc.partition.problem import HOST, Cost, Crossing, Edge, Evaluation, Problem, Solution, Stage, Task, stage_of
+
+ROUNDS = 4
+"""Solutions that are measured, at most; each costs a compilation of its new stages."""
+
+PROVEN = 1e-6
+"""A value within this part of its bound is called optimal, as by the solver."""
+
+LEAST = 1e-9
+"""Seconds below which a difference is none."""
+
+Seconds = Sequence[float | None]
+"""What each stage of a solution takes without its launch; None: not known, infinite: its unit refuses it as a whole."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The problem with what was learned of `solution`, whose evaluation is by measured stages.
+
+    ``others``: the evaluations of the other solutions given, by measured stages, in their order; None: refused.
+    """
+
+    problem: Problem
+    solution: Solution
+    others: tuple[Evaluation | None, ...]
+
+
+def refine(
+    problem: Problem,
+    first: Solution,
+    solve: Callable[[Problem], Solution],
+    measure: Callable[[Solution], Seconds],
+    others: Sequence[Solution] = (),
+    rounds: int = ROUNDS,
+) -> Refined:
+    """Measure `first` and what `solve` finds after it, and `others`; the best by what was measured.
+
+    Its lower bound is that of the last problem solved, with all that was learned in it. Raises PlanError if no plan
+    can run.
+    """
+    learned = problem
+    tried: dict[tuple[Stage, ...], tuple[Problem, Solution] | None] = {}
+
+    def attempt(solution: Solution) -> None:
+        nonlocal learned
+        seconds = measure(solution)
+        tried[solution.stages] = None
+        if math.inf not in seconds:
+            own = corrected(problem, solution.stages, seconds)
+            tried[solution.stages] = own, replace(solution, evaluation=evaluate(own, solution.stages))
+        learned = corrected(learned, solution.stages, seconds)
+
+    for other in others:
+        if other.stages not in tried:
+            attempt(other)
+    solution = first
+    for _ in range(rounds):
+        if solution.stages in tried:
+            break
+        attempt(solution)
+        solution = solve(learned)
+    runnable = [each for each in tried.values() if each is not None]
+    if not runnable:
+        raise PlanError("no device takes the stages that it was given as a whole; compile for fewer devices")
+    own, best = min(runnable, key=lambda each: each[1].value)
+    bound = min(solution.lower_bound, best.value)
+    done = replace(
+        best,
+        lower_bound=bound,
+        optimal=best.value - bound <= PROVEN * best.value,
+        method=f"{solution.method}; stages measured, {len(runnable)} plans compared",
+    )
+    evaluations = (tried[other.stages] for other in others)
+    return Refined(own, done, tuple(None if each is None else each[1].evaluation for each in evaluations))
+
+
+def corrected(problem: Problem, stages: Sequence[Stage], seconds: Seconds) -> Problem:
+    """The problem in which these stages take these seconds.
+
+    What a stage takes longer than its tasks say is put on the tensors that cross its borders from and to other units,
+    by their bytes, or where there are none on its tasks. What it takes less is taken off the borders first.
+    """
+    predicted = _stage_seconds(problem, stages)
+    unit_of = {task: stage.unit for stage in stages for task in stage.tasks}
+    number = stage_of(stages)
+    border: dict[tuple[int, str, str | None], float] = {}  # seconds more, by stage, tensor and its source
+    factor: dict[str, float] = {}
+    for index, (stage, actual) in enumerate(zip(stages, seconds, strict=True)):
+        if actual is None:
+            continue
+        more = _LARGE if actual == math.inf else actual - predicted[index]
+        if abs(more) < LEAST:
+            continue
+        crossing = _borders(problem, stage, index, number, unit_of)
+        if more < 0:
+            now = {key: _work(edges, stage.unit, unit_of) for key, edges in crossing.items()}
+            less = min(sum(now.values()), -more)
+            total = sum(now.values())
+            border |= {key: -less * value / total for key, value in now.items() if value}
+            more += less
+        elif crossing:
+            sizes = {key: max(1, edges[0].bytes) for key, edges in crossing.items()}
+            total = sum(sizes.values())
+            border |= {key: more * size / total for key, size in sizes.items()}
+            more = 0.0
+        inside = sum(_cost(problem, task, stage.unit).seconds for task in stage.tasks)
+        if abs(more) >= LEAST and inside > 0:
+            factor |= dict.fromkeys(stage.tasks, max(0.0, 1 + more / inside))
+    tasks = tuple(
+        task if task.name not in factor else _with_cost(task, unit_of[task.name], factor[task.name])
+        for task in problem.tasks
+    )
+    return replace(problem, tasks=tasks, edges=tuple(_moved(edge, border, number, unit_of) for edge in problem.edges))
+
+
+_LARGE = 3600.0
+"""Seconds more that a stage is said to take which its unit refuses, so that it is not chosen again."""
+
+
+def _stage_seconds(problem: Problem, stages: Sequence[Stage]) -> list[float]:
+    """What the problem says of each stage, without its launch."""
+    launch = {unit.name: unit.launch for unit in problem.units}
+    times = {timed.stage: timed for timed in evaluate(problem, stages).times}
+    return [times[n].end - times[n].begin - launch[stage.unit] for n, stage in enumerate(stages)]
+
+
+_Borders = dict[tuple[int, str, str | None], list[Edge]]
+
+
+def _borders(problem: Problem, stage: Stage, index: int, number: dict[str, int], unit_of: dict[str, str]) -> _Borders:
+    """The edges over which tensors enter a stage from other units or leave it to them, by tensor."""
+    found: _Borders = {}
+    for edge in problem.edges:
+        if edge.source is None or edge.destination is None or unit_of[edge.source] == unit_of[edge.destination]:
+            continue
+        if index in (number[edge.source], number[edge.destination]):
+            found.setdefault((index, edge.tensor, edge.source), []).append(edge)
+    return found
+
+
+def _work(edges: Sequence[Edge], unit: str, unit_of: dict[str, str]) -> float:
+    """Seconds that a unit works on a tensor at its border."""
+    largest = 0.0
+    for edge in edges:
+        assert edge.source is not None and edge.destination is not None
+        crossing = edge.crossings.get((unit_of[edge.source], unit_of[edge.destination]), Crossing())
+        largest = max(largest, crossing.out_seconds if unit_of[edge.source] == unit else crossing.in_seconds)
+    return largest
+
+
+def _cost(problem: Problem, task: str, unit: str) -> Cost:
+    return next(each for each in problem.tasks if each.name == task).costs[unit]
+
+
+def _with_cost(task: Task, unit: str, factor: float) -> Task:
+    """A task that takes other seconds on a unit; the energy of a measured time is in proportion to it."""
+    cost = task.costs[unit]
+    joules = cost.joules * factor if cost.kind == "measured" else cost.joules
+    return replace(task, costs={**task.costs, unit: replace(cost, seconds=cost.seconds * factor, joules=joules)})
+
+
+def _moved(
+    edge: Edge,
+    border: dict[tuple[int, str, str | None], float],
+    number: dict[str, int],
+    unit_of: dict[str, str],
+) -> Edge:
+    """An edge whose ends work so much more on its tensor wherever it crosses from or to their unit."""
+    if edge.source is None or edge.destination is None:
+        return edge
+    out = border.get((number[edge.source], edge.tensor, edge.source), 0.0)
+    into = border.get((number[edge.destination], edge.tensor, edge.source), 0.0)
+    if number[edge.source] == number[edge.destination] or not (out or into):
+        return edge
+    first, second = unit_of[edge.source], unit_of[edge.destination]
+    pairs = {(a, b) for a, b in [*edge.crossings, (first, second)] if HOST not in (a, b) and a != b}
+    changed = dict(edge.crossings)
+    for pair in pairs:
+        now = changed.get(pair, Crossing())
+        more_out = out if pair[0] == first and first != second else 0.0
+        more_in = into if pair[1] == second and first != second else 0.0
+        changed[pair] = replace(
+            now,
+            out_seconds=max(0.0, now.out_seconds + more_out),
+            in_seconds=max(0.0, now.in_seconds + more_in),
+        )
+    return replace(edge, crossings=changed)

@@ -1,0 +1,119 @@
+"""Stages measured as they are: what the problem learns of them, and which plan is taken in the end."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nestc.errors import PlanError
+from nestc.partition.evaluate import evaluate
+from nestc.partition.problem import Cost, Crossing, Edge, Problem, Solution, Stage, Task, Unit
+from nestc.partition.refine import corrected, refine
+
+UNITS = (Unit("cpu", "cpu", launch=0.25), Unit("npu", "npu", launch=0.5))
+
+
+def chain(*costs: tuple[float, float], work: float = 1.0) -> Problem:
+    """Tasks t0, t1 ... one after another, by seconds on cpu and npu; a border is `work` on both sides."""
+    tasks = tuple(Task(f"t{n}", {"cpu": Cost(a), "npu": Cost(b)}) for n, (a, b) in enumerate(costs))
+    crossing = Crossing(work, 0.125, work)
+    crossings = {("cpu", "npu"): crossing, ("npu", "cpu"): crossing}
+    edges = [Edge(f"v{n}", f"t{n}", f"t{n + 1}", 8, crossings) for n in range(len(tasks) - 1)]
+    return Problem(UNITS, tasks, (Edge("x", None, "t0"), *edges, Edge("y", tasks[-1].name, None)))
+
+
+def solution(problem: Problem, *stages: Stage, bound: float = 0.0) -> Solution:
+    return Solution(stages, evaluate(problem, stages), "latency", bound, False, "by hand")
+
+
+def latency(problem: Problem, *stages: Stage) -> float:
+    return evaluate(problem, stages).latency
+
+
+MIXED = (Stage("cpu", ("t0",)), Stage("npu", ("t1",)), Stage("cpu", ("t2",)))
+CPU = (Stage("cpu", ("t0", "t1", "t2")),)
+
+
+@pytest.mark.parametrize("seconds", [(4.0, 7.0, 5.0), (1.5, 0.25, 0.125), (2.0, 3.0, None), (3.0, 5.0, 3.0)])
+def test_stages_take_what_was_measured(seconds: tuple[float | None, ...]) -> None:
+    problem = chain((2, 9), (9, 3), (2, 9))
+    assert latency(problem, *MIXED) == (0.25 + 2 + 1) + 0.125 + (0.5 + 1 + 3 + 1) + 0.125 + (0.25 + 1 + 2)
+    found = evaluate(corrected(problem, MIXED, seconds), MIXED).times
+    spent = [timed.end - timed.begin - launch for timed, launch in zip(found, (0.25, 0.5, 0.25), strict=True)]
+    assert spent == pytest.approx([3.0 if each is None else each for each in seconds])
+
+
+def test_what_a_stage_takes_longer_is_put_on_its_borders_so_that_other_stages_cost_the_same() -> None:
+    problem = chain((2, 9), (9, 3), (2, 9))
+    learned = corrected(problem, MIXED, (3.0, 7.0, 3.0))
+    assert latency(learned, *CPU) == latency(problem, *CPU)
+    assert learned.tasks == problem.tasks
+
+
+def test_a_stage_without_borders_changes_its_tasks() -> None:
+    problem = chain((2, 9), (6, 3), (2, 9))
+    learned = corrected(problem, CPU, (5.0,))
+    assert [task.costs["cpu"].seconds for task in learned.tasks] == pytest.approx([1.0, 3.0, 1.0])
+    assert [task.costs["npu"].seconds for task in learned.tasks] == [9, 3, 9]
+
+
+def test_a_tensor_that_several_tasks_of_a_stage_take_counts_once() -> None:
+    tasks = tuple(Task(f"t{n}", {"cpu": Cost(1.0), "npu": Cost(1.0)}) for n in range(3))
+    edges = tuple(Edge("v", "t0", f"t{n}", 8, {("cpu", "npu"): Crossing(0.5, 0.0, 0.25)}) for n in (1, 2))
+    problem = Problem(UNITS, tasks, edges)
+    stages = (Stage("cpu", ("t0",)), Stage("npu", ("t1", "t2")))
+    for seconds in ((3.0, 4.0), (1.25, 2.0), (1.0, 1.0)):
+        times = evaluate(corrected(problem, stages, seconds), stages).times
+        assert times[0].end - times[0].begin - 0.25 == pytest.approx(seconds[0])
+        assert times[1].end - times[1].begin - 0.5 == pytest.approx(seconds[1])
+
+
+def test_a_plan_that_disappoints_gives_way_to_what_is_solved_next() -> None:
+    problem = chain((2, 9), (9, 3), (2, 9))
+    promising, other = solution(problem, *MIXED), solution(problem, *CPU, bound=11.0)
+    asked: list[Problem] = []
+
+    def solve(learned: Problem) -> Solution:
+        asked.append(learned)
+        return solution(learned, *CPU, bound=11.0)
+
+    measured = {MIXED: [3.0, 9.0, 3.0], CPU: [13.0]}
+    found = refine(problem, promising, solve, lambda plan: measured[plan.stages], [], rounds=3)
+    assert found.solution.stages == CPU
+    assert found.solution.value == 13.25
+    assert found.solution.lower_bound == 11.0
+    assert not found.solution.optimal
+    assert latency(asked[0], *MIXED) == pytest.approx(3.25 + 0.125 + 9.5 + 0.125 + 3.25)
+    assert len(asked) == 2
+    assert latency(found.problem, *CPU) == 13.25
+    assert other.value == 13.25
+
+
+def test_single_devices_are_measured_too_and_win_where_they_are_best() -> None:
+    problem = chain((2, 9), (9, 3), (2, 9))
+    measured = {MIXED: [3.0, 9.0, 3.0], CPU: [10.0]}
+
+    def again(learned: Problem) -> Solution:
+        return solution(learned, *MIXED, bound=8.0)
+
+    found = refine(problem, again(problem), again, lambda plan: measured[plan.stages], [solution(problem, *CPU)])
+    assert found.solution.stages == CPU
+    assert found.solution.value == pytest.approx(10.25)
+    assert [each.latency for each in found.others if each is not None] == pytest.approx([10.25])
+
+
+def test_stages_that_a_unit_refuses_are_no_plan() -> None:
+    problem = chain((2, 9), (9, 3), (2, 9))
+    measured = {MIXED: [3.0, math.inf, 3.0], CPU: [13.0]}
+    plans = iter((CPU, CPU))
+
+    def next_plan(learned: Problem) -> Solution:
+        return solution(learned, *next(plans))
+
+    found = refine(problem, solution(problem, *MIXED), next_plan, lambda plan: measured[plan.stages])
+    assert found.solution.stages == CPU
+    with pytest.raises(PlanError, match="no device takes the stages"):
+        refine(
+            problem, solution(problem, *MIXED), lambda learned: solution(learned, *MIXED), lambda plan: [math.inf] * 3
+        )
