@@ -40,6 +40,12 @@ class ScriptedMeter:
     def chain(self, target: Target, regions: Sequence[Region], submodel: object) -> dict[str, Entry]:
         return {each.name: self.region(target, each, submodel) for each in regions}
 
+    def regions(self, targets: Sequence[Target], region: Region, submodel: object) -> dict[str, Entry]:
+        return {target.name: self.region(target, region, submodel) for target in targets}
+
+    def chains(self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: object) -> list[dict[str, Entry]]:
+        return [self.chain(target, regions, submodel) for target, regions in given]
+
     def launch(self, target: Target) -> Entry:
         return Entry(1e-6)
 

@@ -41,7 +41,7 @@ class FakeMeter:
     """Says what it is told: microseconds by (target, region), alone and in chains."""
 
     def __init__(self, alone: Mapping[tuple[str, str], float], chain: Mapping[tuple[str, str], float]) -> None:
-        self.alone, self.chains = alone, chain
+        self.alone, self.inside = alone, chain
 
     def region(self, target: Target, region: Region, submodel: object) -> Entry:
         microseconds = self.alone.get((target.name, region.name))
@@ -51,7 +51,13 @@ class FakeMeter:
         return Entry(microseconds * 1e-6, kind, joules=microseconds * 1e-6, bytes=7)
 
     def chain(self, target: Target, regions: Sequence[Region], submodel: object) -> dict[str, Entry]:
-        return {each.name: Entry(self.chains[target.name, each.name] * 1e-6) for each in regions}
+        return {each.name: Entry(self.inside[target.name, each.name] * 1e-6) for each in regions}
+
+    def regions(self, targets: Sequence[Target], region: Region, submodel: object) -> dict[str, Entry]:
+        return {target.name: self.region(target, region, submodel) for target in targets}
+
+    def chains(self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: object) -> list[dict[str, Entry]]:
+        return [self.chain(target, regions, submodel) for target, regions in given]
 
     def launch(self, target: Target) -> Entry:
         return Entry(3e-6)

@@ -31,7 +31,11 @@ Submodel = Callable[[Sequence[str]], "ir.Model"]
 class Meter(Protocol):
     """What measures (`measure.Meter`)."""
 
-    def region(self, target: Target, region: Region, submodel: Submodel) -> Entry: ...
+    def regions(self, targets: Sequence[Target], region: Region, submodel: Submodel) -> Mapping[str, Entry]: ...
+
+    def chains(
+        self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: Submodel
+    ) -> Sequence[Mapping[str, Entry]]: ...
 
     def chain(self, target: Target, regions: Sequence[Region], submodel: Submodel) -> Mapping[str, Entry]: ...
 
@@ -97,8 +101,7 @@ def measure_costs(
     for index, (region, submodel) in enumerate(every):
         progress(f"measure {region.name}", index / len(every))
         _measure_region(region, targets, meter, submodel, measured, required=region.name in names)
-    for target in targets:
-        _measure_chains(target, whole, meter, submodels[0], measured)
+    _measure_chains(targets, whole, meter, submodels[0], measured)
     _share_pieces(cut, uncut, measured)
     return Costed(
         problem=Problem(
@@ -117,40 +120,55 @@ def _measure_region(
 ) -> None:
     """Ask every target, and have measured what takes it; ``host`` only where nobody else does."""
     refusals = measured.refusals.setdefault(region.name, {})
-    for target in targets:
-        if target.name == "host" and measured.takers(region.name):
-            continue
-        answer = ask(region, target)
-        if not isinstance(answer, Offer):
-            refusals[target.name] = answer
-            continue
-        if unknown_at_compile_time(region) is not None:
-            measured.alone[region.name, target.name] = UNSIZED
-            continue
-        entry = meter.region(target, region, submodel)
-        if entry.refusal is not None:
-            refusals[target.name] = entry.refusal
+    answers = {target.name: ask(region, target) for target in targets if target.name != "host"}
+    takers = [target for target in targets if isinstance(answers.get(target.name), Offer)]
+    _measure_on(takers, region, meter, submodel, measured, refusals)
+    refusals |= {name: answer for name, answer in answers.items() if isinstance(answer, str)}
+    host = next((target for target in targets if target.name == "host"), None)
+    if host is not None and not measured.takers(region.name):
+        answer = ask(region, host)
+        if isinstance(answer, Offer):
+            _measure_on([host], region, meter, submodel, measured, refusals)
         else:
-            measured.alone[region.name, target.name] = Cost(entry.seconds, entry.joules or 0.0, entry.kind, entry.bytes)
+            refusals["host"] = answer
     if required and not measured.takers(region.name):
         raise UnsupportedOp(refused(Claim(region, None, None, tuple(refusals.items()))))
 
 
-def _measure_chains(
-    target: Target, whole: Sequence[Region], meter: Meter, submodel: Submodel, measured: _Measured
+def _measure_on(
+    targets: Sequence[Target],
+    region: Region,
+    meter: Meter,
+    submodel: Submodel,
+    measured: _Measured,
+    refusals: dict[str, str],
 ) -> None:
-    """Measure the runs of all regions that a target takes; simulators need none, their times do add up."""
-    taken = {name for name, taker in measured.alone if taker == target.name}
-    sized = {region.name for region in whole if region.name in taken and unknown_at_compile_time(region) is None}
-    if not any(measured.alone[name, target.name].kind == "measured" for name in sized):
+    if unknown_at_compile_time(region) is not None:
+        measured.alone |= {(region.name, target.name): UNSIZED for target in targets}
         return
-    device = {region.name: target.name if region.name in sized else "" for region in whole}
-    for run in runs(order(whole, device), device):
-        if device[run[0].name] and len(run) > 1:
-            entries = meter.chain(target, run, submodel)
-            if all(entry.refusal is None for entry in entries.values()):
-                for name, entry in entries.items():
-                    measured.inside[name, target.name] = entry.seconds
+    for name, entry in meter.regions(targets, region, submodel).items():
+        if entry.refusal is not None:
+            refusals[name] = entry.refusal
+        else:
+            measured.alone[region.name, name] = Cost(entry.seconds, entry.joules or 0.0, entry.kind, entry.bytes)
+
+
+def _measure_chains(
+    targets: Sequence[Target], whole: Sequence[Region], meter: Meter, submodel: Submodel, measured: _Measured
+) -> None:
+    """Measure the runs of all regions that each target takes; simulators need none, their times do add up."""
+    chains: list[tuple[Target, Sequence[Region]]] = []
+    for target in targets:
+        taken = {name for name, taker in measured.alone if taker == target.name}
+        sized = {region.name for region in whole if region.name in taken and unknown_at_compile_time(region) is None}
+        if any(measured.alone[name, target.name].kind == "measured" for name in sized):
+            device = {region.name: target.name if region.name in sized else "" for region in whole}
+            found = runs(order(whole, device), device)
+            chains += [(target, run) for run in found if device[run[0].name] and len(run) > 1]
+    for (target, _), entries in zip(chains, meter.chains(chains, submodel), strict=True):
+        if all(entry.refusal is None for entry in entries.values()):
+            for name, entry in entries.items():
+                measured.inside[name, target.name] = entry.seconds
 
 
 def _share_pieces(cut: Sequence[Region], uncut: Sequence[Region], measured: _Measured) -> None:
