@@ -203,7 +203,7 @@ def flows(draw: st.DrawFn) -> tuple[Bundle, Problem, list[Stage]]:
 
 
 @given(flow=flows(), requests=st.integers(1, 6), in_flight=st.integers(1, 4))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 def test_the_clock_keeps_to_the_rules_of_the_partitioner(flow: tuple, requests: int, in_flight: int):
     made, problem, placed = flow
     with Executable(made) as executable:

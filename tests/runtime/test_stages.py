@@ -37,7 +37,7 @@ def run(flow: Flow, value: int) -> tuple[list[np.ndarray], list[set[int]]]:
 
 
 def test_memory_is_free_after_the_last_use_and_used_again():
-    flow = load(bundle(CHAIN, "y"), 1, "raise")
+    flow = load(bundle(CHAIN, "y"), 1, None)
     (y,), free = run(flow, 1)
     assert y.tolist() == [3 * (27 + 3)] * 2
     assert [len(each) for each in free] == [0, 1, 2, 4]  # unused; u; v and t
@@ -48,7 +48,7 @@ def test_memory_is_free_after_the_last_use_and_used_again():
 
 
 def test_memory_of_a_graph_output_is_never_used_again():
-    flow = load(bundle(CHAIN, "y t u"), 1, "raise")
+    flow = load(bundle(CHAIN, "y t u"), 1, None)
     results, free = run(flow, 1)
     assert [array.tolist() for array in results] == [[90, 90], [3, 3], [9, 9]]
     assert len(free[-1]) == 2  # v and what is not used

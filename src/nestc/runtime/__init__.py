@@ -6,11 +6,12 @@ import os
 
 from nestc.bundle.read import read
 from nestc.runtime.executable import Executable
+from nestc.runtime.session import OnFailure
 
 __all__ = ["Executable", "open"]
 
 
-def open(path: str | os.PathLike[str], *, threads: int | None = None, on_failure: str = "raise") -> Executable:
+def open(path: str | os.PathLike[str], *, threads: int | None = None, on_failure: OnFailure = None) -> Executable:
     """Load the bundle at `path`, ready to run with `threads` threads (by default as many as it was compiled for).
 
     With `on_failure` "cpu" the CPU runs what a device that fails, or is not here, should have run; the model must have

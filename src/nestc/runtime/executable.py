@@ -17,7 +17,7 @@ from nestc.bundle.dtypes import numpy_dtype
 from nestc.errors import ShapeError, TargetError
 from nestc.runtime.arrays import ready
 from nestc.runtime.native import NativeProgram
-from nestc.runtime.session import Batch, Direct, Last, Session, marks_to_timeline, run_of
+from nestc.runtime.session import Batch, Direct, Last, OnFailure, Session, marks_to_timeline, run_of
 from nestc.runtime.stages import Answer, total
 from nestc.runtime.trace import write_trace
 
@@ -51,7 +51,7 @@ class Executable:
         threads: int | None = None,
         respecialise: Respecialise | None = None,
         foreign: bool = False,
-        on_failure: str = "raise",
+        on_failure: OnFailure = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise TargetError(f"a model runs on at least one thread, not {threads}")

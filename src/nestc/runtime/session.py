@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from nestc.runtime.clock import Clock, Conductor
 from nestc.runtime.stages import CPU, Answer, Flow, Mark, Stage, Values, checked, failure, load, stage_mark, warn
 from nestc.runtime.workers import CLOSED, Results, Workers
 
-ON_FAILURE = ("raise", CPU)
+OnFailure: TypeAlias = 'Literal["cpu"] | None'
 
 
 class Run(Protocol):
@@ -69,9 +69,9 @@ class Session:
     together, TargetError if a device is not here or a fallback is missing.
     """
 
-    def __init__(self, bundle: Bundle, threads: int, on_failure: str = "raise") -> None:
-        if on_failure not in ON_FAILURE:
-            raise TargetError(f"on_failure is {' or '.join(map(repr, ON_FAILURE))}, not {on_failure!r}")
+    def __init__(self, bundle: Bundle, threads: int, on_failure: OnFailure = None) -> None:
+        if on_failure not in (None, CPU):
+            raise TargetError(f'on_failure is "cpu" or None, not {on_failure!r}')
         self._flow = load(bundle, threads, on_failure)
         self._closed = threading.Event()
         self._starting = threading.Lock()

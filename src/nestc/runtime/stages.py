@@ -217,7 +217,7 @@ class Values:
         return given
 
 
-def load(bundle: Bundle, threads: int, on_failure: str) -> Flow:
+def load(bundle: Bundle, threads: int, on_failure: str | None) -> Flow:
     """Load every partition. Raises BundleError if their borders do not fit together.
 
     Raises TargetError if a device is not here, unless `on_failure` is "cpu" and there is a fallback, which it demands.
@@ -339,7 +339,9 @@ def crossing(
     return Mark(name, tensor, begin, begin + seconds, kind, request, nbytes, joules, None if joules is None else kind)
 
 
-def _programs(partition: BundlePartition, threads: int, on_failure: str) -> tuple[Program | None, Program | None]:
+def _programs(
+    partition: BundlePartition, threads: int, on_failure: str | None
+) -> tuple[Program | None, Program | None]:
     """The partition on its device, and on the CPU if that is asked for; never None both."""
     artifact = partition.artifact
     if on_failure != CPU or artifact.kind in CPU_KINDS:
