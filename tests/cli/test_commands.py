@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -158,8 +159,10 @@ def test_a_closed_pipe_is_quiet(mlp: Path) -> None:
     assert found.stderr == ""
 
 
-def test_demo_classifies_its_images(nestc) -> None:
-    result = nestc("demo", "--json")
+def test_demo_runs_on_three_devices(nestc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.import_module("nestc.demo.run"), "SIMULATED", 12)
+    page = tmp_path / "page.html"
+    result = nestc("demo", "--json", "-o", str(page))
     assert result.status == 0, result.err
     report = json.loads(result.out)
     assert report["accuracy"] > 0.88 and report["images"] >= 200
@@ -167,4 +170,19 @@ def test_demo_classifies_its_images(nestc) -> None:
     small = report["int8"]
     assert small["accuracy"] > 0.88 and small["images"] + small["calibrated_on"] == report["images"]
     assert small["fallback_ops"] == {} and small["disagreements"] <= 8
+    rows = report["rows"]
+    assert [(row["name"], row["objective"]) for row in rows] == [
+        ("cpu", None), ("cpu", None), ("vta + cpu", None), ("aim + cpu", None), ("vta + aim + cpu", "latency"),
+        ("vta + aim + cpu", "throughput"), ("vta + aim + cpu", "energy"),
+    ]  # fmt: skip
+    assert rows[2]["regions"]["vta"] > 8 and rows[2]["latency_kind"] == "modelled" and rows[3]["regions"]["aim"] == 1
+    assert all(row["agreement"] >= 11 / 12 and row["images"] == 12 for row in rows[2:])
+    assert all(row["latency_ms"] > 0 and row["millijoules"] > 0 for row in rows)
+    assert all(row["lower_bound_ms"] <= row["predicted_ms"] * 1.001 for row in rows[4:6])
+    assert report["page"] == str(page) and "<html" in page.read_text(encoding="utf-8")[:200]
     assert small["weights_bytes"] < report["weights_bytes"]
+
+
+def test_demo_tells_where_it_cannot_write(nestc, tmp_path: Path) -> None:
+    result = nestc("demo", "-o", str(tmp_path / "none" / "page.html"))
+    assert result.status != 0 and "in a folder that does not exist" in result.err

@@ -1,7 +1,9 @@
-"""`nestc demo`: compiles the shipped network, as it is and quantized, and runs both on the shipped test images."""
+"""`nestc demo`: the shipped network calibrated, quantized, placed on devices, compiled, and run on the test images."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import statistics
 import tempfile
 import time
@@ -12,16 +14,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nestc.demo.data import CLASSES, INPUT, labelled_images, model_path
+from nestc.demo.rows import Row, measure
 
 if TYPE_CHECKING:
     from nestc.bundle.bundle import BundlePartition
     from nestc.graph.model import Model
+    from nestc.quant.profile import Profile
     from nestc.runtime import Executable
     from nestc.targets.api import Target
 
+DEVICES = ("cpu", "vta", "aim")
+"""What the network is placed on unless other targets are named."""
+
+OBJECTIVES = ("latency", "throughput", "energy")
+
 TIMED_RUNS = 200
 CALIBRATED = 100
-"""The first images calibrate the quantized network; it is judged on the rest, beside the float one."""
+"""The first images calibrate the quantized networks; they are judged on others, beside the float one."""
+
+SIMULATED = 100
+"""Images that networks on several devices are judged on, since a simulator takes 30 ms for one."""
 
 # Names worth telling, widest first: LLVM feature, what people call it.
 INSTRUCTION_SETS = (
@@ -30,59 +42,148 @@ INSTRUCTION_SETS = (
 )  # fmt: skip
 EXTENSIONS = (("fma", "FMA"), ("f16c", "F16C"), ("avx512vnni", "VNNI"), ("avx512bf16", "BF16"), ("dotprod", "DotProd"))
 
+Progress = Callable[[str, float], None]
+
 
 def run(
-    targets: Sequence[str | Target] = ("cpu",),
+    targets: Sequence[str | Target] = DEVICES,
     threads: int | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
+    page: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Compile for `targets`, save, open again, classify the test images one by one; returns the report as JSON values.
+    """The whole way from the trained network to devices; returns the report as JSON values.
 
-    Keys: those of `_run` for the float network, ``int8`` with those for the quantized one, and how it came about.
-    `describe` makes text of it.
+    Keys: those of `_alone` for the float network on the CPU, ``int8`` with those for the quantized one and how it came
+    about; ``rows``, each a `nestc.demo.rows.Row`: the CPU alone, each other target with it, and all together, placed
+    for each objective; ``page``: where the page about the placement on most devices was written, None without `page`.
     """
-    from nestc.quantization import calibrate, quantize
+    from nestc.quantization import calibrate
+    from nestc.targets import resolve
 
+    tell = progress or _silent
+    chosen = resolve(targets, {"threads": threads})
+    cpu = [target for target in chosen if target.name == "cpu"] or [*resolve(["cpu"], {"threads": threads})]
+    others = [target for target in chosen if target.name not in ("cpu", "host")]
     images, labels = labelled_images()
     shapes = {INPUT: [1, *images.shape[1:]]}
-    report = _run(model_path(), shapes, targets, threads, progress, images, labels)
+
+    tell("the float network on the CPU", 0.0)
+    report, row = _alone(model_path(), cpu, "float", shapes, threads, images, labels, None)
+    rows = [row]
+    classes, right = report.pop("classes"), report.pop("right")
+
+    tell("calibrate", 0.1)
     begin = time.perf_counter()
     samples = [{INPUT: image[None]} for image in images[:CALIBRATED]]
     profile = calibrate(model_path(), samples, "mse", shapes=shapes, threads=threads)
-    model = quantize(model_path(), profile, "int8", data=samples, shapes=shapes, threads=threads)
+    work = _Work(profile, samples, shapes, threads)
+    tell("quantize to int8", 0.15)
+    model = work.quantized("int8", ())
     seconds = time.perf_counter() - begin
-    rest = (images[CALIBRATED:], labels[CALIBRATED:])
-    quantized = _run(model, None, targets, threads, progress, *rest)
-    classes, right = report.pop("classes"), report.pop("right")
-    differs = classes[CALIBRATED:] != quantized.pop("classes")
-    return {
-        **report,
-        "int8": {
-            "calibrated_on": CALIBRATED,
-            "quantize_seconds": seconds,
-            "float_accuracy": float(right[CALIBRATED:].mean()),
-            "disagreements": int(differs.sum()),
-            **{key: value for key, value in quantized.items() if key not in ("right", "examples")},
-        },
+    rest = (images[CALIBRATED:], labels[CALIBRATED:], classes[CALIBRATED:])
+    small, row = _alone(model, cpu, "int8", None, threads, *rest)
+    rows.append(row)
+    differs = rest[2] != small.pop("classes")
+    report["int8"] = {
+        "calibrated_on": CALIBRATED,
+        "quantize_seconds": seconds,
+        "float_accuracy": float(right[CALIBRATED:].mean()),
+        "disagreements": int(differs.sum()),
+        **{key: value for key, value in small.items() if key not in ("right", "examples")},
     }
 
+    # Each accelerator takes all that it can; all together are placed by cost, once for each objective.
+    ways: list[tuple[list[Target], str | None]] = [([target, *cpu], None) for target in others]
+    ways += [([*others, *cpu], objective) for objective in OBJECTIVES] if others else []
+    some = (rest[0][:SIMULATED], rest[1][:SIMULATED], rest[2][:SIMULATED])
+    shown: tuple[Row, Executable] | None = None
+    for number, (devices, objective) in enumerate(ways):
+        name = " + ".join(device.name for device in devices)
+        tell(name if objective is None else f"{name}, for {objective}", 0.3 + 0.6 * number / len(ways))
+        compiled, seconds = work.compiled(devices, objective)
+        row = measure(compiled, *some, name=name, scheme="devices", objective=objective, compile_seconds=seconds)
+        rows.append(row)
+        if objective is not None and (shown is None or len(row.regions) > len(shown[0].regions)):
+            shown = row, compiled
+    report["page"] = None
+    if page is not None and shown is not None:
+        tell("page", 0.95)
+        _page(*shown, some, page)
+        report["page"] = os.fspath(page)
+    report["rows"] = [row.to_json() for row in rows]
+    tell("done", 1.0)
+    return report
 
-def _run(
+
+@dataclasses.dataclass
+class _Work:
+    """What the networks for devices are made of."""
+
+    profile: Profile
+    samples: Sequence[Mapping[str, np.ndarray]]
+    shapes: Mapping[str, Sequence[int]]
+    threads: int | None
+    made: dict[tuple[str, ...], Model] = dataclasses.field(default_factory=dict[tuple[str, ...], "Model"])
+
+    def quantized(self, scheme: str, targets: Sequence[Target]) -> Model:
+        """The network in a scheme, which may be for targets; made once."""
+        from nestc.quantization import quantize
+
+        key = (scheme, *(target.name for target in targets))
+        if key not in self.made:
+            self.made[key] = quantize(
+                model_path(), self.profile, scheme,
+                data=self.samples, shapes=self.shapes, threads=self.threads, targets=targets or None,
+            )  # fmt: skip
+        return self.made[key]
+
+    def compiled(self, targets: Sequence[Target], objective: str | None) -> tuple[Executable, float]:
+        """The network quantized and compiled for targets, by cost or (without an objective) in their order; seconds."""
+        from nestc.driver import compile as compile_model
+        from nestc.runtime import Executable
+
+        model = self.quantized("devices", targets)
+        begin = time.perf_counter()
+        found = compile_model(
+            model, targets, threads=self.threads,
+            objective=objective or "latency", placement="order" if objective is None else "cost",
+        )  # fmt: skip
+        assert isinstance(found, Executable)
+        return found, time.perf_counter() - begin
+
+
+def _page(
+    row: Row, executable: Executable, judged: tuple[np.ndarray, np.ndarray, np.ndarray], page: str | os.PathLike[str]
+) -> None:
+    """Write the page about an executable, with what it gets right beside the float network on the same images."""
+    from nestc.report import AccuracyData, write
+
+    images, labels, decided = judged
+    accuracy = AccuracyData(
+        "top1", row.accuracy, row.images, "Fashion-MNIST test images", "the float network",
+        float((decided == labels).mean()), disagreements=round((1 - row.agreement) * row.images),
+    )  # fmt: skip
+    write(executable, page, inputs={INPUT: images[:1]}, accuracy=[accuracy], requests=4)
+
+
+def _alone(
     model: Path | Model,
+    cpu: Sequence[Target],
+    scheme: str,
     shapes: Mapping[str, Sequence[int]] | None,
-    targets: Sequence[str | Target],
     threads: int | None,
-    progress: Callable[[str, float], None] | None,
     images: np.ndarray,
     labels: np.ndarray,
-) -> dict[str, Any]:
-    """Compile, save, open again, classify. Keys: ``compile_seconds``, ``bundle_bytes``, ``load_ms``, and of `_measure`
-    (``latency_ms`` is the median of calls on one image) and of `_generated` (``kernels`` are distinct ones)."""
+    decided: np.ndarray | None,
+) -> tuple[dict[str, Any], Row]:
+    """Compile for the CPU, save, open again, classify. Keys: ``compile_seconds``, ``bundle_bytes``, ``load_ms``, and
+    of `_measure` (``latency_ms`` is the median of calls on one image) and `_generated` (``kernels`` are distinct ones).
+    """
     from nestc.driver import compile as compile_model
     from nestc.runtime import open as open_bundle
 
     begin = time.perf_counter()
-    compiled = compile_model(model, targets, threads=threads, shapes=shapes, progress=progress)
+    compiled = compile_model(model, cpu, threads=threads, shapes=shapes)
     compile_seconds = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "demo.nest"
@@ -93,13 +194,19 @@ def _run(
         executable = open_bundle(path, threads=threads)
         load_ms = (time.perf_counter() - begin) * 1e3
         with executable:
-            return {
+            found = _measure(executable, images, labels)
+            row = measure(
+                executable, images, labels, found["classes"] if decided is None else decided,
+                name="cpu", scheme=scheme, objective=None, compile_seconds=compile_seconds,
+            )  # fmt: skip
+            report = {
                 "compile_seconds": compile_seconds,
                 "bundle_bytes": bundle_bytes,
                 "load_ms": load_ms,
-                **_measure(executable, images, labels),
+                **found,
                 **_generated(executable),
             }
+            return report, row
 
 
 def _measure(executable: Executable, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -163,33 +270,5 @@ def instruction_set(partitions: Sequence[BundlePartition]) -> str:
     return "none"
 
 
-def describe(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines of text."""
-    lines = [
-        f"Fashion-MNIST classifier, {report['images']} test images, {report['threads']} thread(s)",
-        f"  accuracy      {100 * report['accuracy']:.1f} %",
-        f"  latency       {report['latency_ms']:.3f} ms an image ({report['images_per_second']:.0f} images a second)",
-        f"  compiled in   {report['compile_seconds']:.2f} s to a bundle of {report['bundle_bytes'] / 1024:.0f} KiB,"
-        f" which loads in {report['load_ms']:.1f} ms without the compiler",
-        f"  generated     {report['kernels']} kernels for {report['regions']} regions, called"
-        f" {report['kernel_calls']} times an image, {report['code_bytes'] / 1024:.0f} KiB of machine code",
-        f"  code for      {report['instruction_set']}",
-        f"  memory        {report['weights_bytes'] / 1024:.0f} KiB of packed weights,"
-        f" {report['arena_bytes'] / 1024:.0f} KiB of working memory",
-    ]
-    for part in report["partitions"]:
-        ops = ", ".join(f"{op} {count}" for op, count in part["ops"].items())
-        lines.append(f"  on {part['device']:11}{part['regions']} regions: {ops}")
-    if report["fallback_ops"]:
-        lines.append(f"  interpreted   {report['fallback_ops']}")
-    small = report["int8"]
-    lines += [
-        f"  in int8       {100 * small['accuracy']:.1f} % of {small['images']} images (float"
-        f" {100 * small['float_accuracy']:.1f} %), {small['disagreements']} decided differently;"
-        f" calibrated on the other {small['calibrated_on']}, quantized in {small['quantize_seconds']:.1f} s",
-        f"                {small['latency_ms']:.3f} ms an image, {small['weights_bytes'] / 1024:.0f} KiB of packed"
-        f" weights, {small['arena_bytes'] / 1024:.0f} KiB of working memory",
-    ]
-    for example in report["examples"]:
-        lines.append(f"  image {example['image']}: {example['said']} (it is: {example['is']})")
-    return lines
+def _silent(what: str, fraction: float) -> None:
+    """Progress that nobody watches."""
