@@ -249,10 +249,10 @@ def _devices(bundle: Bundle, plan: Plan, partitions: Sequence[PartitionData], th
 
 def _link(spec: DeviceSpec) -> str:
     """How a device is reached, in words."""
-    return (
-        f"a launch {spec.launch_seconds * 1e6:g} us, a tensor {spec.latency_seconds * 1e6:g} us and its bytes at "
-        f"{spec.bytes_per_second / 1e9:g} GB/s ({spec.kind})"
-    )
+    launch = [f"a launch {spec.launch_seconds * 1e6:g} us"] if spec.launch_seconds else []
+    latency = f"{spec.latency_seconds * 1e6:g} us and " if spec.latency_seconds else ""
+    tensor = f"a tensor {latency}its bytes at {spec.bytes_per_second / 1e9:g} GB/s ({spec.kind})"
+    return ", ".join([*launch, tensor])
 
 
 def _energy_of(seen: Runs) -> Figure | None:

@@ -64,29 +64,33 @@ def _ranks(nodes: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[str, 
 def _with_dummies(
     nodes: Sequence[str], edges: Sequence[tuple[str, str]], ranks: Mapping[str, int]
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """Layers with a dummy wherever an edge passes one, and for each edge the chain of names from end to end."""
-    layers: list[list[str]] = [[] for _ in range(max(ranks.values()) + 1)]
+    """Layers with a dummy wherever an edge passes one, and for each edge the chain of names from end to end.
+
+    Edges of one source share their dummies, so that they are one line as far as they go together.
+    """
+    layers: list[dict[str, None]] = [{} for _ in range(max(ranks.values()) + 1)]
+    numbers = {node: number for number, node in enumerate(nodes)}
     for node in nodes:
-        layers[ranks[node]].append(node)
+        layers[ranks[node]][node] = None
     chains: list[list[str]] = []
-    for number, (source, destination) in enumerate(edges):
+    for source, destination in edges:
         chain = [source]
         for rank in range(ranks[source] + 1, ranks[destination]):
-            chain.append(f"\0{number}.{rank}")  # no value has such a name
-            layers[rank].append(chain[-1])
+            chain.append(f"\0{numbers[source]}.{rank}")  # no region has such a name
+            layers[rank][chain[-1]] = None
         chains.append([*chain, destination])
-    return layers, chains
+    return [list(layer) for layer in layers], chains
 
 
 def _links(chains: Sequence[Sequence[str]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Neighbours above and below of everything that a chain goes through."""
-    above: dict[str, list[str]] = {}
-    below: dict[str, list[str]] = {}
+    """Neighbours above and below of everything that a chain goes through, each once."""
+    above: dict[str, dict[str, None]] = {}
+    below: dict[str, dict[str, None]] = {}
     for chain in chains:
         for first, second in itertools.pairwise(chain):
-            below.setdefault(first, []).append(second)
-            above.setdefault(second, []).append(first)
-    return above, below
+            below.setdefault(first, {})[second] = None
+            above.setdefault(second, {})[first] = None
+    return {name: list(found) for name, found in above.items()}, {name: list(found) for name, found in below.items()}
 
 
 def _order(layers: list[list[str]], chains: Sequence[Sequence[str]]) -> None:
@@ -194,11 +198,13 @@ def _wrap(
     for column, (begin, end) in enumerate(itertools.pairwise(cuts)):
         column_of += [column] * (end - begin)
     rank_of = {name: rank for rank, layer in enumerate(layers) for name in layer}
-    # Each column is as wide as it needs to be, and its gutter as wide as the edges that pass it.
-    passing = [
-        sum(1 for chain in chains for a, b in itertools.pairwise(chain) if rank_of[a] == cut - 1 and rank_of[b] == cut)
-        for cut in cuts[1:-1]
-    ]
+    # Each column is as wide as it needs to be, and its gutter as wide as the lines that pass it: one for each source.
+    steps = [step for chain in chains for step in itertools.pairwise(chain)]
+    passing: list[dict[str, int]] = [{} for _ in cuts[1:]]
+    for first, second in steps:
+        if column_of[rank_of[first]] != column_of[rank_of[second]]:
+            lanes = passing[column_of[rank_of[first]]]
+            lanes.setdefault(first, len(lanes))
     shift: list[float] = []
     border: list[float] = []
     at = 0.0
@@ -206,13 +212,12 @@ def _wrap(
         shift.append(at - min(lefts[begin:end]))
         at += max(rights[begin:end]) - min(lefts[begin:end])
         border.append(at)
-        at += GUTTER + 6 * (passing[column] if column < len(passing) else 0)
+        at += GUTTER + 6 * len(passing[column])
     place = {
         name: (x[name] + shift[column_of[rank]], (rank - cuts[column_of[rank]]) * row + HEIGHT / 2 + GAP_Y)
         for name, rank in rank_of.items()
     }
     bottom = max(y for _, y in place.values()) + HEIGHT / 2
-    lanes = [0] * len(border)
     paths: list[str] = []
     for chain in chains:
         parts: list[str] = []
@@ -227,15 +232,14 @@ def _wrap(
                 curve = f"C{begin[0]:.1f} {middle:.1f} {end[0]:.1f} {middle:.1f} {end[0]:.1f} {y1:.1f}"
                 parts.append(move + curve)
                 continue
-            lane = lanes[column]
-            lanes[column] += 1
+            lane = passing[column][first]
             gutter = border[column] + GUTTER / 2 + 6 * lane
             parts.append(
                 f"{move}L{begin[0]:.1f} {bottom + 8 + 4 * lane:.1f}L{gutter:.1f} {bottom + 8 + 4 * lane:.1f}"
                 f"L{gutter:.1f} {8 + 2 * lane:.1f}L{end[0]:.1f} {8 + 2 * lane:.1f}L{end[0]:.1f} {y1:.1f}"
             )
         paths.append("".join(parts))
-    height = bottom + GAP_Y + 4 * max(lanes, default=0)
+    height = bottom + GAP_Y + 4 * max(map(len, passing))
     return Drawing(border[-1], height, {node: place[node] for node in nodes}, tuple(paths))
 
 
@@ -243,9 +247,8 @@ def _cuts(layers: Sequence[Sequence[str]], chains: Sequence[Sequence[str]], coun
     """First layers of `count` columns (and the end): where few edges pass, not far from equal heights."""
     rank_of = {name: rank for rank, layer in enumerate(layers) for name in layer}
     passing = [0] * (len(layers) + 1)
-    for chain in chains:
-        for name in chain[1:]:
-            passing[rank_of[name]] += 1
+    for _, second in {step for chain in chains for step in itertools.pairwise(chain)}:
+        passing[rank_of[second]] += 1
     cuts = [0]
     for number in range(1, count):
         middle = round(number * len(layers) / count)

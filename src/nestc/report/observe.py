@@ -114,19 +114,16 @@ def region_times(
 
     `rows` are those of `Executable.profile` for this partition, `whole` what all of it took.
     """
-    if len(regions) == 1:
-        return {regions[0].name: whole}
     timing: Mapping[str, Any] | None = partition.artifact.metadata.get("timing")
+    found: dict[str, Spent] = {}
     if timing and timing.get("layers"):
-        return _modelled(timing, partition.artifact.metadata, regions, whole.kind)
-    if any(row.get("origin") for row in rows):
-        return _measured(regions, rows)
-    return {}
+        found = _modelled(timing, partition.artifact.metadata, regions)
+    elif any(row.get("origin") for row in rows):
+        found = _measured(regions, rows)
+    return {regions[0].name: whole} if not found and len(regions) == 1 else found
 
 
-def _modelled(
-    timing: Mapping[str, Any], metadata: Mapping[str, Any], regions: Sequence[Region], kind: str
-) -> dict[str, Spent]:
+def _modelled(timing: Mapping[str, Any], metadata: Mapping[str, Any], regions: Sequence[Region]) -> dict[str, Spent]:
     """From the layers that a simulator has timed; a layer is named after its region, or begins with its name."""
     units, clock = _clock(timing, metadata)
     found: dict[str, Spent] = {}
@@ -142,7 +139,7 @@ def _modelled(
         before = found.get(name)
         if before is not None:
             ms, energy = ms + before.ms, total([before.energy, energy])
-        found[name] = Spent(ms, kind, energy, "its layers in the simulator")
+        found[name] = Spent(ms, "modelled", energy, "its layers in the simulator")
     return found
 
 

@@ -22,11 +22,11 @@ function laneKind(lane) {
 const laneColour = (lane) => colour(lane.split('->').find((end) => devices.includes(end)) || lane);
 
 function describeTimeline() {
-  const lanes = timeline.lanes.filter((lane) => laneKind(lane) !== 'measured');
+  const assumed = timeline.lanes.some((lane) => laneKind(lane) !== 'measured');
   const what = timeline.requests > 1 ? `${timeline.requests} requests in flight, ` + (timeline.per_second ? `${digits(timeline.per_second.value)} a second (${timeline.per_second.kind}). ` : '')
     : `One inference, the run of the median latency of ${data.runs}. `;
   by('timeline-about').textContent = what
-    + (lanes.length ? `Hatched lanes (${lanes.join(', ')}) are not measured: the device is simulated, or its link assumed, and the time stands where a measured one would. ` : 'All of it is measured. ')
+    + (assumed ? 'What is hatched is not measured: the device is simulated, or its link assumed, and that time stands where a measured one would. ' : 'All of it is measured. ')
     + 'Within a partition its regions are drawn in order, as long as their own times, where these are known.';
 }
 
@@ -107,9 +107,12 @@ function listenToTimeline() {
 
 // Rooflines: logarithmic both ways.
 const PLOT = { width: 560, height: 360, left: 74, right: 14, top: 14, bottom: 44 };
+const narrow = (box) => Math.min(560, Math.max(300, (box.clientWidth || 600) - 40)); // so that letters keep their size
 const points = new Map();
 
 function drawRoofs() {
+  PLOT.width = narrow(by('roofs'));
+  points.clear();
   const drawn = data.devices.map(drawRoof).filter(Boolean);
   by('roofs').replaceChildren(...(drawn.length ? drawn : [el('p', { class: 'muted' }, 'No region has both operations and a time of its own.')]));
 }
@@ -117,7 +120,7 @@ function drawRoofs() {
 function drawRoof(device) {
   const own = data.regions.filter((region) => region.device === device.name && value(region.observed) && intensity(region))
     .map((region) => ({ name: region.name, region, x: intensity(region), y: (region.operations / region.observed.value) * 1e3, kind: region.observed.kind }));
-  const wholes = data.partitions.filter((part) => part.device === device.name && part.operations && part.bytes && value(part.observed))
+  const wholes = data.partitions.filter((part) => part.regions.length > 1 && part.device === device.name && part.operations && part.bytes && value(part.observed))
     .map((part) => ({ name: part.name, x: part.operations / part.bytes, y: (part.operations / part.observed.value) * 1e3, kind: part.observed.kind }));
   const all = [...own, ...wholes];
   if (!all.length) return null;
@@ -152,14 +155,15 @@ function drawRoof(device) {
   const most = (region) => (roof.ceilings.find((each) => each.numbers === region.numbers) || roof.ceilings[0]).per_second;
   const reached = roof ? own.map((point) => [point.name, point.y / most(point.region)]).sort(([, a], [, b]) => b - a)[0] : null;
   return el('figure', {}, el('h3', {}, chip(device.name)), chart, el('figcaption', {},
-    `Circles are regions, diamonds partitions as a whole; times ${device.kind}. `,
+    `A circle is a region${wholes.length ? ', a diamond a partition as a whole' : ''}; times ${device.kind}. `,
     reached ? `The best, ${reached[0]}, reaches ${percent(reached[1])} of the ceiling of its numbers. ` : '',
+    device.kind.includes('modelled') && own.length > 1 ? 'The machine works on a layer while it ends the one before; which of them a cycle counts for is a convention, so that a point may lie above a line. ' : '',
     roof ? `Ceilings ${roof.kind}: ${roof.source}.` : 'Nothing states what this device can do at most.'));
 }
 
 function decades(values) {
   const known = values.filter((each) => each > 0);
-  const [low, high] = [Math.floor(Math.log10(Math.min(...known))), Math.ceil(Math.log10(Math.max(...known) * 1.02))];
+  const [low, high] = [Math.floor(Math.log10(Math.min(...known) * 0.7)), Math.ceil(Math.log10(Math.max(...known) * 1.02))];
   return [10 ** low, 10 ** Math.max(high, low + 1)];
 }
 
@@ -194,7 +198,10 @@ function drawPredictions() {
   const own = data.regions.filter((region) => region.predicted && region.observed && region.predicted.value > 0 && region.observed.value > 0);
   const shown = [];
   if (data.predicted) {
-    shown.push(el('p', {}, 'The plan promises ', ...figure(ms, data.predicted), ', and a run takes ', ...figure(ms, data.latency), '.'));
+    const flying = data.timelines.find((each) => each.per_second);
+    const seen = data.objective !== 'throughput' ? [', and a run takes ', ...figure(ms, data.latency)]
+      : flying ? [' a request, pipelined, and one takes ', ...figure(ms, { ...flying.per_second, value: 1e3 / flying.per_second.value })] : [' a request, pipelined'];
+    shown.push(el('p', {}, 'The plan promises ', ...figure(ms, data.predicted), ...seen, '.'));
   }
   if (parts.length) shown.push(drawPairs(parts));
   if (own.length > 1) shown.push(drawScatter(own));
@@ -221,7 +228,7 @@ function drawPairs(parts) {
 function drawScatter(own) {
   const values = own.flatMap((region) => [region.predicted.value, region.observed.value]);
   const [low, high] = decades(values);
-  const size = { width: 560, height: 380, left: 74, right: 16, top: 12, bottom: 46 };
+  const size = { width: narrow(by('predicted')), height: 380, left: 74, right: 16, top: 12, bottom: 46 };
   const log = (v) => (Math.log10(v) - Math.log10(low)) / (Math.log10(high) - Math.log10(low));
   const x = (v) => size.left + log(v) * (size.width - size.left - size.right);
   const y = (v) => size.height - size.bottom - log(v) * (size.height - size.top - size.bottom);

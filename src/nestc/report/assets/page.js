@@ -8,16 +8,20 @@ function drawOverview() {
   by('model').textContent = data.model;
   const { nestc } = data.versions;
   by('about').textContent = `For ${data.objective} on ${devices.join(', ')}; ${data.threads === 1 ? 'one thread' : `${data.threads} threads`} of ${data.processor}`;
-  by('foot').textContent = `nestc ${nestc || ''}, ${data.date}. Placed ${data.method}. Measured: timed here. Modelled: from a simulator of the device. Estimated: assumed.`;
-  const off = data.predicted ? data.latency.value / data.predicted.value - 1 : null;
-  const bound = data.lower_bound;
+  by('foot').textContent = `nestc ${nestc || ''}, ${data.date}. Placement: ${data.method}. Measured: timed here. Modelled: from a simulator of the device. Estimated: assumed.`;
+  const throughput = data.objective === 'throughput';
   const energy = data.objective === 'energy';
+  const flying = data.timelines.find((each) => each.per_second);
+  const observed = throughput ? (flying ? 1e3 / flying.per_second.value : null) : data.latency.value;
+  const off = data.predicted && observed ? observed / data.predicted.value - 1 : null;
+  const bound = data.lower_bound;
   const promised = energy ? data.predicted_energy : data.predicted;
   const gap = bound && promised && bound.value ? promised.value / bound.value - 1 : null;
   const cards = [card('Observed latency', [ms(data.latency.value)], kind(data.latency.kind), `median of ${data.runs} ${data.runs === 1 ? 'run' : 'runs'}`)];
-  if (data.predicted) cards.push(card(data.objective === 'throughput' ? 'Predicted, a request' : 'Predicted latency', [ms(data.predicted.value)], kind(data.predicted.kind), data.objective === 'throughput' ? null : `observed is ${digits(100 * Math.abs(off))} % ${off < 0 ? 'less' : 'more'}`));
-  if (bound) cards.push(card('Lower bound', [(energy ? mj : ms)(bound.value)], kind(bound.kind), data.optimal ? 'the plan is optimal by these costs' : gap === null ? null : `the plan is at most ${digits(100 * gap)} % above the best`));
-  if (data.energy) cards.push(card('Energy an inference', [mj(data.energy.value)], kind(data.energy.kind), data.energy_without.length ? `without ${data.energy_without.join(', ')}, whose power is not stated` : null, data.predicted_energy ? `predicted ${mj(data.predicted_energy.value)}` : null));
+  if (flying) cards.push(card('Observed, pipelined', [`${digits(flying.per_second.value)} /s`], kind(flying.per_second.kind), `${flying.requests} requests in flight, ${ms(1e3 / flying.per_second.value)} each`));
+  if (data.predicted) cards.push(card(throughput ? 'Predicted, pipelined' : 'Predicted latency', [throughput ? `${digits(1e3 / data.predicted.value)} /s` : ms(data.predicted.value)], kind(data.predicted.kind), throughput ? `${ms(data.predicted.value)} a request` : null, off === null ? null : `observed takes ${digits(100 * Math.abs(off))} % ${off < 0 ? 'less' : 'more'}`));
+  if (bound) cards.push(card('Lower bound', [(energy ? mj : ms)(bound.value)], kind(bound.kind), data.optimal ? 'the plan is optimal by these costs' : gap === null ? null : `the plan is at most ${gap < 5e-6 ? '0.001' : digits(100 * gap)} % above the best`));
+  if (data.energy) cards.push(card('Energy an inference', [mj(data.energy.value)], kind(data.energy.kind), data.energy_without.length ? `without ${unknownEnergy()}, of which nothing states it` : null, data.predicted_energy ? `predicted ${mj(data.predicted_energy.value)}` : null));
   cards.push(card('Regions', [String(data.regions.length)], `in ${data.partitions.length} ${data.partitions.length === 1 ? 'partition' : 'partitions'}`));
   const work = data.regions.map((region) => region.operations);
   if (!work.includes(null)) cards.push(card('Operations', [count(work.reduce((a, b) => a + b, 0))], 'a multiply-add counts two'));
@@ -30,6 +34,11 @@ function drawOverview() {
   if (kept.length) notes.push(`Interpreted, not compiled: ${kept.map(([op, many]) => `${op} ${many}`).join(', ')}.`);
   by('notes').replaceChildren(...notes.map((text) => el('p', {}, text)));
   by('legend').replaceChildren(...data.devices.map((device) => chip(device.name, `${device.name}${device.kind.includes('modelled') ? ', modelled' : ''}`)));
+}
+
+function unknownEnergy() {
+  const found = data.energy_without.filter((name) => devices.includes(name));
+  return [...found, ...(found.length < data.energy_without.length ? ['the links'] : [])].join(', ');
 }
 
 function deviceTable() {
@@ -87,6 +96,7 @@ describeTimeline();
 drawTimeline();
 listenToTimeline();
 drawRoofs();
+addEventListener('resize', drawRoofs);
 drawTable();
 drawPredictions();
 drawAccuracy();
