@@ -60,8 +60,8 @@ def make(text: str, defaults: Mapping[str, object] | None = None) -> Target:
 def resolve(targets: Iterable[str | Target], defaults: Mapping[str, object] | None = None) -> tuple[Target, ...]:
     """Targets from names, texts with options, or Target objects, in the order given.
 
-    `defaults` as for `make`. A second device of a kind is called ``vta_2`` (an object that is given is copied for that),
-    and so on; TargetError if it is the very same one, or the one processor that the first also runs on.
+    `defaults` as for `make`. A second device of a kind is called ``vta_2`` and so on (an object is copied for that);
+    TargetError if it is the very same one, or the one processor that the first also runs on.
     """
     made = [make(target, defaults) if isinstance(target, str) else target for target in targets]
     names = [target.name for target in made]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import onnx.defs
+
 from nestc.bundle.artifact import Artifact, Device
 from nestc.errors import TargetError
-from nestc.graph.region import Region, TensorType
+from nestc.graph.region import Op, Region, TensorType
 from nestc.runtime.vendors.common import MODEL
 from nestc.targets.api import Partition, constraint
 
@@ -21,6 +23,12 @@ IR_VERSION = 10
 """The ONNX file format of all runtimes since 2024; later ones only add element types that no offer here takes."""
 
 
+OPSET = 24
+"""The version of ONNX's operators that models have after import, unless they need a newer one."""
+
+NEWEST = 2**31 - 1
+"""Any version up to the newest."""
+
 _BODIES = frozenset(("If", "Loop", "Scan", "SequenceMap"))
 
 
@@ -28,6 +36,20 @@ _BODIES = frozenset(("If", "Loop", "Scan", "SequenceMap"))
 def no_bodies(region: Region) -> bool:
     """what the graphs inside a control flow operator need is not known before it is loaded"""
     return not any(op.op_type in _BODIES for op in region.ops)
+
+
+@constraint
+def known_forms(region: Region) -> bool:
+    """an operator has an attribute that is newer than ONNX's operator set 24, or is not ONNX's"""
+    return all(_known(op) for op in region.ops)
+
+
+def _known(op: Op) -> bool:
+    try:
+        schema = onnx.defs.get_schema(op.op_type, NEWEST if op.domain else OPSET, op.domain)
+    except onnx.defs.SchemaError:
+        return False
+    return set(op.attributes) <= set(schema.attributes)
 
 
 def artifact(kind: str, partition: Partition, options: Mapping[str, str], device: Device, threads: int) -> Artifact:

@@ -13,6 +13,7 @@ from nestc.bundle.artifact import Artifact
 from nestc.bundle.dtypes import numpy_dtype
 from nestc.errors import BundleError, TargetError
 from nestc.runtime.arrays import aligned_empty
+from nestc.runtime.cpu import host_features
 
 MODEL = "model.onnx"
 
@@ -63,6 +64,12 @@ def carried(artifact: Artifact) -> Carried:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"a partition of kind {artifact.kind} is not complete: {error!r}") from error
+
+
+def byte_sums_saturate() -> bool:
+    """Whether runtimes sum pairs of byte products in 16 bits here: x86 without VNNI (see docs/quantization.md)."""
+    features = host_features()
+    return "avx2" in features and not (features.get("avx512vnni") or features.get("avxvnni"))
 
 
 def _ports(rows: Sequence[Sequence[Any]]) -> tuple[Port, ...]:

@@ -12,8 +12,7 @@ import numpy as np
 from nestc.bundle.artifact import Artifact, Elapsed
 from nestc.errors import TargetError
 from nestc.runtime.arrays import address
-from nestc.runtime.cpu import host_features
-from nestc.runtime.vendors.common import carried, failed, package
+from nestc.runtime.vendors.common import byte_sums_saturate, carried, failed, package
 
 KIND = "onnxruntime"
 CPU = "CPUExecutionProvider"
@@ -129,8 +128,7 @@ def _options(ort: Any, provider: str, threads: int) -> Any:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = QUIET
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if not (host_features().get("avx512vnni") or host_features().get("avxvnni")):
-        # Else sums of products of bytes saturate on x86; see docs/quantization.md.
+    if byte_sums_saturate():
         options.add_session_config_entry("session.x64quantprecision", "1")
     if provider != CPU:
         # What the provider does not take would run on the CPU unseen, and be measured as the provider's.

@@ -11,7 +11,7 @@ import numpy as np
 
 from nestc.bundle.artifact import Artifact, Elapsed
 from nestc.errors import TargetError
-from nestc.runtime.vendors.common import Port, carried, failed, package
+from nestc.runtime.vendors.common import Port, byte_sums_saturate, carried, failed, package
 
 KIND = "openvino"
 
@@ -80,6 +80,8 @@ class OpenVinoProgram:
             inputs, outputs = _indices(network.inputs), _indices(network.outputs)
             known = core().get_property(device, "SUPPORTED_PROPERTIES")
             wanted = {key: value for key, value in settings.items() if key in known}
+            if device == "CPU" and byte_sums_saturate():
+                wanted["LP_TRANSFORMS_MODE"] = False  # quantized regions are computed in float32 then, to the same sums
             self._compiled: Any = core().compile_model(network, device, wanted)
             self._inputs = [(inputs[port.name], port) for port in about.inputs]
             self._outputs = [(outputs[port.name], port) for port in about.outputs]

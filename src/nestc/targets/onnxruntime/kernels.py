@@ -9,18 +9,14 @@ from typing import Any
 
 import onnx.defs
 
+from nestc.errors import TargetError
 from nestc.graph.region import Op, Region, TensorType
 from nestc.runtime.vendors.onnxruntime import CPU, runtime
 from nestc.targets.api import Constraint, constraint
-
-OPSET = 24
-"""The version of ONNX's operators that every model has after import."""
+from nestc.targets.vendors import NEWEST, OPSET
 
 BORDER = tuple("bool float16 float32 float64 int16 int32 int64 int8 string uint16 uint32 uint64 uint8".split())
 """Element types that go in and out of a session as numpy arrays."""
-
-NEWEST = 2**31 - 1
-"""The last version of a kernel for whatever comes."""
 
 _RENAMED = {"float32": "float", "float64": "double", "float8_e4m3fn": "float8e4m3fn"}
 
@@ -81,9 +77,14 @@ _FAULTS: Mapping[str, Callable[[Op], bool]] = {
 
 @lru_cache
 def kernels_of(provider: str) -> Kernels:
-    """The kernels of a provider by (domain, operator); of the CPU's where it compiles graphs and lists none."""
+    """The kernels of a provider by (domain, operator); of the CPU's where it compiles graphs and lists none.
+
+    Raises TargetError if this build of onnxruntime does not say what kernels it has.
+    """
     runtime()
     state: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    if not hasattr(state, "get_all_opkernel_def"):
+        raise TargetError("this build of onnxruntime does not list its kernels; install the package from PyPI")
     listed = state.get_all_opkernel_def()
     found: dict[tuple[str, str], list[Any]] = {}
     owner = provider if any(kernel.provider == provider for kernel in listed) else CPU

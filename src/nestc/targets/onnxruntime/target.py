@@ -7,9 +7,9 @@ from collections.abc import Callable
 from nestc.runtime.vendors.onnxruntime import CPU, KIND, OnnxRuntimeDevice, provider_called, runtime, short
 from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partition
 from nestc.targets.cpu.machine import host_machine
-from nestc.targets.onnxruntime.kernels import BORDER, OPSET, known_ops, offered, sound
+from nestc.targets.onnxruntime.kernels import BORDER, known_ops, offered, sound
 from nestc.targets.power import available_cpus, cpu_watts
-from nestc.targets.vendors import artifact, no_bodies
+from nestc.targets.vendors import OPSET, artifact, known_forms, no_bodies
 
 
 class OnnxRuntimeTarget:
@@ -37,7 +37,7 @@ class OnnxRuntimeTarget:
             watts=cpu_watts(watts, self.threads, self.name) if here or watts is not None else 0.0,
         )
         self.offers: tuple[Offer, ...] = (
-            Offer("sessions", known_ops(self.provider), where=(no_bodies, offered(self.provider), sound)),
+            Offer("sessions", known_ops(self.provider), where=(no_bodies, known_forms, offered(self.provider), sound)),
         )
 
     def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:

@@ -1,0 +1,103 @@
+"""Which regions OpenVINO computes as ONNX says: operators, forms of them, and element types it does not replace.
+
+Its CPU plugin computes int64 as int32, compares int32 as float32 and float64 as float32 (seen with 2026.4: a Gather of
+int64 gives 3 for 2^40 + 3, Equal finds 2^24 and 2^24 + 1 equal). So integers are taken only where they are indices or
+quantized values, or are merely moved and fit. The operators are those that pass the node tests of the package onnx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from nestc.graph.region import Op, Region
+from nestc.targets.api import constraint
+
+FLOATS = frozenset(("float32", "float16", "bfloat16"))
+_MOVED = FLOATS | {"bool", "int8", "uint8", "int32"}
+_QUANTIZED = FLOATS | {"int8", "uint8", "int32"}
+
+BORDER = tuple(sorted(_MOVED | {"int64"}))
+"""Element types that go in and out; int64 as indices."""
+
+_FLOAT_OPS = frozenset(
+    """Abs Acos Acosh Add And Asin Asinh Atan Atanh Attention AveragePool BatchNormalization Ceil Celu Clip Conv
+    ConvTranspose Cos Cosh CumSum Div Einsum Elu Equal Erf Exp Floor GRU Gelu Gemm GlobalAveragePool GlobalMaxPool
+    Greater GreaterOrEqual GridSample GroupNormalization HardSigmoid HardSwish Hardmax InstanceNormalization IsInf IsNaN
+    LRN LSTM LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax LpNormalization LpPool MatMul Max MaxPool Mean
+    MeanVarianceNormalization Min Mish Mul Neg Not Or PRelu Pow RMSNormalization RNN Reciprocal ReduceL1 ReduceL2
+    ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Resize
+    RotaryEmbedding Round Selu Shrink Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Sub Sum Swish Tan Tanh
+    ThresholdedRelu Where Xor""".split()
+)
+
+_MOVES = frozenset(
+    """Concat DepthToSpace Expand Flatten Gather GatherElements GatherND Identity Pad Reshape ReverseSequence
+    ScatterElements ScatterND Slice SpaceToDepth Split Squeeze Tile Transpose Trilu Unsqueeze""".split()
+)
+
+_INDEXED = {"Gather": 1, "GatherElements": 1, "GatherND": 1, "ScatterElements": 1, "ScatterND": 1}
+"""Operators with indices as this operand."""
+
+OPS = _FLOAT_OPS | _MOVES | {"ArgMax", "ArgMin", "Cast", "DequantizeLinear", "QuantizeLinear", "TopK"}
+
+
+@constraint
+def kept_types(region: Region) -> bool:
+    """openvino computes float64 and integers, unless they are quantized, moved or indices, in other formats"""
+    return all(kind in allowed for op in region.ops for kind, allowed in _types(op, region))
+
+
+def _types(op: Op, region: Region) -> Iterator[tuple[str, frozenset[str]]]:
+    """The element type of every value of a node with those allowed in its place."""
+    allowed = FLOATS | {"bool"}
+    if op.op_type in _MOVES:
+        allowed = _MOVED
+    elif op.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        allowed = _QUANTIZED
+    elif op.op_type == "Cast":
+        # From integers to narrower ones it would saturate; what is wide enough holds all of a byte.
+        narrow = region.types[op.inputs[0]].dtype in FLOATS | {"bool"}
+        allowed = _MOVED if narrow or region.types[op.outputs[0]].dtype in (FLOATS | {"int32", "bool"}) else allowed
+    for number, name in enumerate(op.inputs):
+        index = _INDEXED.get(op.op_type) == number
+        parameter = number > 0 and name in region.constants and region.types[name].dtype == "int64"
+        if name and not parameter:
+            yield region.types[name].dtype, allowed | {"int64", "int32"} if index else allowed
+    found = op.op_type in ("ArgMax", "ArgMin") or (op.op_type == "TopK")
+    for name in op.outputs:
+        if name:
+            yield region.types[name].dtype, allowed | {"int64"} if found else allowed
+
+
+@constraint
+def sound(region: Region) -> bool:
+    """openvino computes an operator in this form otherwise than ONNX says, or not at all"""
+    empty = any(0 in type_.shape for type_ in region.types.values())
+    return not empty and not any(_FAULTS.get(op.op_type, _never)(op, region) for op in region.ops)
+
+
+def _never(op: Op, region: Region) -> bool:
+    return False
+
+
+def _batch_first(op: Op, region: Region) -> bool:
+    return op.attributes.get("layout") == 1
+
+
+def _narrow(op: Op, region: Region) -> bool:
+    return region.types[op.inputs[0]].dtype != "float32"
+
+
+_FAULTS: Mapping[str, Callable[[Op, Region], bool]] = {
+    "Attention": lambda op, region: bool(op.input(6) or op.output(3)),
+    "AveragePool": lambda op, region: op.attributes.get("ceil_mode") == 1,
+    "Celu": _narrow,
+    "GRU": _batch_first,
+    "GridSample": lambda op, region: len(region.types[op.inputs[0]].shape) != 4,
+    "LSTM": lambda op, region: _batch_first(op, region) or bool(op.input(7)),
+    "MaxPool": lambda op, region: op.attributes.get("ceil_mode") == 1 or bool(op.output(1)),
+    "Pad": lambda op, region: op.attributes.get("mode") == "wrap",
+    "RNN": _batch_first,
+    "TopK": lambda op, region: op.attributes.get("sorted") == 0,
+}
+"""Forms in which version 2026.4 fails node tests of the package onnx 1.23."""
