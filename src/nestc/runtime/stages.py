@@ -140,16 +140,19 @@ class Values:
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
 
-    def run(self, stage: Stage, on_cpu: bool = False) -> tuple[float, Kind]:
+    def run(self, stage: Stage, on_cpu: bool = False, warm: bool = False) -> tuple[float, Kind]:
         """Run a stage, or its fallback, whose inputs are all here; returns its seconds and how they are known.
 
-        Measured seconds are those of the whole call. Raises TargetError if the device fails, whatever it raised.
+        Measured seconds are those of the whole call; with `warm` of a second one. Raises TargetError if the device
+        fails, whatever it raised.
         """
         program = stage.fallback if on_cpu else stage.program
         assert program is not None
         try:
             inputs = [self._arrays[name] for name in stage.partition.inputs]
             places = [self._place(stage, name) for name in stage.outputs]
+            if warm and (on_cpu or self._flow.modelled[stage.number] is False):
+                program(inputs, places)
             begin = time.perf_counter()
             results, elapsed = program(inputs, places)
             seconds = time.perf_counter() - begin
