@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 import nestc as package
+from nestc.runtime.vendors.openvino import core
 
 
 @pytest.fixture
@@ -132,8 +133,23 @@ def test_targets_lists_machines_and_offers(nestc) -> None:
     report = json.loads(nestc("targets", "--json").out)["targets"]
     assert "float32" in report["cpu"]["machine"]["dtypes"]
     assert any("Conv" in offer["ops"] for offer in report["cpu"]["offers"])
+    assert report["cpu"]["machine"]["resource"] == "cpu" and report["cpu"]["machine"]["watts"] > 0
+    assert report["vta"]["machine"]["link"]["kind"] == "estimated"
+    assert report["onnxruntime"]["machine"]["facts"]["provider"] == "CPU"
     shown = nestc("targets")
     assert shown.status == 0 and "cpu:" in shown.out
+    assert "border to the host: 50 us a launch, 800 MB/s (estimated)" in shown.out
+
+
+def test_targets_says_what_is_not_installed(nestc, monkeypatch: pytest.MonkeyPatch) -> None:
+    core.cache_clear()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    try:
+        shown, report = nestc("targets").out, json.loads(nestc("targets", "--json").out)["targets"]
+    finally:
+        core.cache_clear()
+    assert "openvino: not available here: openvino is not installed: pip install 'nestc[openvino]'" in shown
+    assert report["openvino"] == {"unavailable": "openvino is not installed: pip install 'nestc[openvino]'"}
 
 
 @pytest.mark.parametrize("command", ["compile", "run", "bench", "explain", "targets", "demo"])

@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 import nestc
 from nestc.bundle.artifact import Artifact
+from nestc.demo.data import INPUT, labelled_images, model_path
 from nestc.driver import explain
 from nestc.errors import BundleError, TargetError
 from nestc.graph import pipeline, regions
@@ -200,6 +201,27 @@ print([name for name in sys.modules if name == "onnx" or name.startswith(("nestc
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), expected)
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[nestc.Model, nestc.Model, np.ndarray]:
+    """The demo's trained network, the same quantized to int8, and 20 images."""
+    images, _ = labelled_images()
+    model = nestc.load(model_path(), shapes={INPUT: [20, 1, 28, 28]})
+    profile = nestc.calibrate(model, [{INPUT: images[:20]}], method="minmax")
+    return model, nestc.quantize(model, profile, scheme="int8"), images[:20]
+
+
+@pytest.mark.parametrize("targets", [["onnxruntime"], ["openvino"]], ids=str)
+def test_a_trained_network_decides_alike_everywhere(
+    demo: tuple[nestc.Model, nestc.Model, np.ndarray], targets: list[str]
+) -> None:
+    for model, tolerance in zip(demo[:2], (1e-3, 0.5), strict=True):
+        with nestc.compile(model, ["cpu"]) as native, nestc.compile(model, targets) as executable:
+            assert [part.device for part in executable.bundle.partitions] == targets
+            expected, got = native(demo[2]), executable(demo[2])
+        np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
+        assert (got.argmax(1) == expected.argmax(1)).mean() >= 0.95
 
 
 def artifact(vendor: str, model: onnx.ModelProto) -> tuple[Artifact, Partition]:

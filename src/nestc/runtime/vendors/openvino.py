@@ -85,6 +85,8 @@ class OpenVinoProgram:
             self._compiled: Any = core().compile_model(network, device, wanted)
             self._inputs = [(inputs[port.name], port) for port in about.inputs]
             self._outputs = [(outputs[port.name], port) for port in about.outputs]
+            _require_shapes(self._compiled.inputs, self._inputs)
+            _require_shapes(self._compiled.outputs, self._outputs)
             self._idle: list[Any] = [self._compiled.create_infer_request()]
         except Exception as error:  # RuntimeError mostly, and whatever its bindings raise
             raise failed("load", KIND, about.partition, error) from error
@@ -129,3 +131,11 @@ class OpenVinoProgram:
 def _indices(ports: Sequence[Any]) -> dict[str, int]:
     """The number of each port by all of its names."""
     return {name: index for index, port in enumerate(ports) for name in port.get_names()}
+
+
+def _require_shapes(ports: Sequence[Any], wanted: Sequence[tuple[int, Port]]) -> None:
+    """Raise ValueError unless ports have the shapes wanted: OpenVINO would write beyond an array that is too small."""
+    for index, port in wanted:
+        shape = ports[index].partial_shape
+        if port.shape is None or shape.is_dynamic or tuple(shape.to_shape()) != port.shape:
+            raise ValueError(f"{port.name!r} is {shape} there, not {list(port.shape or ())}")

@@ -88,16 +88,28 @@ def _narrow(op: Op, region: Region) -> bool:
     return region.types[op.inputs[0]].dtype != "float32"
 
 
+def _resize(op: Op, region: Region) -> bool:
+    """Only plain resizing agrees: whole picture, no filter, no borders left out, sizes as given."""
+    mode = op.attributes.get("coordinate_transformation_mode", "half_pixel")
+    plain = mode in ("half_pixel", "asymmetric", "pytorch_half_pixel") or (mode == "align_corners" and not op.input(2))
+    stretched = op.attributes.get("keep_aspect_ratio_policy", "stretch") == "stretch"
+    filtered = op.attributes.get("antialias") == 1 or op.attributes.get("exclude_outside") == 1
+    return not plain or not stretched or filtered
+
+
 _FAULTS: Mapping[str, Callable[[Op, Region], bool]] = {
     "Attention": lambda op, region: bool(op.input(6) or op.output(3)),
     "AveragePool": lambda op, region: op.attributes.get("ceil_mode") == 1,
     "Celu": _narrow,
+    "DequantizeLinear": lambda op, region: bool(op.attributes.get("block_size")),
     "GRU": _batch_first,
     "GridSample": lambda op, region: len(region.types[op.inputs[0]].shape) != 4,
     "LSTM": lambda op, region: _batch_first(op, region) or bool(op.input(7)),
     "MaxPool": lambda op, region: op.attributes.get("ceil_mode") == 1 or bool(op.output(1)),
     "Pad": lambda op, region: op.attributes.get("mode") == "wrap",
+    "QuantizeLinear": lambda op, region: bool(op.attributes.get("block_size")),
     "RNN": _batch_first,
+    "Resize": _resize,
     "TopK": lambda op, region: op.attributes.get("sorted") == 0,
 }
 """Forms in which version 2026.4 fails node tests of the package onnx 1.23."""
