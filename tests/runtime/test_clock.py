@@ -1,5 +1,7 @@
 """The virtual clock: schedules worked out by hand, and the same times as the partitioner's own rules give."""
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -99,6 +101,37 @@ def test_one_partition_behind_a_link():
     with Executable(bundle([part("A", "a", "x", "y", 1.0)], "y", [DeviceSpec("a", "a", 0.5, 0.25)])) as executable:
         assert executable(x(2)).tolist() == [6, 6]
         assert spans(executable.timeline()) == [("x", 0, 0, 0.25), ("A", 0, 0.25, 1.75), ("y", 0, 1.75, 2.0)]
+
+
+def test_a_device_of_another_package_tells_when_it_runs(monkeypatch: pytest.MonkeyPatch):
+    """Until it has run its times might be modelled; then it gets a worker."""
+    monkeypatch.setattr("nestc.runtime.stages._MEASURED", frozenset())
+    with Executable(bundle([part("A", "a", "x", "t"), part("B", "b", "t", "y")], "y")) as executable:
+        assert executable(x(1)).tolist() == [9, 9]
+        first, second = executable.timeline()
+        assert first["end_us"] == second["start_us"]  # virtual time has no gaps
+        assert executable.throughput()["kind"] == "measured"
+        assert executable.submit(x(2)).result(20).tolist() == [18, 18]
+        assert {thread.name for thread in threading.enumerate()} >= {"nestc-a", "nestc-b"}
+
+
+def test_submitted_requests_share_a_clock_while_one_is_in_flight():
+    gate = threading.Event()
+    parts = [part("A", "a", "x", "t", 1.0, do=lambda: gate.wait(20) and None), part("B", "b", "t", "y", 3.0)]
+    with Executable(bundle(parts, "y")) as executable:
+        futures = [executable.submit(x(number)) for number in range(3)]
+        gate.set()
+        assert [int(future.result(20)[0]) for future in futures] == [0, 9, 18]
+        # the two that came while A of the first one ran come at 0, where it began
+        assert sorted(spans(executable.timeline())) == [
+            ("A", 0, 0, 1),
+            ("A", 1, 1, 2),
+            ("A", 2, 2, 3),
+            ("B", 0, 1, 4),
+            ("B", 1, 4, 7),
+            ("B", 2, 7, 10),
+        ]
+        assert executable.throughput()["requests"] == 3
 
 
 def pipeline() -> Bundle:

@@ -30,12 +30,15 @@ def test_compile_and_run_say_what_is_modelled(nestc, model: Path, tmp_path: Path
     assert "simulated: " in shown and " cycles, " in shown and "J\n" in shown
 
     ran = json.loads(nestc("run", bundle, "--json").out)
-    (mark,) = ran["timeline"]
-    modelled = partition["simulated"]["seconds"] * 1e3
+    there, mark, back = ran["timeline"]
     assert (mark["device"], mark["kind"]) == ("vta", "modelled")
-    assert ran["modelled_ms"] == {"vta": pytest.approx(modelled)}
-    assert ran["latency_ms"] == pytest.approx(modelled, abs=1e-4)
-    assert "modelled, not measured: vta" in nestc("run", bundle).out
+    assert (there["kind"], back["kind"]) == ("estimated", "estimated")
+    launch_ms = (mark["end_us"] - mark["start_us"]) / 1e3 - partition["simulated"]["seconds"] * 1e3
+    assert launch_ms == pytest.approx(0.05)  # by default
+    assert list(ran["modelled_ms"]) == [there["device"], "vta", back["device"]]
+    assert ran["latency_ms"] == pytest.approx(sum(ran["modelled_ms"].values()), abs=1e-4)
+    shown = nestc("run", bundle).out
+    assert "modelled, not measured: " in shown and "vta 0." in shown
 
 
 def test_bench_compares_no_modelled_time_with_a_measured_one(nestc, model: Path) -> None:
