@@ -150,6 +150,12 @@ class Combine:
         return binary("pow", total, constant(1 / self.power, self.dtype))
 
 
+def _pays(op: Op, region: Region, block: int) -> bool:
+    """Whether windows over bytes are worth two conversions: over rows of pixels they took eight times as long."""
+    x = region.types[op.inputs[0]]
+    return op.op_type == "MaxPool" and x.dtype in ("int8", "uint8") and len(x.shape) == 4 and x.shape[1] % block == 0
+
+
 def _anchor(region: Region) -> Op | None:
     names = GLOBAL.keys() | WINDOWED.keys()
     return next((op for op in region.ops if op.op_type in names and op.domain in ("", "ai.onnx")), None)
@@ -197,12 +203,13 @@ class Pool:
         return None
 
     def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
-        """NCHWc where the input comes so; else ONNX's order."""
+        """NCHWc where the input comes so, or where it pays to bring it there; else ONNX's order."""
         op = _anchor(region)
         assert op is not None
         block = machine.lanes("float32")
         indices = op.output(1) and op.output(1) in region.outputs
-        blocked = incoming.get(op.inputs[0], PLAIN).block == block > 1 and not indices
+        comes = incoming.get(op.inputs[0], PLAIN).block == block or _pays(op, region, block)
+        blocked = comes and block > 1 and not indices
         shape = region.types[op.outputs[0]].shape
         chosen = {name: incoming.get(name, PLAIN) for name in region.inputs}
         own = Layout(block) if blocked else PLAIN
