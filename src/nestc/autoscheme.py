@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from nestc.driver import compile as compile_model
 from nestc.errors import QuantizationError
+from nestc.graph.bind import bind_batch
 from nestc.graph.model import Model, unbound_dims
+from nestc.partition.cut import find_cuts
+from nestc.quant.apply import apply
+from nestc.quant.choose import Wishes, choose
+from nestc.quant.derive import derive
+from nestc.quant.devices import Formats, by_devices, formats_asked
 from nestc.quant.overrides import overrides_of, read_overrides
 from nestc.quant.prepare import prepare
 from nestc.quant.profile import Profile
 from nestc.quant.run import Batch, Progress
 from nestc.quant.sample import SPACE, Choice, Sampler, Trial, sample, scheme_of
-from nestc.quant.scheme import WEIGHTED, Scheme, scheme_named
+from nestc.quant.scheme import RECURRENT, WEIGHTED, Scheme, scheme_named
 from nestc.quant.score import Judge, Score
 from nestc.quant.search import Costs, Found, require_budget, search
 from nestc.quant.tools import Tool
-from nestc.quantization import checked, compiler, quantize, require_repeatable
+from nestc.quantization import checked, compiler, quantize, quantize_as, require_repeatable
 from nestc.runtime.executable import Executable
+from nestc.targets import resolve
+from nestc.targets.api import Target
 from nestc.targets.cpu.machine import host_machine
 
 BUDGET = 0.01
@@ -45,12 +53,17 @@ def auto(
     labels: Sequence[int] | np.ndarray | None = None,
     overrides: Mapping[str, str | Scheme | None] | str | os.PathLike[str] | None = None,
     tools: Sequence[str | Tool] | None = None,
+    targets: Sequence[str | Target] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Found:
     """The fastest mix of `scheme` and float of a model (sizes bound) whose loss on `data` stays inside `budget`.
 
     Where this machine has no instruction for sums of byte products, weights of 7 bits are faster, and are tried first.
+
+    With `targets` whose offers ask for formats, each node first gets that in which the fastest device computes it: what
+    a simulated device would take by its model beside what the CPU takes with `scheme`, measured; the search for what
+    goes back to float starts from there, with the same times. Who computes what is decided when the result is compiled.
 
     See `nestc.quant.search.search`. Costs are measured kernel by kernel on this machine; with open sizes they are
     estimated from multiply-accumulates. `data` must allow to be read several times. Raises QuantizationError without
@@ -69,11 +82,19 @@ def auto(
     seen.require(prepared.hash)
     batches = checked(model, data)
 
-    def quantized(by: Profile, scheme: Scheme, mixed: Mapping[str, Scheme | None]) -> Model:
-        return quantize(model, by, scheme, overrides=mixed, tools=tools, data=data, threads=threads)
+    wishes: Wishes | None = None
+    costs: Costs | Callable[[Model], Costs] | None = None
+    faster: tuple[Scheme, ...] = ()
+    devices = resolve(targets or (), {"threads": threads})
+    formats = _for_devices(prepared, seen, base, given, devices, threads) if formats_asked(devices) else None
+    if formats is not None and formats[0].taken:
+        base, wishes, costs = formats[0].scheme, formats[0].wishes, formats[1]
+    else:
+        faster = _faster(base, prepared)
+        costs = None if unbound_dims(prepared) else lambda whole: measure_costs(prepared, whole, threads)
 
-    def measured(whole: Model) -> Costs:
-        return measure_costs(prepared, whole, threads)
+    def quantized(by: Profile, scheme: Scheme, mixed: Mapping[str, Scheme | None]) -> Model:
+        return quantize_as(model, by, scheme, mixed, wishes, tools=tools, data=data, threads=threads)
 
     found = search(
         prepared,
@@ -85,13 +106,39 @@ def auto(
         run,
         Judge(run(prepared), batches, None if labels is None else np.asarray(labels)),
         itertools.islice(batches, SENSITIVITY_BATCHES),
-        None if unbound_dims(prepared) else measured,
+        costs,
         progress,
-        _faster(base, prepared),
+        faster,
+        wishes,
     )
     found.model.ir.metadata_props["nestc.scheme"] = "auto"
     found.model.notes.append(str(found))
     return found
+
+
+def _for_devices(
+    prepared: Model,
+    profile: Profile,
+    scheme: Scheme,
+    overrides: Mapping[str, Scheme | None],
+    targets: Sequence[Target],
+    threads: int | None,
+) -> tuple[Formats, Costs]:
+    """The fastest format of each node, of those that devices ask for and `scheme`, and what nodes take in it."""
+    one, _ = bind_batch(prepared)
+    assignment = choose(one, scheme, overrides, profile)
+    cpu = measure_costs(one, apply(one, assignment, derive(one, profile, assignment)), threads)
+    seconds = {name: times[1] * 1e-6 for name, times in cpu.nodes.items()}
+    formats = by_devices(prepared, profile, targets, scheme, overrides, find_cuts, seconds)
+    nodes = dict(cpu.nodes)
+    products = {node.name for node in one.ir.graph if node.op_type in WEIGHTED | RECURRENT}
+    for taken in dict.fromkeys(formats.taken.values()):
+        if taken.seconds is None:
+            continue
+        owner = next((name for name in taken.nodes if name in products), taken.nodes[0])
+        for name in taken.nodes:
+            nodes[name] = (nodes.get(name, (0.0, 0.0))[0], taken.seconds * 1e6 if name == owner else 0.0)
+    return formats, Costs("modelled", nodes)
 
 
 def _faster(scheme: Scheme, prepared: Model) -> tuple[Scheme, ...]:

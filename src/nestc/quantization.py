@@ -84,7 +84,8 @@ def quantize(
 
     ``scheme="auto"`` (``auto:`` and a scheme mixes that with float, as ``auto:int8-pow2``) searches the fastest mix
     whose loss on `data` is at most `accuracy_budget` (0.01 if not given): a fraction of top-1 with ``labels``, one a
-    sample, else of the float model's decisions. `nestc.autoscheme.auto` tells more of what it found.
+    sample, else of the float model's decisions. With `targets` times are those of the fastest device of each node, in
+    the format that it asks for. `nestc.autoscheme.auto` tells more of what it found.
 
     ``scheme="devices"`` gives each node the format that an offer of `targets` asks for (`nestc.quant.devices`), and
     int8 to what none of them takes; after a colon stands another scheme for that, or ``float``.
@@ -98,7 +99,7 @@ def quantize(
 
         return auto(
             bound, profile, scheme.partition(":")[2] or "int8", data, accuracy_budget,
-            labels=labels, overrides=overrides, tools=tools, threads=threads, progress=progress,
+            labels=labels, overrides=overrides, tools=tools, targets=targets, threads=threads, progress=progress,
         ).model  # fmt: skip
     if labels is not None or accuracy_budget is not None:
         raise QuantizationError("labels and an accuracy budget are for scheme auto; nestc.evaluate judges a model")
@@ -120,20 +121,38 @@ def quantize(
         raise QuantizationError("targets are for the schemes devices and auto; others are the same for all")
     else:
         wanted = scheme_named(scheme) if isinstance(scheme, str) else scheme
-    chosen = tools_of(wanted, data is not None) if tools is None else tools_named(tools)
-    run = compiler(threads)
-    batches = None if data is None else checked(bound, data)
-
-    def again(changed: Model) -> Profile:
-        return observe(changed, batches or (), run, "mse" if seen is None else seen.method, progress)
-
-    quantized = stage.quantize(
-        bound, seen, wanted, given, chosen, wishes=wishes,
-        batches=batches, compiler=run, calibrate=None if batches is None else again, progress=progress,
-    )  # fmt: skip
+    quantized = quantize_as(
+        bound, seen, wanted, given, wishes, tools=tools, data=data, threads=threads, progress=progress
+    )
     if by_device:
         quantized.ir.metadata_props["nestc.scheme"] = DEVICES
     return quantized
+
+
+def quantize_as(
+    model: Model,
+    profile: Profile | None,
+    scheme: Scheme,
+    overrides: Mapping[str, Scheme | None],
+    wishes: Wishes | None = None,
+    *,
+    tools: Sequence[str | Tool] | None = None,
+    data: Iterable[Batch] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """`quantize` with everything that it has to find out first: schemes by node, and sizes bound."""
+    chosen = tools_of(scheme, data is not None) if tools is None else tools_named(tools)
+    run = compiler(threads)
+    batches = None if data is None else checked(model, data)
+
+    def again(changed: Model) -> Profile:
+        return observe(changed, batches or (), run, "mse" if profile is None else profile.method, progress)
+
+    return stage.quantize(
+        model, profile, scheme, overrides, chosen, wishes=wishes,
+        batches=batches, compiler=run, calibrate=None if batches is None else again, progress=progress,
+    )  # fmt: skip
 
 
 def require_repeatable(data: Iterable[Batch] | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nestc.errors import QuantizationError, ShapeError
 from nestc.graph import pipeline, regions
@@ -48,10 +48,11 @@ class Taken:
 
 @dataclass(frozen=True)
 class Formats:
-    """The scheme of the most of a network, and what single nodes get instead of it."""
+    """The scheme of the most of a network, what single nodes get instead of it, and for whom."""
 
     scheme: Scheme
     wishes: Wishes
+    taken: Mapping[str, Taken] = field(default_factory=dict[str, Taken])
 
 
 def by_devices(
@@ -61,6 +62,7 @@ def by_devices(
     elsewhere: str | Scheme = ELSEWHERE,
     overrides: Overrides | None = None,
     cut: Cutter | None = None,
+    seconds: Mapping[str, float] | None = None,
 ) -> Formats:
     """The formats in which most of a prepared model is taken by targets whose offers ask for one (`QuantSpec`).
 
@@ -70,8 +72,9 @@ def by_devices(
     given. What nobody takes gets the scheme `elsewhere` (``float``: none), or that of the integers beside it. The mix
     is offered again, and what is refused there falls back to its next best.
 
-    Where no target asks for a format, all gets the scheme `elsewhere`. Without a profile only schemes without ranges
-    are tried, and float elsewhere. `overrides` stand. Raises QuantizationError if nothing is left to quantize,
+    ``seconds`` says what each node takes elsewhere in that scheme: devices then get only regions that they compute
+    faster. Where no device gets anything, all gets the scheme `elsewhere`. Without a profile only schemes without
+    ranges are tried, and float elsewhere. `overrides` stand. Raises QuantizationError if nothing is left to quantize,
     ShapeError for open sizes other than the batch.
     """
     asked = formats_asked(targets)
@@ -82,7 +85,7 @@ def by_devices(
         other = None
     if not asked:
         return Formats(_required(other, targets), Wishes())
-    return _Trials(prepared, profile, asked, other, overrides or {}, cut).run()
+    return _Trials(prepared, profile, asked, other, overrides or {}, cut, seconds).run()
 
 
 def _required(scheme: Scheme | None, targets: Sequence[Target]) -> Scheme:
@@ -129,6 +132,7 @@ class _Trials:
         elsewhere: Scheme | None,
         overrides: Overrides,
         cut: Cutter | None,
+        seconds: Mapping[str, float] | None,
     ) -> None:
         self.model, _ = bind_batch(prepared)
         if unbound_dims(self.model):
@@ -138,7 +142,7 @@ class _Trials:
         integer = next((scheme for scheme in self.asked if scheme.integer), None)
         # Most nodes have it, so that tools for a whole network (equalization) fit it.
         self.main = integer or elsewhere or next(iter(self.asked))
-        self.elsewhere, self.overrides, self.cut = elsewhere, overrides, cut
+        self.elsewhere, self.overrides, self.cut, self.seconds = elsewhere, overrides, cut, seconds
         self.targets = list(dict.fromkeys(target for who in asked.values() for target, _ in who))
         self.given = overridden(self.model, overrides)
         self.candidates: dict[str, list[Taken]] = {}
@@ -157,7 +161,7 @@ class _Trials:
             assignment = choose(self.model, scheme, self.overrides, self.profile)
             self.note(assignment)
             for taken in self.offered(assignment, {scheme}, self.refusals):
-                for name in taken.nodes:
+                for name in taken.nodes if self.worth(taken) else ():
                     if name not in self.given and self.roles.get(name) not in ("tail", None):
                         self.candidates.setdefault(name, []).append(taken)
         for each in self.candidates.values():
@@ -169,9 +173,17 @@ class _Trials:
             held = {(name, taken.scheme) for taken in self.offered(assignment, set(self.asked)) for name in taken.nodes}
             refused = [name for name, taken in wanted.items() if (name, taken.scheme) not in held]
             if not refused:
-                return Formats(self.main, wishes)
+                if not wanted and self.elsewhere is not None:
+                    return Formats(self.elsewhere, Wishes())
+                return Formats(self.main, wishes, wanted)
             for name in refused:  # each time fewer are left, so that this ends
                 del self.candidates[name][0]
+
+    def worth(self, taken: Taken) -> bool:
+        """Whether a device computes a region faster than its nodes are computed elsewhere, as far as both are known."""
+        if self.seconds is None or taken.seconds is None:
+            return True
+        return taken.seconds < sum(self.seconds.get(name, 0.0) for name in taken.nodes)
 
     def note(self, assignment: Assignment) -> None:
         """Remember the roles of nodes and the names of their results; integers tell more than other formats."""

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from nestc.errors import QuantizationError
 from nestc.graph.model import Model, static_shape
-from nestc.quant.choose import Assignment, choose
+from nestc.quant.choose import Assignment, Wishes, choose
 from nestc.quant.profile import Profile
 from nestc.quant.run import Batch, Compiler, Progress
 from nestc.quant.scheme import RECURRENT, WEIGHTED, Scheme
@@ -35,12 +35,14 @@ ESTIMATED_SPEEDUP = 2.0
 
 @dataclass(frozen=True)
 class Costs:
-    """Time of each node in float and quantized, node -> (float, quantized), in one unit.
+    """Time of each node in float and quantized, node -> (float, quantized), in one unit: of the devices that may
+    compute it in that format, the least.
 
-    ``measured``: in microseconds, of kernels that ran. ``estimated``: in multiply-accumulates, of float32.
+    ``measured``: in microseconds, of kernels that ran. ``modelled``: the same, some by simulators. ``estimated``: in
+    multiply-accumulates, of float32.
     """
 
-    kind: Literal["measured", "estimated"]
+    kind: Literal["measured", "modelled", "estimated"]
     nodes: Mapping[str, tuple[float, float]]
 
     def saved(self, node: str) -> float:
@@ -138,6 +140,7 @@ def search(
     costs: Costs | Callable[[Model], Costs] | None = None,
     progress: Progress | None = None,
     faster: Sequence[Scheme] = (),
+    wishes: Wishes | None = None,
 ) -> Found:
     """The fastest mix of `scheme` and float whose loss on the judge's data is at most `budget` (a fraction, 0 to 1).
 
@@ -147,14 +150,15 @@ def search(
     these cost the same. If none does, nodes of the best go back to float: those that add most noise for the time that
     they save (`sensitivity`, on `batches`), as many as a loss in proportion to the noise asks for. The mix is run on
     the data; after that their number is halved between one that held and one that did not.
-    `overrides` stand. `costs` are estimated if they are not given; a function gets the quantized model. Raises
-    QuantizationError, with the best that was found, if no mix with a quantized product holds the budget.
+    `overrides` stand; `wishes` are schemes of single nodes, which `quantizer` knows, too. `costs` are estimated if they
+    are not given; a function gets the quantized model. Raises QuantizationError, with the best that was found, if no
+    mix with a quantized product holds the budget.
     """
     require_budget(budget)
     tell = progress or _silent
     steps: list[Step] = []
     tried: list[tuple[Score, Profile, Model]] = []
-    assignment = choose(prepared, scheme, overrides, profile)
+    assignment = choose(prepared, scheme, overrides, profile, wishes)
     products = _products(assignment)
     if not products:
         raise QuantizationError(
@@ -193,7 +197,7 @@ def search(
         return Found(model, score, scheme, profile.method, {}, known, ends[1], *ends, tuple(steps))
 
     tell("auto: sensitivity of the nodes", 0.4)
-    whole = choose(prepared, scheme, overrides, profile)
+    whole = choose(prepared, scheme, overrides, profile, wishes)
     ranking = sensitivity(prepared, profile, whole, compiler, batches)
     order = restore_order(ranking, known)
     # Loss falls as more of the order goes back to float, so the least that holds the budget is found by halving between
@@ -206,7 +210,7 @@ def search(
         count = min(max(count, failed + 1), holding - 1)
         floats = order[:count]
         mixed: Overrides = {**overrides, **dict.fromkeys(floats, None)}
-        quantized = _products(choose(prepared, scheme, mixed, profile))
+        quantized = _products(choose(prepared, scheme, mixed, profile, wishes))
         tell(f"auto: {count} nodes in float", (len(steps) + 1) / (TRIALS + len(METHODS) + 1))
         model = quantizer(profile, scheme, mixed)
         score = judge.score(compiler(model))
