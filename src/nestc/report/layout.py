@@ -19,6 +19,8 @@ GAP_X, GAP_Y, GUTTER = 22.0, 30.0, 46.0
 DUMMY = 14.0
 """Room of a long edge that passes a layer."""
 SWEEPS = 12
+LEAST_ROWS = 6
+"""Of a column, about."""
 ASPECT = 1.7
 """Width over height that wrapping aims at."""
 
@@ -192,8 +194,8 @@ def _wrap(
     lefts = [min((x[name] - _room(name) / 2 for name in layer), default=0.0) for layer in layers]
     rights = [max((x[name] + _room(name) / 2 for name in layer), default=0.0) for layer in layers]
     wide = max(rights) - min(lefts)
-    count = max(1, round(math.sqrt(ASPECT * len(layers) * row / (wide + GUTTER))))
-    cuts = _cuts(layers, chains, min(count, max(1, len(layers) // 3)))
+    count = round(math.sqrt(ASPECT * len(layers) * row / (wide + GUTTER)))
+    cuts = _cuts(layers, chains, max(1, min(count, len(layers) // LEAST_ROWS)))
     column_of: list[int] = []
     for column, (begin, end) in enumerate(itertools.pairwise(cuts)):
         column_of += [column] * (end - begin)

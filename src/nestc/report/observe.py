@@ -126,6 +126,7 @@ def region_times(
 def _modelled(timing: Mapping[str, Any], metadata: Mapping[str, Any], regions: Sequence[Region]) -> dict[str, Spent]:
     """From the layers that a simulator has timed; a layer is named after its region, or begins with its name."""
     units, clock = _clock(timing, metadata)
+    apart = ", without what the host does between them" if timing.get("host_seconds") else ""
     found: dict[str, Spent] = {}
     if not clock:
         return found
@@ -139,7 +140,7 @@ def _modelled(timing: Mapping[str, Any], metadata: Mapping[str, Any], regions: S
         before = found.get(name)
         if before is not None:
             ms, energy = ms + before.ms, total([before.energy, energy])
-        found[name] = Spent(ms, "modelled", energy, "its layers in the simulator")
+        found[name] = Spent(ms, "modelled", energy, f"its layers in the simulator{apart}")
     return found
 
 

@@ -16,7 +16,8 @@ from nestc.measure.machine import usable_cores
 from nestc.measure.peak import meter_of
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
-READINGS = 7
+READINGS = 25
+"""Of which the best counts: another program may take the processor for a while."""
 MEMORY_BYTES = 64 << 20
 """Of an array that is copied to measure memory: more than the last-level cache a core has for itself."""
 
@@ -81,7 +82,7 @@ def _aim(artifact: Artifact) -> Roof:
 
 @lru_cache(maxsize=4)
 def processor(threads: int) -> Roof:
-    """Peaks of this processor, measured now (some 0.3 seconds): chains of one instruction, and copies of memory."""
+    """Peaks of this processor, measured now (a second or two): chains of one instruction, and copies of memory."""
     threads = max(1, min(threads, len(usable_cores())))
     ceilings: list[Ceiling] = []
     for precision, numbers in PRECISIONS.items():
@@ -101,7 +102,8 @@ def processor(threads: int) -> Roof:
 def memory_bytes_per_second(threads: int) -> float:
     """Bytes a second that copies of large arrays read and write, with `threads` of them at once; the best of some."""
     pairs = [(np.zeros(MEMORY_BYTES, np.uint8), np.ones(MEMORY_BYTES, np.uint8)) for _ in range(threads)]
-    return max(2 * MEMORY_BYTES * threads / _together([_copier(*pair) for pair in pairs]) for _ in range(READINGS))
+    readings = range(READINGS // 3)
+    return max(2 * MEMORY_BYTES * threads / _together([_copier(*pair) for pair in pairs]) for _ in readings)
 
 
 def _copier(destination: np.ndarray, source: np.ndarray) -> Callable[[], None]:

@@ -27,7 +27,7 @@ function describeTimeline() {
     : `One inference, the run of the median latency of ${data.runs}. `;
   by('timeline-about').textContent = what
     + (assumed ? 'What is hatched is not measured: the device is simulated, or its link assumed, and that time stands where a measured one would. ' : 'All of it is measured. ')
-    + 'Within a partition its regions are drawn in order, as long as their own times, where these are known.';
+    + 'Within a partition its regions are drawn in order, as long as their own times, where these are known; what is left before them is the launch and the like.';
 }
 
 function drawTimeline() {
@@ -69,9 +69,11 @@ function drawMark(chart, mark, x, many) {
   const inside = partition.regions.map((name) => regions.get(name)).filter((region) => region && region.observed);
   const whole = inside.reduce((sum, region) => sum + region.observed.value, 0);
   if (inside.length > 1 && whole > 0) {
-    let at = left;
+    // What is left of the bar is its begin: the launch, and what the host does.
+    const scale = wide / Math.max(whole, took);
+    let at = left + wide - whole * scale;
     for (const region of inside) {
-      const own = (region.observed.value / whole) * wide;
+      const own = region.observed.value * scale;
       const piece = tip(svg('rect', { class: own > 4 ? 'part wide' : 'part', x: at, y: top, width: own, height: LANE - 14 }),
         `${region.name}\n${ms(region.observed.value)}, ${region.observed.kind} (${region.about})\nin ${text}`);
       piece.addEventListener('click', () => choose(region.name, 'timeline'));
@@ -153,11 +155,12 @@ function drawRoof(device) {
       `partition ${point.name} as a whole\n${digits(point.x)} op/byte, ${rate('op/s')(point.y)}, ${point.kind}`));
   }
   const most = (region) => (roof.ceilings.find((each) => each.numbers === region.numbers) || roof.ceilings[0]).per_second;
+  const above = roof && own.some((point) => point.y > 1.01 * Math.min(most(point.region), point.x * roof.bytes_per_second));
   const reached = roof ? own.map((point) => [point.name, point.y / most(point.region)]).sort(([, a], [, b]) => b - a)[0] : null;
   return el('figure', {}, el('h3', {}, chip(device.name)), chart, el('figcaption', {},
     `A circle is a region${wholes.length ? ', a diamond a partition as a whole' : ''}; times ${device.kind}. `,
     reached ? `The best, ${reached[0]}, reaches ${percent(reached[1])} of the ceiling of its numbers. ` : '',
-    device.kind.includes('modelled') && own.length > 1 ? 'The machine works on a layer while it ends the one before; which of them a cycle counts for is a convention, so that a point may lie above a line. ' : '',
+    above && device.kind.includes('modelled') ? 'Where a point lies above a line, the machine worked on it while the layer before it ended, for which those cycles count. ' : '',
     roof ? `Ceilings ${roof.kind}: ${roof.source}.` : 'Nothing states what this device can do at most.'));
 }
 

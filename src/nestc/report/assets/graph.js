@@ -96,7 +96,7 @@ function fit() {
   // All of it, unless that would be too small to read: then the beginning of it.
   const pixels = picture.clientWidth || 900;
   const whole = Math.max(data.width + 40, (data.height + 20) * ratio());
-  view.width = Math.min(Math.max(whole, 420), pixels * (pixels < 600 ? 1.5 : 2.2));
+  view.width = Math.min(Math.max(whole, pixels / 1.3), pixels * (pixels < 600 ? 1.5 : 2.2));
   view.height = view.width / ratio();
   view.x = whole > view.width ? -20 : (data.width - view.width) / 2;
   view.y = data.height + 20 > view.height ? -10 : (data.height - view.height) / 2;

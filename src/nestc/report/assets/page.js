@@ -4,6 +4,11 @@ function card(what, content, ...more) {
     ...more.filter(Boolean).map((text) => el('div', { class: 'more' }, ...[text].flat())));
 }
 
+function compared(off) {
+  if (off > 1) return `observed takes ${digits(1 + off)} times as long`;
+  return `observed takes ${digits(100 * Math.abs(off))} % ${off < 0 ? 'less' : 'more'}`;
+}
+
 function drawOverview() {
   by('model').textContent = data.model;
   const { nestc } = data.versions;
@@ -19,7 +24,7 @@ function drawOverview() {
   const gap = bound && promised && bound.value ? promised.value / bound.value - 1 : null;
   const cards = [card('Observed latency', [ms(data.latency.value)], kind(data.latency.kind), `median of ${data.runs} ${data.runs === 1 ? 'run' : 'runs'}`)];
   if (flying) cards.push(card('Observed, pipelined', [`${digits(flying.per_second.value)} /s`], kind(flying.per_second.kind), `${flying.requests} requests in flight, ${ms(1e3 / flying.per_second.value)} each`));
-  if (data.predicted) cards.push(card(throughput ? 'Predicted, pipelined' : 'Predicted latency', [throughput ? `${digits(1e3 / data.predicted.value)} /s` : ms(data.predicted.value)], kind(data.predicted.kind), throughput ? `${ms(data.predicted.value)} a request` : null, off === null ? null : `observed takes ${digits(100 * Math.abs(off))} % ${off < 0 ? 'less' : 'more'}`));
+  if (data.predicted) cards.push(card(throughput ? 'Predicted, pipelined' : 'Predicted latency', [throughput ? `${digits(1e3 / data.predicted.value)} /s` : ms(data.predicted.value)], kind(data.predicted.kind), throughput ? `${ms(data.predicted.value)} a request` : null, off === null ? null : compared(off)));
   if (bound) cards.push(card('Lower bound', [(energy ? mj : ms)(bound.value)], kind(bound.kind), data.optimal ? 'the plan is optimal by these costs' : gap === null ? null : `the plan is at most ${gap < 5e-6 ? '0.001' : digits(100 * gap)} % above the best`));
   if (data.energy) cards.push(card('Energy an inference', [mj(data.energy.value)], kind(data.energy.kind), data.energy_without.length ? `without ${unknownEnergy()}, of which nothing states it` : null, data.predicted_energy ? `predicted ${mj(data.predicted_energy.value)}` : null));
   cards.push(card('Regions', [String(data.regions.length)], `in ${data.partitions.length} ${data.partitions.length === 1 ? 'partition' : 'partitions'}`));
