@@ -50,6 +50,16 @@ PlanFile = Annotated[
 ]
 
 
+Placements = Annotated[
+    PlaceBy,
+    typer.Option(
+        "--placement",
+        help="How devices are chosen: `order` (the first target that takes a region), `cost` (measured or simulated), "
+        "`auto`: by cost where several targets are given.",
+    ),
+]
+
+
 class Level(str, enum.Enum):
     """An intermediate form that can be written out."""
 
@@ -89,13 +99,7 @@ def compile_(
     preprocess: common.Preprocess = None,
     limit: common.Limit = None,
     plan: PlanFile = None,
-    placement: Annotated[
-        PlaceBy,
-        typer.Option(
-            help="How devices are chosen: `order` (the first target that takes a region), `cost` (measured or "
-            "simulated), `auto`: by cost where several targets are given."
-        ),
-    ] = PlaceBy.auto,
+    placement: Placements = PlaceBy.auto,
     on_failure: Annotated[
         OnFailure | None,
         typer.Option(help="Compile what runs on other devices for the CPU too, which takes over if one fails."),

@@ -8,14 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from nestc.commands import common, quantize
+from nestc.commands.compile import Objective, PlaceBy, Placements
 from nestc.errors import Error
 
 
 def explain(
     model: Annotated[Path, typer.Argument(metavar="MODEL|BUNDLE", help="An ONNX file or a bundle (.nest).")],
     target: common.Targets = None,
+    objective: Annotated[Objective, typer.Option(help="What the placement minimises.")] = Objective.latency,
+    placement: Placements = PlaceBy.auto,
     shape: common.Shapes = None,
     dim: common.Dims = None,
+    threads: common.Threads = None,
     calibrate: quantize.Calibrate = None,
     scheme: quantize.Scheme = None,
     overrides: quantize.Overrides = None,
@@ -32,7 +36,8 @@ def explain(
 
     Example: `nestc explain resnet50.onnx --dim batch=1`
 
-    A batch that the model leaves open is taken as 1. A float model is quantized first with `--quantize SCHEME
+    With several targets it says what each region costs on each, and measures what the profile store does not know. A
+    batch that the model leaves open is taken as 1. A float model is quantized first with `--quantize SCHEME
     --calibrate DATA`; nothing else is compiled.
     """
     common.require_file(model)
@@ -61,7 +66,15 @@ def explain(
         words = in_words(found)
         told = {each.node: {"op": each.op, "scheme": each.scheme, "reason": each.reason} for each in found}
         one, sizes = bind_batch(source)
-        plan, notes = explain_model(one, targets=target or ["cpu"])
+        with common.progress() as step:
+            plan, notes = explain_model(
+                one,
+                target or ["cpu"],
+                objective=objective.value,
+                placement=placement.value,
+                threads=threads,
+                progress=step,
+            )
         if sizes:
             notes = [f"for one sample a call: {sizes}; --dim NAME=SIZE (or --shape) explains another size", *notes]
     if json:
