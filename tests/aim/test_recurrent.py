@@ -94,7 +94,7 @@ def test_a_node_in_float16_needs_no_rounding() -> None:
 
 def reason(net: Net, *outputs: str, rounded: bool = True) -> str:
     (region,) = products(net.float_model(*outputs))
-    _, offer = offers(AimTarget().config, "bfloat16", None, rounded)
+    _, offer, _ = offers(AimTarget().config, "bfloat16", None, rounded)
     with pytest.raises(Refused) as refused:
         read_region(region, "bfloat16" if rounded else None)
     assert offer.refusal(region) == str(refused.value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -154,6 +154,7 @@ class ElementLaunch:
 
 
 Step: TypeAlias = Launch | ElementLaunch | HostOp
+Execute: TypeAlias = Callable[["Launch | ElementLaunch", Array], list[Array]]
 
 
 class AimProgram:
@@ -176,7 +177,8 @@ class AimProgram:
             self.inputs, self.outputs = (tuple(_border(each) for each in about[side]) for side in ("inputs", "outputs"))
             self._constants = {name: artifact.weights[key] for name, key in about["constants"].items()}
             self.seconds = float(about["timing"]["seconds"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self._rehearse()
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError, MemoryError) as error:
             raise BundleError(f"the metadata of an AiM partition is not complete: {error!r}") from error
         except TargetError as error:
             raise BundleError(f"an AiM partition cannot be run: {error}") from error
@@ -195,23 +197,52 @@ class AimProgram:
                     f"{list(array.shape)}"
                 )
             values[name] = array
-        for step in self._steps:
-            if isinstance(step, Launch):
-                writes = step.layout.pack(step.vectors(values[step.source]))
-                values |= step.results(step.execute(writes, self.machine, banks, self._registers))
-            elif isinstance(step, ElementLaunch):
-                writes = step.pack([values[name] for name in step.sources])
-                values |= step.results(step.execute(writes, self.machine, banks, self._registers))
-            else:
-                values[step.output] = host.evaluate(step, [values[name] if name else None for name in step.inputs])
+        found = self._results(values, lambda step, w: step.execute(w, self.machine, banks, self._registers))
         results: list[np.ndarray] = []
-        for (name, dtype, shape), given in zip(self.outputs, outputs, strict=True):
-            with np.errstate(over="ignore"):
-                result = values[name].astype(numpy_dtype(dtype)).reshape(shape)
+        for result, given in zip(found, outputs, strict=True):
             if given is not None:
                 given[...] = result
             results.append(result if given is None else given)
         return results, Elapsed(self.seconds, "modelled")
+
+    def _results(self, values: dict[str, Array], execute: Execute) -> list[Array]:
+        """The outputs, of values by name; ``execute`` gives what the host reads, of what it writes."""
+        for step in self._steps:
+            if isinstance(step, HostOp):
+                values[step.output] = host.evaluate(step, [values[name] if name else None for name in step.inputs])
+                continue
+            if isinstance(step, Launch):
+                writes = step.layout.pack(step.vectors(values[step.source]))
+            else:
+                writes = step.pack([values[name] for name in step.sources])
+            values |= step.results(execute(step, writes))
+        with np.errstate(over="ignore"):
+            return [values[name].astype(numpy_dtype(dtype)).reshape(shape) for name, dtype, shape in self.outputs]
+
+    def _rehearse(self) -> None:
+        """See at once, not at the first call, that names, shapes and sizes fit each other: all of it on zeros, and
+        without the memory. Raises what a call would."""
+        machine, banks, registers = self.machine, self._banks, self._registers
+        if banks is None or banks.dtype != np.uint16 or registers.dtype != np.uint16:
+            raise ValueError("banks and registers are no patterns of 16 bits")
+        if (*banks.shape[:2], *banks.shape[3:]) != (machine.channels, machine.banks, machine.columns, machine.lanes):
+            raise ValueError(f"banks have the shape {list(banks.shape)}, which is not that of {machine.name}")
+        if registers.shape[1:] != (machine.lanes,) or len(registers) > machine.gprs:
+            raise ValueError(f"registers have the shape {list(registers.shape)}")
+
+        def nothing(step: Launch | ElementLaunch, writes: Array) -> list[Array]:
+            last = max((c.row for c in step.commands if isinstance(c, _WITH_ROW)), default=0)
+            first = step.row if isinstance(step, ElementLaunch) else 0
+            if first < 0 or first + last >= banks.shape[2]:
+                raise ValueError(f"layer {step.layer!r} uses row {first + last}, and there are {banks.shape[2]}")
+            if len(writes) != sum(isinstance(command, WriteGpr) for command in step.commands):
+                raise ValueError(f"layer {step.layer!r} has {len(writes)} registers to write")
+            count = sum(isinstance(command, ReadGpr) for command in step.commands)
+            return [np.zeros(machine.lanes, NUMBERS[step.layout.number])] * count
+
+        values = dict(self._constants)
+        values |= {name: np.zeros(shape, numpy_dtype(dtype)) for name, dtype, shape in self.inputs}
+        self._results(values, nothing)
 
     def close(self) -> None:
         """Let go of the banks; later calls raise TargetError."""
