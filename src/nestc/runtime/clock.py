@@ -4,7 +4,7 @@ Used as soon as a time is modelled. Measured stages are then not disturbed by si
 take is in no time shown. The rules are those of `nestc.partition.problem`:
 
 - A modelled stage takes its device's ``launch_seconds`` and the modelled seconds, a measured one the wall time of its
-  call. It is called twice and the second call counts, since simulators empty the caches, which real devices would not.
+  call: the median of some calls after one that warms the caches, which simulators have emptied.
 - A stage begins when its resource is free, the stages before it on that resource (same request) have begun, and each of
   its tensors has arrived: the end of the stage that made it and the time on the links, which carry any number at once.
 - Of all stages that could be next, the one that can begin first is run (ties: by request, then by order in the bundle).
@@ -163,7 +163,7 @@ class Clock:
         with self._lock:
             if self._closed.is_set():
                 raise TargetError(CLOSED)
-            seconds, kind = request.values.run(stage, on_cpu, warm=True)
+            seconds, kind = request.values.run(stage, on_cpu, steady=True)
         device = self._flow.cpu if on_cpu else stage.device
         end = begin + seconds + (device.launch_seconds if kind == "modelled" else 0.0)
         self._free[device.resource] = end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from nestc.bundle.artifact import Program
+from nestc.bundle.artifact import Elapsed, Program
 from nestc.bundle.bundle import Bundle, BundlePartition, DeviceSpec
 from nestc.bundle.dtypes import numpy_dtype
 from nestc.bundle.schema import Kind, TensorSpec
@@ -19,6 +20,13 @@ from nestc.runtime.arrays import aligned_empty, ready
 from nestc.runtime.devices import device_for
 
 log = logging.getLogger("nestc")
+
+CALLS = 3
+"""Calls of a measured stage beside simulators: these run long, and meanwhile the caches fill with other things and the
+system finds that it is somebody else's turn, which no real device would bring about."""
+
+LONG_SECONDS = 0.05
+"""Calls that have taken so long together are enough."""
 
 HOST = "host memory"
 """Stands for the place of graph inputs and outputs where a tensor crosses to or from it."""
@@ -140,22 +148,21 @@ class Values:
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
 
-    def run(self, stage: Stage, on_cpu: bool = False, warm: bool = False) -> tuple[float, Kind]:
+    def run(self, stage: Stage, on_cpu: bool = False, steady: bool = False) -> tuple[float, Kind]:
         """Run a stage, or its fallback, whose inputs are all here; returns its seconds and how they are known.
 
-        Measured seconds are those of the whole call; with `warm` of a second one. Raises TargetError if the device
-        fails, whatever it raised.
+        Measured seconds are those of the whole call; `steady`: the median of `CALLS` after one that warms up (of fewer
+        where these take long). Raises TargetError if the device fails, whatever it raised.
         """
         program = stage.fallback if on_cpu else stage.program
         assert program is not None
         try:
             inputs = [self._arrays[name] for name in stage.partition.inputs]
             places = [self._place(stage, name) for name in stage.outputs]
-            if warm and (on_cpu or self._flow.modelled[stage.number] is False):
-                program(inputs, places)
-            begin = time.perf_counter()
-            results, elapsed = program(inputs, places)
-            seconds = time.perf_counter() - begin
+            again = CALLS if steady and (on_cpu or self._flow.modelled[stage.number] is False) else 0
+            results, elapsed, seconds = _timed(program, inputs, places)
+            if again:
+                results, elapsed, seconds = _steady(program, inputs, places, again)
             if stage.trusted:
                 self._arrays.update(zip(stage.outputs, results, strict=True))
                 return seconds, "measured"
@@ -291,6 +298,27 @@ def warn(flow: Flow, stage: Stage, error: Exception) -> None:
     if stage.number not in flow.warned:
         flow.warned.add(stage.number)
         log.warning("%s; the CPU runs it instead", error)
+
+
+def _timed(
+    program: Program, inputs: Sequence[np.ndarray], places: Sequence[np.ndarray | None]
+) -> tuple[Sequence[np.ndarray], Elapsed, float]:
+    """What a program gives, and the seconds of the call."""
+    begin = time.perf_counter()
+    results, elapsed = program(inputs, places)
+    return results, elapsed, time.perf_counter() - begin
+
+
+def _steady(
+    program: Program, inputs: Sequence[np.ndarray], places: Sequence[np.ndarray | None], calls: int
+) -> tuple[Sequence[np.ndarray], Elapsed, float]:
+    """The same of the last of some calls, with the median of their seconds."""
+    times: list[float] = []
+    while True:
+        results, elapsed, seconds = _timed(program, inputs, places)
+        times.append(seconds)
+        if len(times) == calls or sum(times) > LONG_SECONDS:
+            return results, elapsed, statistics.median(times)
 
 
 def checked(stage: Stage, results: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
