@@ -68,6 +68,15 @@ def test_edges_that_need_not_cross_do_not() -> None:
     assert (places["a"][0] < places["b"][0]) == (places["c"][0] < places["d"][0])
 
 
+def test_long_edges_of_one_source_are_one_line() -> None:
+    nodes = [f"n{number}" for number in range(5)]
+    chain = list(itertools.pairwise(nodes))
+    drawing = draw(nodes, [*chain, ("n0", "n3"), ("n0", "n4")])
+    first, second = drawing.paths[-2:]
+    common = first[: first.rindex("C")]  # all but the way into its user
+    assert second.startswith(common) and common.count("C") == 2
+
+
 def test_what_has_nothing_before_it_stands_above_its_user() -> None:
     places = draw(["a", "b", "c", "late", "d"], [("a", "b"), ("b", "c"), ("c", "d"), ("late", "d")]).places
     assert places["late"][1] == places["c"][1]

@@ -35,6 +35,7 @@ from nestc.report.schema import (
     total,
 )
 from nestc.report.work import Work, numbers, total_bytes, work
+from nestc.runtime.stages import CPU, CPU_KINDS
 
 if TYPE_CHECKING:
     from nestc.runtime.executable import Executable
@@ -227,21 +228,22 @@ def _devices(bundle: Bundle, plan: Plan, partitions: Sequence[PartitionData], th
     found: list[DeviceData] = []
     for name in names:
         own = [each for each in partitions if each.device == name]
+        artifacts = [each.artifact for each in bundle.partitions if each.device == name]
         if not own:
             continue
-        spec = specs.get(name)
+        spec = specs.get(name) or DeviceSpec(name, CPU if artifacts[0].kind in CPU_KINDS else name)
         busy = total(each.observed for each in own)
         found.append(
             DeviceData(
                 name=name,
                 kind="" if busy is None else busy.kind,
-                resource=name if spec is None else spec.resource or name,
+                resource=spec.resource,
                 regions=sum(len(each.regions) for each in own),
                 partitions=len(own),
                 busy=busy,
                 energy=total(each.energy for each in own),
-                link="" if spec is None or not spec.bytes_per_second else _link(spec),
-                roof=roof_of([each.artifact for each in bundle.partitions if each.device == name], threads),
+                link=_link(spec) if spec.bytes_per_second else "",
+                roof=roof_of(artifacts, spec.resource, threads),
             )
         )
     return tuple(found)

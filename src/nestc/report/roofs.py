@@ -14,6 +14,7 @@ import numpy as np
 from nestc.bundle.artifact import Artifact
 from nestc.measure.machine import usable_cores
 from nestc.measure.peak import meter_of
+from nestc.runtime.stages import CPU
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 READINGS = 25
@@ -40,15 +41,16 @@ class Roof:
     source: str
 
 
-def roof_of(artifacts: Sequence[Artifact], threads: int) -> Roof | None:
-    """The roof of the device that runs these artifacts (of one kind); None where a machine states nothing."""
-    if not artifacts:
-        return None
-    if artifacts[0].kind == "vta":
+def roof_of(artifacts: Sequence[Artifact], resource: str, threads: int) -> Roof | None:
+    """The roof of the device that runs these artifacts (of one kind); None where nothing states or measures it.
+
+    What shares the resource "cpu" has the roof of this processor, vendors' runtimes too.
+    """
+    if artifacts and artifacts[0].kind == "vta":
         return _vta(artifacts[0].metadata)
-    if artifacts[0].kind == "aim":
+    if artifacts and artifacts[0].kind == "aim":
         return _aim(artifacts[0])
-    return processor(threads)
+    return processor(threads) if resource == CPU else None
 
 
 def _vta(metadata: Mapping[str, Any]) -> Roof | None:

@@ -126,32 +126,44 @@ function bringIntoView(name) {
   show();
 }
 
-let drag = null;
+// A pointer moves the view, two zoom. On a touch screen a finger scrolls the page until the drawing has been tapped.
+const fingers = new Map();
 let moved = false;
+const apart = () => {
+  const [a, b] = [...fingers.values()];
+  return Math.hypot(a.x - b.x, a.y - b.y);
+};
+function onWheel(event) {
+  if (!event.ctrlKey && !picture.contains(document.activeElement)) return; // the page scrolls then
+  event.preventDefault();
+  const box = picture.getBoundingClientRect();
+  zoom(Math.exp(Math.sign(event.deltaY) * 0.18), view.x + ((event.clientX - box.left) / box.width) * view.width,
+    view.y + ((event.clientY - box.top) / box.height) * view.height);
+}
+function onMove(event) {
+  const last = fingers.get(event.pointerId);
+  if (!last) return;
+  const [dx, dy] = [event.clientX - last.x, event.clientY - last.y];
+  if (!moved && Math.hypot(dx, dy) < 4) return;
+  moved = true;
+  picture.classList.add('moving');
+  const before = fingers.size === 2 ? apart() : 0;
+  fingers.set(event.pointerId, { x: event.clientX, y: event.clientY });
+  if (before && apart()) zoom(before / apart());
+  else if (fingers.size === 1) pan((-dx * view.width) / picture.clientWidth, (-dy * view.height) / picture.clientHeight);
+}
 function listenToView() {
-  picture.addEventListener('wheel', (event) => {
-    if (!event.ctrlKey && !picture.contains(document.activeElement)) return; // the page scrolls then
-    event.preventDefault();
-    const box = picture.getBoundingClientRect();
-    const at = (from, size, begin, length) => begin + ((from) / size) * length;
-    zoom(Math.exp(Math.sign(event.deltaY) * 0.18), at(event.clientX - box.left, box.width, view.x, view.width),
-      at(event.clientY - box.top, box.height, view.y, view.height));
-  }, { passive: false });
+  picture.addEventListener('wheel', onWheel, { passive: false });
   picture.addEventListener('pointerdown', (event) => {
-    drag = { x: event.clientX, y: event.clientY };
+    fingers.set(event.pointerId, { x: event.clientX, y: event.clientY });
     moved = false;
   });
-  addEventListener('pointermove', (event) => {
-    if (!drag) return;
-    const [dx, dy] = [event.clientX - drag.x, event.clientY - drag.y];
-    if (!moved && Math.hypot(dx, dy) < 4) return;
-    moved = true;
-    picture.classList.add('moving');
-    pan((-dx * view.width) / picture.clientWidth, (-dy * view.height) / picture.clientHeight);
-    drag = { x: event.clientX, y: event.clientY };
-  });
+  addEventListener('pointermove', onMove);
   for (const name of ['pointerup', 'pointercancel']) {
-    addEventListener(name, () => { drag = null; picture.classList.remove('moving'); });
+    addEventListener(name, (event) => {
+      fingers.delete(event.pointerId);
+      picture.classList.remove('moving');
+    });
   }
   picture.addEventListener('keydown', (event) => {
     const step = view.width / 10;
