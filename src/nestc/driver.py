@@ -198,7 +198,7 @@ def compile(
         return done.bundle
 
     def load_bundle(ready: Model) -> Executable:
-        return Executable(make(ready), threads=threads, foreign=True)
+        return Executable(make(ready), threads=threads, foreign=True, on_failure=on_failure)
 
     as_given = model if isinstance(model, Model) else load(model)
     _require_tensors(as_given)
@@ -210,7 +210,7 @@ def compile(
     # What the file leaves open and `dims` has bound may still come in other sizes at a call.
     others = Specialised(as_given, load_bundle)
     again = others.for_shapes if unbound_dims(as_given) else None
-    return Executable(make(loaded), threads=threads, respecialise=again, foreign=True)
+    return Executable(make(loaded), threads=threads, respecialise=again, foreign=True, on_failure=on_failure)
 
 
 def explain(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -14,10 +16,12 @@ from onnx import TensorProto, helper
 
 import nestc
 from nestc.driver import build, with_fallbacks
+from nestc.errors import TargetError
 from nestc.graph.region import Region
 from nestc.partition import measure
 from nestc.partition.store import Entry
-from nestc.targets.api import Target
+from nestc.runtime import devices
+from nestc.targets.api import Artifact, Partition, Target
 
 from .conftest import Only
 
@@ -179,3 +183,26 @@ def test_what_fails_elsewhere_is_compiled_for_the_cpu_too(meter: type[ScriptedMe
     kinds = [(part.device, None if part.fallback is None else part.fallback.kind) for part in done.bundle.partitions]
     assert kinds == [("npu", "cpu-native"), ("cpu", None)]
     assert {each.name: each.resource for each in done.bundle.devices}["npu"] == "npu"
+
+
+def test_the_cpu_takes_over_where_a_device_fails(
+    meter: type[ScriptedMeter], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Only):
+        def compile(self, partition: Partition, emit: object = None) -> Artifact:
+            return replace(super().compile(partition), kind="broken")
+
+    class BrokenDevice:
+        name = "npu"
+
+        def load(self, artifact: Artifact, threads: int) -> object:
+            raise TargetError("the board does not answer")
+
+    monkeypatch.setitem(devices._OWN, "broken", (__name__, "BrokenDevice"))
+    monkeypatch.setattr(sys.modules[__name__], "BrokenDevice", BrokenDevice, raising=False)
+    proto = chain_of("MatMul", "Softmax")
+    meter.costs = {("npu", "MatMul"): 1e-6, ("cpu", "MatMul"): 1.0, ("cpu", "Softmax"): 1e-6}
+    exe = nestc.compile(proto, [Broken("npu", "MatMul"), "cpu"], threads=1, on_failure="cpu")
+    np.testing.assert_array_equal(exe(X), nestc.compile(proto, threads=1)(X))
+    assert {row["device"] for row in exe.timeline()} == {"cpu"}
+    assert "the board does not answer" in caplog.text
