@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import logging
 import sys
@@ -9,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -38,6 +39,21 @@ Targets = Annotated[
         "-t",
         metavar="T",
         help="A target, `name` or `name:option=value,...`; repeatable, in the order of preference. [default: cpu]",
+    ),
+]
+
+
+class OnFailure(str, enum.Enum):
+    """Who takes over when a device fails."""
+
+    cpu = "cpu"
+
+
+OnFailures = Annotated[
+    OnFailure | None,
+    typer.Option(
+        "--on-failure",
+        help="Where a device fails the CPU takes over what it runs; a bundle must have been compiled with this option.",
     ),
 ]
 Shapes = Annotated[
@@ -119,6 +135,7 @@ def open_or_compile(
     dims: Sequence[str],
     threads: int | None,
     bound: bool = True,
+    on_failure: Literal["cpu"] | None = None,
 ) -> Executable | Specialised:
     """The executable of a bundle, or of a model compiled on the spot; with `bound` open dimensions are an error.
 
@@ -131,7 +148,7 @@ def open_or_compile(
                 raise ModelError(f"{option} is for a model; {path} is a bundle, which is compiled already")
         from nestc.runtime import open as open_bundle
 
-        return open_bundle(path, threads=threads)
+        return open_bundle(path, threads=threads, on_failure=on_failure)
     from nestc.driver import compile as compile_model
 
     bound_shapes, bound_dims = bindings(shapes, dims)
@@ -143,6 +160,7 @@ def open_or_compile(
             shapes=bound_shapes,
             dims=bound_dims,
             bound=bound,
+            on_failure=on_failure,
             progress=step,
         )
 

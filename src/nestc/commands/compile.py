@@ -38,12 +38,6 @@ class PlaceBy(str, enum.Enum):
     cost = "cost"
 
 
-class OnFailure(str, enum.Enum):
-    """Who takes over when a device fails."""
-
-    cpu = "cpu"
-
-
 PlanFile = Annotated[
     Path | None,
     typer.Option("--plan", metavar="PLAN.yaml", help="Place regions as this plan of nestc partition says."),
@@ -100,10 +94,7 @@ def compile_(
     limit: common.Limit = None,
     plan: PlanFile = None,
     placement: Placements = PlaceBy.auto,
-    on_failure: Annotated[
-        OnFailure | None,
-        typer.Option(help="Compile what runs on other devices for the CPU too, which takes over if one fails."),
-    ] = None,
+    on_failure: common.OnFailures = None,
     emit: Annotated[
         list[Level] | None,
         typer.Option(

@@ -29,6 +29,7 @@ def run(
     shape: common.Shapes = None,
     dim: common.Dims = None,
     threads: common.Threads = None,
+    on_failure: common.OnFailures = None,
     json: common.Json = False,
     verbose: common.Verbose = False,
     debug: common.Debug = False,
@@ -42,7 +43,9 @@ def run(
     from nestc.runtime.session import modelled_ms
 
     # Inputs that are given say how large open dimensions are.
-    executable = common.open_or_compile(bundle, target or [], shape or [], dim or [], threads, bound=not input)
+    executable = common.open_or_compile(
+        bundle, target or [], shape or [], dim or [], threads, not input, None if on_failure is None else "cpu"
+    )
     inputs = common.read_inputs(input or [], executable.inputs) or common.random_inputs(executable.inputs)
     executable.run(inputs)  # the first run also touches memory and wakes the workers: it is not the latency shown
     started = time.perf_counter()
