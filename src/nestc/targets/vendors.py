@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import onnx.defs
 
@@ -11,7 +11,7 @@ from nestc.bundle.artifact import Artifact, Device
 from nestc.errors import TargetError
 from nestc.graph.region import Op, Region, TensorType
 from nestc.runtime.vendors.common import MODEL
-from nestc.targets.api import Partition, constraint
+from nestc.targets.api import Constraint, Partition, constraint
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,8 +26,8 @@ IR_VERSION = 10
 OPSET = 24
 """The version of ONNX's operators that models have after import, unless they need a newer one."""
 
-NEWEST = 2**31 - 1
-"""Any version up to the newest."""
+_NEWEST = 2**31 - 1  # of other domains than ONNX's main one, whatever is known
+_RENAMED = {"float32": "float", "float64": "double", "float8_e4m3fn": "float8e4m3fn"}
 
 _BODIES = frozenset(("If", "Loop", "Scan", "SequenceMap"))
 
@@ -38,26 +38,52 @@ def no_bodies(region: Region) -> bool:
     return not any(op.op_type in _BODIES for op in region.ops)
 
 
-@constraint
-def known_forms(region: Region) -> bool:
-    """an operator has an attribute that is newer than ONNX's operator set 24, or is not ONNX's"""
-    return all(_known(op) for op in region.ops)
+def known_forms(opset: int) -> Constraint:
+    """The rule that all of a region can be said in operator set `opset`, which its model is then marked with.
+
+    From set 21 to 28 operators gained element types and attributes, and new ones came; no meaning changed.
+    """
+
+    def holds(region: Region) -> bool:
+        return all(_known(op, region.types, opset) for op in region.ops)
+
+    return Constraint(holds, f"an operator, an attribute or an element type is newer than ONNX's operator set {opset}")
 
 
-def _known(op: Op) -> bool:
+def schema_of(op: Op, opset: int) -> Any:
+    """The ``onnx.defs.OpSchema`` of a node's operator in set `opset`; None if it has none there."""
     try:
-        schema = onnx.defs.get_schema(op.op_type, NEWEST if op.domain else OPSET, op.domain)
+        return onnx.defs.get_schema(op.op_type, _NEWEST if op.domain else opset, op.domain)
     except onnx.defs.SchemaError:
+        return None
+
+
+def operands(op: Op, schema: Any, types: Mapping[str, TensorType]) -> Iterator[tuple[Any, str]]:
+    """Each operand and result of a node: the schema's FormalParameter for it, and its type as ONNX writes it."""
+    for names, formal in ((op.inputs, schema.inputs), (op.outputs, schema.outputs)):
+        for number, name in enumerate(names):
+            if name and formal:
+                kind = types[name].dtype
+                yield formal[min(number, len(formal) - 1)], f"tensor({_RENAMED.get(kind, kind)})"
+
+
+def _known(op: Op, types: Mapping[str, TensorType], opset: int) -> bool:
+    schema = schema_of(op, opset)
+    if schema is None or not set(op.attributes) <= set(schema.attributes):
         return False
-    return set(op.attributes) <= set(schema.attributes)
+    if len(op.inputs) > schema.max_input or len(op.outputs) > schema.max_output:
+        return False
+    return all(kind in formal.types for formal, kind in operands(op, schema, types))
 
 
-def artifact(kind: str, partition: Partition, options: Mapping[str, str], device: Device, threads: int) -> Artifact:
+def artifact(
+    kind: str, partition: Partition, options: Mapping[str, str], device: Device, threads: int, opset: int = OPSET
+) -> Artifact:
     """The partition's ONNX model with its border and the device's options, loaded once to see that it can be.
 
     Raises TargetError if the model is over 2 GB or the runtime refuses it.
     """
-    content = _serialized(partition.model())
+    content = _serialized(partition.model(), opset)
     if content is None:
         raise TargetError(
             f"partition {partition.name} is over 2 GB, more than {kind} can be handed; give it fewer regions"
@@ -73,7 +99,7 @@ def artifact(kind: str, partition: Partition, options: Mapping[str, str], device
     return made
 
 
-def _serialized(model: ir.Model) -> bytes | None:
+def _serialized(model: ir.Model, opset: int) -> bytes | None:
     """A model with its weights inside, the same bytes for the same model; None if it is larger than `LARGEST_MODEL`."""
     import onnx_ir as ir
 
@@ -85,6 +111,7 @@ def _serialized(model: ir.Model) -> bytes | None:
     used = {node.domain for node in model.graph.all_nodes()} | {""}
     for domain in set(model.graph.opset_imports) - used:
         del model.graph.opset_imports[domain]
+    model.graph.opset_imports[""] = opset
     proto = ir.serde.serialize_model(model)
     return None if proto.ByteSize() > LARGEST_MODEL else proto.SerializeToString(deterministic=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -13,12 +13,13 @@ from nestc.errors import TargetError
 from nestc.graph.region import Op, Region, TensorType
 from nestc.runtime.vendors.onnxruntime import CPU, runtime
 from nestc.targets.api import Constraint, constraint
-from nestc.targets.vendors import NEWEST, OPSET
+from nestc.targets.vendors import OPSET, operands, schema_of
 
 BORDER = tuple("bool float16 float32 float64 int16 int32 int64 int8 string uint16 uint32 uint64 uint8".split())
 """Element types that go in and out of a session as numpy arrays."""
 
-_RENAMED = {"float32": "float", "float64": "double", "float8_e4m3fn": "float8e4m3fn"}
+_OPEN = 2**31 - 1
+"""Last version of a kernel that is not known to end."""
 
 Kernels = Mapping[tuple[str, str], list[Any]]
 
@@ -35,13 +36,21 @@ def known_ops(provider: str) -> frozenset[str]:
     )
 
 
+def opset_of(provider: str) -> int:
+    """The newest of ONNX's operator sets that this version of the runtime has kernels for, at most `OPSET`."""
+    kernels = kernels_of(provider)
+    return min(
+        OPSET, max(each.version_range[0] for (domain, _), group in kernels.items() if not domain for each in group)
+    )
+
+
 def offered(provider: str) -> Constraint:
     """The rule that a region's borders are arrays and each of its operators has a kernel for its element types."""
-    kernels = kernels_of(provider)
+    kernels, opset = kernels_of(provider), opset_of(provider)
 
     def holds(region: Region) -> bool:
         border = all(region.types[name].dtype in BORDER for name in (*region.inputs, *region.outputs))
-        return border and all(_runs(op, region.types, kernels) for op in region.ops)
+        return border and all(_runs(op, region.types, kernels, opset) for op in region.ops)
 
     return Constraint(holds, "onnxruntime has no kernel for an operator with these element types")
 
@@ -94,20 +103,16 @@ def kernels_of(provider: str) -> Kernels:
     return found
 
 
-def _runs(op: Op, types: Mapping[str, TensorType], kernels: Kernels) -> bool:
+def _runs(op: Op, types: Mapping[str, TensorType], kernels: Kernels, opset: int) -> bool:
     """Whether a kernel fits, or the operator has a definition by others."""
-    try:
-        schema = onnx.defs.get_schema(op.op_type, OPSET if not op.domain else NEWEST, op.domain)
-    except onnx.defs.SchemaError:
+    schema = schema_of(op, opset)
+    if schema is None:
         return False
-    bound = dict(_bound(op, schema, types))
-    if any(_fits(kernel, schema.since_version, bound) for kernel in kernels.get((op.domain, op.op_type), ())):
-        return True
+    own = kernels.get((op.domain, op.op_type), [])
+    bound = {formal.type_str: kind for formal, kind in operands(op, schema, types)}
     # A float16 operator without a kernel gets casts around the float32 one.
     widened = {key: "tensor(float)" if kind == "tensor(float16)" else kind for key, kind in bound.items()}
-    if widened != bound and any(
-        _fits(kernel, schema.since_version, widened) for kernel in kernels.get((op.domain, op.op_type), ())
-    ):
+    if any(_fits(kernel, schema.since_version, given) for kernel in own for given in (bound, widened)):
         return True
     return _has_body(schema) and all(kind in _PLAIN for kind in bound.values())
 
@@ -119,18 +124,9 @@ _PLAIN = frozenset(f"tensor({name})" for name in ("float", "bool", "int32", "int
 def _fits(kernel: Any, since: int, bound: Mapping[str, str]) -> bool:
     """ONNX Runtime's own rule (KernelRegistry::VerifyKernelDef): an open range is for its first version only."""
     first, last = kernel.version_range
-    if first != since and not (first < since <= last < NEWEST):
+    if first != since and not (first < since <= last < _OPEN):
         return False
     return all(kind in kernel.type_constraints.get(key, (kind,)) for key, kind in bound.items())
-
-
-def _bound(op: Op, schema: Any, types: Mapping[str, TensorType]) -> Iterator[tuple[str, str]]:
-    """Each type parameter that the operands and results of a node bind, with its type as kernels write it."""
-    for names, formal in ((op.inputs, schema.inputs), (op.outputs, schema.outputs)):
-        for number, name in enumerate(names):
-            if name and formal:
-                kind = types[name].dtype
-                yield formal[min(number, len(formal) - 1)].type_str, f"tensor({_RENAMED.get(kind, kind)})"
 
 
 def _has_body(schema: Any) -> bool:

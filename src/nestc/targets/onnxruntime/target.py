@@ -7,9 +7,9 @@ from collections.abc import Callable
 from nestc.runtime.vendors.onnxruntime import CPU, KIND, OnnxRuntimeDevice, provider_called, runtime, short
 from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partition
 from nestc.targets.cpu.machine import host_machine
-from nestc.targets.onnxruntime.kernels import BORDER, known_ops, offered, sound
+from nestc.targets.onnxruntime.kernels import BORDER, known_ops, offered, opset_of, sound
 from nestc.targets.power import available_cpus, cpu_watts
-from nestc.targets.vendors import OPSET, artifact, known_forms, no_bodies
+from nestc.targets.vendors import artifact, known_forms, no_bodies
 
 
 class OnnxRuntimeTarget:
@@ -20,6 +20,7 @@ class OnnxRuntimeTarget:
 
     def __init__(self, provider: str = "CPU", threads: int | None = None, watts: float | None = None) -> None:
         self.provider = provider_called(provider)
+        self.opset = opset_of(self.provider)
         self.threads = threads or available_cpus()
         here = self.provider == CPU
         self.machine = Machine(
@@ -29,7 +30,7 @@ class OnnxRuntimeTarget:
             facts={
                 "version": runtime().__version__,
                 "provider": short(self.provider),
-                "opset": OPSET,
+                "opset": self.opset,
                 "cpu": host_machine().name,
                 "dynamic_shapes": here,
             },
@@ -37,12 +38,16 @@ class OnnxRuntimeTarget:
             watts=cpu_watts(watts, self.threads, self.name) if here or watts is not None else 0.0,
         )
         self.offers: tuple[Offer, ...] = (
-            Offer("sessions", known_ops(self.provider), where=(no_bodies, known_forms, offered(self.provider), sound)),
+            Offer(
+                "sessions",
+                known_ops(self.provider),
+                where=(no_bodies, known_forms(self.opset), offered(self.provider), sound),
+            ),
         )
 
     def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:
         """The partition as an ONNX model, which a session has accepted here. Raises TargetError if it does not."""
-        return artifact(KIND, partition, {"provider": self.provider}, self.open(), self.threads)
+        return artifact(KIND, partition, {"provider": self.provider}, self.open(), self.threads, self.opset)
 
     def open(self) -> Device:
         """ONNX Runtime in this process."""

@@ -8,6 +8,7 @@ quantized values, or are merely moved and fit. The operators are those that pass
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 from nestc.graph.region import Op, Region
 from nestc.targets.api import constraint
@@ -55,18 +56,25 @@ def _types(op: Op, region: Region) -> Iterator[tuple[str, frozenset[str]]]:
     elif op.op_type in ("QuantizeLinear", "DequantizeLinear"):
         allowed = _QUANTIZED
     elif op.op_type == "Cast":
-        # From integers to narrower ones it would saturate; what is wide enough holds all of a byte.
-        narrow = region.types[op.inputs[0]].dtype in FLOATS | {"bool"}
-        allowed = _MOVED if narrow or region.types[op.outputs[0]].dtype in (FLOATS | {"int32", "bool"}) else allowed
+        allowed = _cast(op, region)
     for number, name in enumerate(op.inputs):
         index = _INDEXED.get(op.op_type) == number
         parameter = number > 0 and name in region.constants and region.types[name].dtype == "int64"
         if name and not parameter:
             yield region.types[name].dtype, allowed | {"int64", "int32"} if index else allowed
-    found = op.op_type in ("ArgMax", "ArgMin") or (op.op_type == "TopK")
+    found = op.op_type in ("ArgMax", "ArgMin", "TopK")
     for name in op.outputs:
         if name:
             yield region.types[name].dtype, allowed | {"int64"} if found else allowed
+
+
+def _cast(op: Op, region: Region) -> frozenset[str]:
+    """What a Cast may go from and to: between integers it would saturate; int64 it reads right from outside."""
+    source, target = (region.types[name].dtype for name in (op.inputs[0], op.outputs[0]))
+    real = FLOATS | {"bool"}
+    if target in real:
+        return _MOVED | {"int64"} if op.inputs[0] in region.inputs else _MOVED
+    return _MOVED if source in real or target == "int32" else real
 
 
 @constraint
@@ -88,6 +96,25 @@ def _narrow(op: Op, region: Region) -> bool:
     return region.types[op.inputs[0]].dtype != "float32"
 
 
+def _cut_short(op: Op, region: Region) -> bool:
+    """Whether a pool with ``ceil_mode`` leaves out windows that begin in the padding, which OpenVINO does not."""
+    if op.attributes.get("ceil_mode") != 1:
+        return False
+    sizes, found = region.types[op.inputs[0]].shape[2:], region.types[op.outputs[0]].shape[2:]
+    rank = len(sizes)
+    window, stride, dilation = (_ints(op, key, (1,) * rank) for key in ("kernel_shape", "strides", "dilations"))
+    pads = _ints(op, "pads", (0,) * (2 * rank))
+    for axis in range(rank):
+        room = sizes[axis] + pads[axis] + pads[axis + rank] - (window[axis] - 1) * dilation[axis] - 1
+        if -(-room // stride[axis]) + 1 != found[axis]:
+            return True
+    return False
+
+
+def _ints(op: Op, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    return cast("tuple[int, ...]", op.attributes.get(name) or default)
+
+
 def _resize(op: Op, region: Region) -> bool:
     """Only plain resizing agrees: whole picture, no filter, no borders left out, sizes as given."""
     mode = op.attributes.get("coordinate_transformation_mode", "half_pixel")
@@ -99,13 +126,13 @@ def _resize(op: Op, region: Region) -> bool:
 
 _FAULTS: Mapping[str, Callable[[Op, Region], bool]] = {
     "Attention": lambda op, region: bool(op.input(6) or op.output(3)),
-    "AveragePool": lambda op, region: op.attributes.get("ceil_mode") == 1,
+    "AveragePool": _cut_short,
     "Celu": _narrow,
     "DequantizeLinear": lambda op, region: bool(op.attributes.get("block_size")),
     "GRU": _batch_first,
     "GridSample": lambda op, region: len(region.types[op.inputs[0]].shape) != 4,
     "LSTM": lambda op, region: _batch_first(op, region) or bool(op.input(7)),
-    "MaxPool": lambda op, region: op.attributes.get("ceil_mode") == 1 or bool(op.output(1)),
+    "MaxPool": lambda op, region: _cut_short(op, region) or bool(op.output(1)),
     "Pad": lambda op, region: op.attributes.get("mode") == "wrap",
     "QuantizeLinear": lambda op, region: bool(op.attributes.get("block_size")),
     "RNN": _batch_first,

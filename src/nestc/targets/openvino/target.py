@@ -9,7 +9,7 @@ from nestc.runtime.vendors.openvino import KIND, OpenVinoDevice, core, device_ca
 from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partition
 from nestc.targets.openvino.rules import BORDER, OPS, kept_types, sound
 from nestc.targets.power import available_cpus, cpu_watts
-from nestc.targets.vendors import artifact, known_forms
+from nestc.targets.vendors import OPSET, artifact, known_forms
 
 
 class OpenVinoTarget:
@@ -42,7 +42,7 @@ class OpenVinoTarget:
             resource="cpu" if here else "",
             watts=cpu_watts(watts, self.threads, self.name) if here or watts is not None else 0.0,
         )
-        self.offers: tuple[Offer, ...] = (Offer("models", OPS, where=(known_forms, kept_types, sound)),)
+        self.offers: tuple[Offer, ...] = (Offer("models", OPS, where=(known_forms(OPSET), kept_types, sound)),)
 
     def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:
         """The partition as an ONNX model, which OpenVINO has compiled here. Raises TargetError if it does not."""
