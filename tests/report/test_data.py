@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import nestc
+from nestc.bundle.schema import DeviceSpec
 from nestc.errors import BundleError
 from nestc.report import AccuracyData, collect
 from nestc.report.observe import Spent, region_times
@@ -74,6 +75,15 @@ def test_latency_energy_and_bound(played: Make) -> None:
     assert data.energy == Figure(pytest.approx(3e-3), "modelled + estimated") and data.energy_without == ("cpu",)
     assert data.predicted == Figure(0.05, "measured + modelled")
     assert data.lower_bound is not None and data.lower_bound.value == 0.045 and data.optimal
+
+
+def test_energies_of_regions(played: Make, on_cpu: nestc.Executable) -> None:
+    # The simulator tells that of all its layers only; the processor's is its power, if that is stated, times its time.
+    assert [region.energy for region in collect(played()).regions] == [None] * 4
+    bundle = dataclasses.replace(on_cpu.bundle, devices=(DeviceSpec("cpu", "cpu", watts=10.0),))
+    conv = collect(nestc.Executable(bundle), runs=1).regions[0]
+    assert conv.observed is not None
+    assert conv.energy == Figure(pytest.approx(10 * conv.observed.value), "estimated")
 
 
 def test_lanes_are_devices_then_links(played: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,9 @@ def _energy(partition: BundlePartition, observed: Figure | None, watts: float) -
 def _region_times(
     graph: Graph, bundle: Bundle, partitions: Sequence[PartitionData], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Spent]:
+    """Times of the regions, and energies: a simulator's, all of the partition's if alone in it, or power times time."""
     by_name = {region.name: region for region in graph.regions}
+    watts = {device.name: device.watts for device in bundle.devices}
     found: dict[str, Spent] = {}
     for partition, known in zip(bundle.partitions, partitions, strict=True):
         if known.observed is None:
@@ -174,7 +177,11 @@ def _region_times(
         inside = [by_name[name] for name in partition.regions if name in by_name]
         here = [row for row in rows if row["partition"] == partition.name]
         whole = Spent(known.observed.value, known.observed.kind, known.energy, "its partition, in which it is alone")
-        found |= region_times(partition, inside, here, whole)
+        for name, spent in region_times(partition, inside, here, whole).items():
+            energy = spent.energy or (known.energy if len(inside) == 1 else None)
+            if energy is None and spent.kind == "measured" and watts.get(partition.device):
+                energy = Figure(spent.ms * watts[partition.device], "estimated")
+            found[name] = dataclasses.replace(spent, energy=energy)
     return found
 
 

@@ -1,6 +1,8 @@
 // What everything else uses: the data, elements, numbers with units, the tooltip, and which region is chosen.
 const root = document.documentElement;
-const note = (message) => { root.dataset.error = [root.dataset.error, message].filter(Boolean).join(' | '); };
+const note = (message) => {
+  root.dataset.error = [root.dataset.error, message].filter(Boolean).join(' | ');
+};
 addEventListener('error', (event) => note(event.message || String(event)));
 addEventListener('unhandledrejection', (event) => note(String(event.reason)));
 addEventListener('securitypolicyviolation', (event) => note(`policy: ${event.violatedDirective}`));
@@ -33,11 +35,48 @@ function scaled(value, steps) {
 }
 const missing = '\u2013';
 const maybe = (format) => (value) => (value === null || value === undefined ? missing : format(value));
-const ms = maybe((v) => scaled(v, [['s', 1e3], ['ms', 1], ['\u00b5s', 1e-3], ['ns', 1e-6]]));
-const mj = maybe((v) => scaled(v, [['J', 1e3], ['mJ', 1], ['\u00b5J', 1e-3], ['nJ', 1e-6]]));
-const bytes = maybe((v) => scaled(v, [['GiB', 2 ** 30], ['MiB', 2 ** 20], ['KiB', 2 ** 10], ['B', 1]]));
-const count = maybe((v) => scaled(v, [['T', 1e12], ['G', 1e9], ['M', 1e6], ['k', 1e3], ['', 1]]).trim());
-const rate = (unit) => maybe((v) => scaled(v, [[`T${unit}`, 1e12], [`G${unit}`, 1e9], [`M${unit}`, 1e6], [unit, 1]]));
+const ms = maybe((v) =>
+  scaled(v, [
+    ['s', 1e3],
+    ['ms', 1],
+    ['\u00b5s', 1e-3],
+    ['ns', 1e-6],
+  ]),
+);
+const mj = maybe((v) =>
+  scaled(v, [
+    ['J', 1e3],
+    ['mJ', 1],
+    ['\u00b5J', 1e-3],
+    ['nJ', 1e-6],
+  ]),
+);
+const bytes = maybe((v) =>
+  scaled(v, [
+    ['GiB', 2 ** 30],
+    ['MiB', 2 ** 20],
+    ['KiB', 2 ** 10],
+    ['B', 1],
+  ]),
+);
+const count = maybe((v) =>
+  scaled(v, [
+    ['T', 1e12],
+    ['G', 1e9],
+    ['M', 1e6],
+    ['k', 1e3],
+    ['', 1],
+  ]).trim(),
+);
+const rate = (unit) =>
+  maybe((v) =>
+    scaled(v, [
+      [`T${unit}`, 1e12],
+      [`G${unit}`, 1e9],
+      [`M${unit}`, 1e6],
+      [unit, 1],
+    ]),
+  );
 const percent = maybe((v) => `${digits(100 * v)} %`);
 const value = (figure) => (figure ? figure.value : null);
 const shape = (dtype, sizes) => `${dtype}[${sizes.map((size) => (size < 0 ? '?' : size)).join(',')}]`;
@@ -47,15 +86,24 @@ const figure = (format, it) => (it ? [`${format(it.value)} `, kind(it.kind)] : [
 
 // Devices and regions by name. Devices that most reports have keep their colour, others take what is free.
 const devices = data.devices.map((device) => device.name);
-const colours = new Map([['cpu', 0], ['vta', 1], ['aim', 2], ['onnxruntime', 3], ['openvino', 5], ['host', 7]]
-  .filter(([name]) => devices.includes(name)));
+const colours = new Map(
+  [
+    ['cpu', 0],
+    ['vta', 1],
+    ['aim', 2],
+    ['onnxruntime', 3],
+    ['openvino', 5],
+    ['host', 7],
+  ].filter(([name]) => devices.includes(name)),
+);
 for (const name of devices) {
   const free = [4, 6, 1, 2, 3, 5, 0, 7].find((number) => ![...colours.values()].includes(number));
   if (!colours.has(name)) colours.set(name, free ?? colours.size % 8);
 }
 const colour = (name) => `c${colours.get(name) ?? 7}`;
 const modelled = (name) => data.devices.some((device) => device.name === name && device.kind.includes('modelled'));
-const chip = (name, text) => el('span', { class: `chip ${colour(name)} ${modelled(name) ? 'modelled' : ''}` }, text || name);
+const chip = (name, text) =>
+  el('span', { class: `chip ${colour(name)} ${modelled(name) ? 'modelled' : ''}` }, text || name);
 const regions = new Map(data.regions.map((region) => [region.name, region]));
 const partitions = new Map(data.partitions.map((partition) => [partition.name, partition]));
 const longest = Math.max(0, ...data.regions.map((region) => value(region.observed) || 0));
@@ -83,6 +131,9 @@ function intensity(region) {
   return region.operations && moved ? region.operations / moved : null;
 }
 
+const lines = (...parts) => parts.filter(Boolean).join('\n');
+const words = (...parts) => parts.filter(Boolean).join(' ');
+
 // The tooltip: beside the pointer, or below what has the focus. Text only.
 function tip(element, text) {
   const box = by('tip');
@@ -94,8 +145,12 @@ function tip(element, text) {
     box.style.top = `${y + 16 + box.offsetHeight > scrollY + innerHeight ? y - box.offsetHeight - 8 : y + 16}px`;
   };
   element.addEventListener('pointermove', (event) => show(event.pageX, event.pageY));
-  element.addEventListener('pointerleave', () => { box.hidden = true; });
-  element.addEventListener('blur', () => { box.hidden = true; });
+  element.addEventListener('pointerleave', () => {
+    box.hidden = true;
+  });
+  element.addEventListener('blur', () => {
+    box.hidden = true;
+  });
   element.addEventListener('focus', () => {
     if (!element.matches(':focus-visible')) return;
     const place = element.getBoundingClientRect();

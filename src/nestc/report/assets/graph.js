@@ -6,12 +6,32 @@ const edges = [];
 const view = { x: 0, y: 0, width: data.width, height: data.height };
 
 function drawGraph() {
-  picture.append(svg('defs', {}, svg('marker', {
-    id: 'arrow', viewBox: '0 0 8 8', refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: 'auto',
-    markerUnits: 'userSpaceOnUse',
-  }, svg('path', { d: 'M0 0L8 4L0 8z', class: 'arrow' }))));
+  picture.append(
+    svg(
+      'defs',
+      {},
+      svg(
+        'marker',
+        {
+          id: 'arrow',
+          viewBox: '0 0 8 8',
+          refX: 7,
+          refY: 4,
+          markerWidth: 7,
+          markerHeight: 7,
+          orient: 'auto',
+          markerUnits: 'userSpaceOnUse',
+        },
+        svg('path', { d: 'M0 0L8 4L0 8z', class: 'arrow' }),
+      ),
+    ),
+  );
   for (const edge of data.edges) {
-    const path = svg('path', { d: edge.path, class: `edge ${edge.crosses ? 'crosses' : ''}`, 'marker-end': 'url(#arrow)' });
+    const path = svg('path', {
+      d: edge.path,
+      class: `edge ${edge.crosses ? 'crosses' : ''}`,
+      'marker-end': 'url(#arrow)',
+    });
     const took = edge.us ? `\n${ms(edge.us.value / 1e3)} to cross, ${edge.us.kind}` : '';
     tip(path, `${edge.tensor}\n${shape(edge.dtype, edge.shape)}, ${bytes(edge.bytes)}${took}`);
     edges.push([edge, path]);
@@ -19,11 +39,18 @@ function drawGraph() {
   }
   for (const border of data.borders) {
     const box = { x: -BOX.width / 2, y: -BOX.height / 2, width: BOX.width, height: BOX.height, rx: 21 };
-    picture.append(tip(svg('g', { class: 'border', transform: `translate(${border.x} ${border.y})` },
-      svg('rect', { class: 'box', ...box }),
-      svg('text', { 'text-anchor': 'middle', y: -2 }, cut(border.name, 22)),
-      svg('text', { class: 'faint', 'text-anchor': 'middle', y: 13 }, cut(shape(border.dtype, border.shape), 26)),
-    ), `${border.kind} ${border.name}\n${shape(border.dtype, border.shape)}`));
+    picture.append(
+      tip(
+        svg(
+          'g',
+          { class: 'border', transform: `translate(${border.x} ${border.y})` },
+          svg('rect', { class: 'box', ...box }),
+          svg('text', { 'text-anchor': 'middle', y: -2 }, cut(border.name, 22)),
+          svg('text', { class: 'faint', 'text-anchor': 'middle', y: 13 }, cut(shape(border.dtype, border.shape), 26)),
+        ),
+        `${border.kind} ${border.name}\n${shape(border.dtype, border.shape)}`,
+      ),
+    );
   }
   for (const region of data.regions) picture.append(drawNode(region));
   by('drawing').append(picture);
@@ -34,19 +61,30 @@ function drawGraph() {
 function drawNode(region) {
   const [left, top] = [-BOX.width / 2, -BOX.height / 2];
   const share = longest && region.observed ? region.observed.value / longest : 0;
-  const under = `${region.name.split('_')[0]} \u00b7 ${region.device}` + (region.observed ? ` \u00b7 ${ms(region.observed.value)}` : '');
-  const node = svg('g', {
-    class: `node ${colour(region.device)}`, transform: `translate(${region.x} ${region.y})`, tabindex: -1, role: 'button',
-    'aria-label': `${region.name} on ${region.device}: ${operators(region)}`, 'data-region': region.name,
-  },
-  svg('rect', { class: 'box', x: left, y: top, width: BOX.width, height: BOX.height, rx: 6 }),
-  svg('rect', { class: 'tint', x: left, y: top, width: BOX.width, height: BOX.height, rx: 6 }),
-  svg('rect', { class: 'side', x: left, y: top, width: 6, height: BOX.height, rx: 3 }),
-  svg('text', { x: left + 12, y: -4 }, cut(title(region), 23)),
-  svg('text', { class: 'faint', x: left + 12, y: 11 }, cut(under, 27)),
-  share ? svg('rect', { class: 'share', x: left + 6, y: -top - 5, width: (BOX.width - 9) * share, height: 3 }) : null);
+  const under =
+    `${region.name.split('_')[0]} \u00b7 ${region.device}` +
+    (region.observed ? ` \u00b7 ${ms(region.observed.value)}` : '');
+  const node = svg(
+    'g',
+    {
+      class: `node ${colour(region.device)}`,
+      transform: `translate(${region.x} ${region.y})`,
+      tabindex: -1,
+      role: 'button',
+      'aria-label': `${region.name} on ${region.device}: ${operators(region)}`,
+      'data-region': region.name,
+    },
+    svg('rect', { class: 'box', x: left, y: top, width: BOX.width, height: BOX.height, rx: 6 }),
+    svg('rect', { class: 'tint', x: left, y: top, width: BOX.width, height: BOX.height, rx: 6 }),
+    svg('rect', { class: 'side', x: left, y: top, width: 6, height: BOX.height, rx: 3 }),
+    svg('text', { x: left + 12, y: -4 }, cut(title(region), 23)),
+    svg('text', { class: 'faint', x: left + 12, y: 11 }, cut(under, 27)),
+    share ? svg('rect', { class: 'share', x: left + 6, y: -top - 5, width: (BOX.width - 9) * share, height: 3 }) : null,
+  );
   tip(node, `${region.name}\n${operators(region)}`);
-  node.addEventListener('click', () => { if (!moved) choose(region.name, 'graph'); });
+  node.addEventListener('click', () => {
+    if (!moved) choose(region.name, 'graph');
+  });
   node.addEventListener('keydown', (event) => onNodeKey(event, region));
   nodes.set(region.name, node);
   return node;
@@ -118,8 +156,11 @@ function pan(x, y) {
 }
 function bringIntoView(name) {
   const { x, y } = regions.get(name);
-  const inside = x - BOX.width / 2 > view.x && x + BOX.width / 2 < view.x + view.width
-    && y - BOX.height / 2 > view.y && y + BOX.height / 2 < view.y + view.height;
+  const inside =
+    x - BOX.width / 2 > view.x &&
+    x + BOX.width / 2 < view.x + view.width &&
+    y - BOX.height / 2 > view.y &&
+    y + BOX.height / 2 < view.y + view.height;
   if (inside) return;
   view.x = x - view.width / 2;
   view.y = y - view.height / 2;
@@ -137,8 +178,11 @@ function onWheel(event) {
   if (!event.ctrlKey && !picture.contains(document.activeElement)) return; // the page scrolls then
   event.preventDefault();
   const box = picture.getBoundingClientRect();
-  zoom(Math.exp(Math.sign(event.deltaY) * 0.18), view.x + ((event.clientX - box.left) / box.width) * view.width,
-    view.y + ((event.clientY - box.top) / box.height) * view.height);
+  zoom(
+    Math.exp(Math.sign(event.deltaY) * 0.18),
+    view.x + ((event.clientX - box.left) / box.width) * view.width,
+    view.y + ((event.clientY - box.top) / box.height) * view.height,
+  );
 }
 function onMove(event) {
   const last = fingers.get(event.pointerId);
@@ -150,7 +194,8 @@ function onMove(event) {
   const before = fingers.size === 2 ? apart() : 0;
   fingers.set(event.pointerId, { x: event.clientX, y: event.clientY });
   if (before && apart()) zoom(before / apart());
-  else if (fingers.size === 1) pan((-dx * view.width) / picture.clientWidth, (-dy * view.height) / picture.clientHeight);
+  else if (fingers.size === 1)
+    pan((-dx * view.width) / picture.clientWidth, (-dy * view.height) / picture.clientHeight);
 }
 function listenToView() {
   picture.addEventListener('wheel', onWheel, { passive: false });
@@ -168,9 +213,14 @@ function listenToView() {
   picture.addEventListener('keydown', (event) => {
     const step = view.width / 10;
     const act = {
-      '+': () => zoom(0.8), '=': () => zoom(0.8), '-': () => zoom(1.25), 0: fit,
-      ArrowLeft: () => pan(-step, 0), ArrowRight: () => pan(step, 0),
-      ArrowUp: () => pan(0, -step), ArrowDown: () => pan(0, step),
+      '+': () => zoom(0.8),
+      '=': () => zoom(0.8),
+      '-': () => zoom(1.25),
+      0: fit,
+      ArrowLeft: () => pan(-step, 0),
+      ArrowRight: () => pan(step, 0),
+      ArrowUp: () => pan(0, -step),
+      ArrowDown: () => pan(0, step),
     }[event.key];
     if (!act || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
@@ -190,7 +240,9 @@ function search(text) {
   hits = [];
   hit = -1;
   for (const region of data.regions) {
-    const all = [region.name, region.device, region.partition, ...region.ops, ...region.nodes, ...region.outputs].join(' ').toLowerCase();
+    const all = [region.name, region.device, region.partition, ...region.ops, ...region.nodes, ...region.outputs]
+      .join(' ')
+      .toLowerCase();
     const found = words.length > 0 && words.every((word) => all.includes(word));
     nodes.get(region.name).classList.toggle('hit', found);
     nodes.get(region.name).classList.toggle('dim', words.length > 0 && !found);
@@ -221,42 +273,79 @@ listeners.push((name, from) => {
 function details(region) {
   const box = by('details');
   if (!region) {
-    box.replaceChildren(el('p', { class: 'muted' }, 'Choose a region: what it computes, what it costs on each device, and why it runs where it does.'));
+    box.replaceChildren(
+      el(
+        'p',
+        { class: 'muted' },
+        'Choose a region: what it computes, what it costs on each device, and why it runs where it does.',
+      ),
+    );
     return;
   }
   const row = (name, ...content) => [el('dt', {}, name), el('dd', {}, ...content)];
   const moved = traffic(region);
   const took = value(region.observed);
-  box.replaceChildren(...[
-    el('h3', {}, region.name),
-    el('p', {}, chip(region.device), ` in ${region.partition}`),
-    region.reason ? el('p', {}, region.reason) : null,
-    el('dl', {},
-      ...row('observed', ...figure(ms, region.observed)), ...row('timed', region.about),
-      ...(region.predicted ? row('predicted', ...figure(ms, region.predicted)) : []),
-      ...(region.energy ? row('energy', ...figure(mj, region.energy)) : []),
-      ...row('operations', count(region.operations)),
-      ...row('inputs', bytes(region.bytes_in)), ...row('outputs', bytes(region.bytes_out)),
-      ...row('weights', bytes(region.weights)),
-      ...row('intensity', moved && region.operations ? `${digits(region.operations / moved)} op/byte` : missing),
-      ...(took && region.operations ? row('reached', rate('op/s')(region.operations / took * 1e3)) : []),
-      ...row('values', region.outputs.join(', '))),
-    ...costs(region),
-    ...refusals(region),
-    el('h4', {}, 'Nodes'),
-    el('ul', {}, ...region.ops.map((op, at) => el('li', {}, op, ' ', el('code', { class: 'muted' }, region.nodes[at])))),
-  ].filter(Boolean));
+  box.replaceChildren(
+    ...[
+      el('h3', {}, region.name),
+      el('p', {}, chip(region.device), ` in ${region.partition}`),
+      region.reason ? el('p', {}, region.reason) : null,
+      el(
+        'dl',
+        {},
+        ...row('observed', ...figure(ms, region.observed)),
+        ...row('timed', region.about),
+        ...(region.predicted ? row('predicted', ...figure(ms, region.predicted)) : []),
+        ...(region.energy ? row('energy', ...figure(mj, region.energy)) : []),
+        ...row('operations', count(region.operations)),
+        ...row('inputs', bytes(region.bytes_in)),
+        ...row('outputs', bytes(region.bytes_out)),
+        ...row('weights', bytes(region.weights)),
+        ...row('intensity', moved && region.operations ? `${digits(region.operations / moved)} op/byte` : missing),
+        ...(took && region.operations ? row('reached', rate('op/s')((region.operations / took) * 1e3)) : []),
+        ...row('values', region.outputs.join(', ')),
+      ),
+      ...costs(region),
+      ...refusals(region),
+      el('h4', {}, 'Nodes'),
+      el(
+        'ul',
+        {},
+        ...region.ops.map((op, at) => el('li', {}, op, ' ', el('code', { class: 'muted' }, region.nodes[at]))),
+      ),
+    ].filter(Boolean),
+  );
 }
 
 function costs(region) {
   const known = Object.entries(region.costs).sort(([, a], [, b]) => a.value - b.value);
   if (!known.length) return [];
-  return [el('h4', {}, 'Cost alone on each device'), el('table', {}, el('tbody', {}, ...known.map(([name, cost]) => el('tr', {},
-    el('td', {}, chip(name), name === region.device ? ' \u2190 here' : ''), el('td', { class: 'n' }, ...figure(ms, cost))))))];
+  return [
+    el('h4', {}, 'Cost alone on each device'),
+    el(
+      'table',
+      {},
+      el(
+        'tbody',
+        {},
+        ...known.map(([name, cost]) =>
+          el(
+            'tr',
+            {},
+            el('td', {}, chip(name), name === region.device ? ' \u2190 here' : ''),
+            el('td', { class: 'n' }, ...figure(ms, cost)),
+          ),
+        ),
+      ),
+    ),
+  ];
 }
 
 function refusals(region) {
   const refused = Object.entries(region.refusals);
   if (!refused.length) return [];
-  return [el('h4', {}, 'Not taken by'), el('ul', {}, ...refused.map(([name, why]) => el('li', {}, el('b', {}, name), `: ${why}`)))];
+  return [
+    el('h4', {}, 'Not taken by'),
+    el('ul', {}, ...refused.map(([name, why]) => el('li', {}, el('b', {}, name), `: ${why}`))),
+  ];
 }

@@ -2,14 +2,17 @@
 if (location.hash === '#test') {
   const results = {};
   const click = (element) => element.dispatchEvent(new MouseEvent('click', { bubbles: true }));
-  const key = (element, name) => element.dispatchEvent(new KeyboardEvent('keydown', { key: name, bubbles: true, cancelable: true }));
+  const key = (element, name) =>
+    element.dispatchEvent(new KeyboardEvent('keydown', { key: name, bubbles: true, cancelable: true }));
   const first = data.regions[0];
   click(nodes.get(first.name));
-  results.details = by('details').querySelector('h3').textContent === first.name && rows.get(first.name).classList.contains('chosen');
+  results.details =
+    by('details').querySelector('h3').textContent === first.name && rows.get(first.name).classList.contains('chosen');
   const heads = by('table').tHead.rows[0].cells;
   click(heads[8].querySelector('button'));
   const work = [...by('table').tBodies[0].rows].map((row) => regions.get(row.dataset.region).operations ?? -1);
-  results.sorted = heads[8].getAttribute('aria-sort') === 'descending' && work.every((each, at) => !at || work[at - 1] >= each);
+  results.sorted =
+    heads[8].getAttribute('aria-sort') === 'descending' && work.every((each, at) => !at || work[at - 1] >= each);
   by('filter').value = first.name;
   filter();
   results.filtered = [...rows.values()].filter((row) => !row.hidden).length >= 1 && !rows.get(first.name).hidden;

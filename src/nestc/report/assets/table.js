@@ -19,15 +19,22 @@ const rows = new Map();
 const order = { column: null, up: true };
 
 function drawTable() {
-  const head = el('tr', {}, ...COLUMNS.map(([name, kind_], at) => {
-    const button = el('button', { type: 'button' }, name);
-    button.addEventListener('click', () => sortBy(at));
-    return el('th', { class: kind_ === 'n' ? 'n' : '', scope: 'col', 'aria-sort': 'none' }, button);
-  }));
+  const head = el(
+    'tr',
+    {},
+    ...COLUMNS.map(([name, kind_], at) => {
+      const button = el('button', { type: 'button' }, name);
+      button.addEventListener('click', () => sortBy(at));
+      return el('th', { class: kind_ === 'n' ? 'n' : '', scope: 'col', 'aria-sort': 'none' }, button);
+    }),
+  );
   by('table').tHead.append(head);
   for (const region of data.regions) {
-    const row = el('tr', { tabindex: -1, 'data-region': region.name },
-      ...COLUMNS.map(([, name, get, show_]) => el('td', { class: name }, show_(get(region)))));
+    const row = el(
+      'tr',
+      { tabindex: -1, 'data-region': region.name },
+      ...COLUMNS.map(([, name, get, show_]) => el('td', { class: name }, show_(get(region)))),
+    );
     row.addEventListener('click', () => choose(region.name, 'table'));
     const name = row.cells[0];
     const open = el('a', { href: '#graph' }, region.name);
@@ -75,8 +82,15 @@ function filter() {
     return known.length ? known.reduce((a, b) => a + b, 0) : null;
   };
   const sums = { Observed: ms, Share: percent, Predicted: ms, Energy: mj, Operations: count, Weights: bytes };
-  by('table').tFoot.replaceChildren(el('tr', {}, ...COLUMNS.map(([name, kind_, get], at) => el('td', { class: kind_ === 'n' ? 'n' : '' },
-    at === 0 ? 'Together' : sums[name] ? sums[name](sum(get)) : ''))));
+  by('table').tFoot.replaceChildren(
+    el(
+      'tr',
+      {},
+      ...COLUMNS.map(([name, kind_, get], at) =>
+        el('td', { class: kind_ === 'n' ? 'n' : '' }, at === 0 ? 'Together' : sums[name] ? sums[name](sum(get)) : ''),
+      ),
+    ),
+  );
 }
 listeners.push((name) => {
   for (const [region, row] of rows) row.classList.toggle('chosen', region === name);
