@@ -9,9 +9,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from nestc.errors import PlanError
-from nestc.partition.branch import sequence
+from nestc.partition.branch import fewest, sequence
 from nestc.partition.heft import upward
-from nestc.partition.network import Group, Network, busy, compiled, named, timeline, units_of
+from nestc.partition.network import Group, Network, busy, compiled, in_runs, named, timeline, units_of
 from nestc.partition.problem import Objective, Problem, Stage
 
 EXACT = 6
@@ -24,8 +24,9 @@ TRIES = 300
 def arrange(problem: Problem, assignment: Mapping[str, str], objective: Objective = "latency") -> tuple[Stage, ...]:
     """Stages, in an order in which they can run, for an assignment of tasks to units.
 
-    The best ones for the latency of up to `EXACT` tasks; else by list scheduling, after which neighbours on a unit are
-    merged where that is no cycle and makes nothing worse (a launch is saved, results of the first come later).
+    The best ones of up to `EXACT` tasks (energy depends on the assignment alone, so for it those of least latency).
+    Else by list scheduling, after which neighbours on a unit are merged where that is no cycle and makes nothing worse
+    (a launch is saved, results of the first come later).
     Raises PlanError if a task is not assigned, or to a unit that does not take it.
     """
     network = compiled(problem)
@@ -46,8 +47,9 @@ def arranged(
     network: Network, units: Sequence[int], objective: Objective = "latency", *, tries: int = TRIES
 ) -> tuple[Group, ...]:
     """The same by numbers; ``tries`` limits the effort."""
-    if objective == "latency" and len(units) <= EXACT and tries:
-        found = sequence(network, units, math.inf, deadline=time.monotonic() + 5.0)
+    if len(units) <= EXACT and tries:
+        way = fewest if objective == "throughput" else sequence
+        found = way(network, units, math.inf, deadline=time.thread_time() + 5.0)
         if found is not None:
             return found[0]
     candidates = [in_runs(network, units), harmless(network, listed(network, units))]
@@ -102,30 +104,6 @@ def listed(network: Network, units: Sequence[int]) -> tuple[Group, ...]:
             waiting[following] -= 1
             if not waiting[following]:
                 ready.add(following)
-    return tuple(groups)
-
-
-def in_runs(network: Network, units: Sequence[int]) -> tuple[Group, ...]:
-    """Few stages: a unit goes on as long as it has ready tasks, then the one with the most waiting work takes over."""
-    count = len(units)
-    waiting = [len({link.source for link in network.links_into[task]}) for task in range(count)]
-    ready: list[list[int]] = [[] for _ in network.units]
-    for task in range(count):
-        if not waiting[task]:
-            ready[units[task]].append(task)
-    groups: list[Group] = []
-    while any(ready):
-        # The earliest task waits longest.
-        unit = min((u for u in range(len(ready)) if ready[u]), key=lambda u: min(ready[u]))
-        tasks: list[int] = []
-        while ready[unit]:
-            task = ready[unit].pop()
-            tasks.append(task)
-            for following in {link.destination for link in network.links_from[task]}:
-                waiting[following] -= 1
-                if not waiting[following]:
-                    ready[units[following]].append(following)
-        groups.append((unit, tuple(sorted(tasks))))
     return tuple(groups)
 
 

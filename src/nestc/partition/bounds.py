@@ -14,6 +14,9 @@ import numpy as np
 from nestc.partition.labelling import Array, Factor, Labelling, minimise
 from nestc.partition.network import Link, Network
 
+TAKERS = 3
+"""Of a tensor, up to which it is told exactly which of them share a unit."""
+
 
 def along_paths(network: Network) -> list[Array]:
     """For every task [unit of task 0, unit of the task]: no sooner can its part of its stage be done.
@@ -108,8 +111,8 @@ def loads(network: Network, weights: Sequence[Sequence[float]], serial: Collecti
     No latency or period is less, if weights sum to 1: every resource is busy at most the whole time, hence any weighted
     mean of their work is no more than that. Tasks in ``serial`` come before or after every other (`segments.hubs`):
     while the stage of one runs nothing else does, so what it costs (its launch, work to send and receive included)
-    weighs 1. Shared work is counted at its least: a tensor that several tasks take is received in equal parts by each
-    (all may be in one stage), and sent in parts (the largest is no less than the mean). Launches are counted along one
+    weighs 1. Shared work is counted at its least (`_once`): a tensor is received once by all takers on one unit (they
+    may be of one stage) and sent once. Launches are counted along one
     path only: two runs of tasks on one unit with something else between them on the path cannot be one stage, as that
     would be cyclic.
     """
@@ -119,8 +122,7 @@ def loads(network: Network, weights: Sequence[Sequence[float]], serial: Collecti
     of = [ones if task in serial else per_unit for task in range(count)]
     launch = np.array(network.launch)
     takers = _takers(network)
-    receivers = Counter(link.tensor for link in network.links)
-    senders = receivers + Counter(border.tensor for border in network.outputs)
+    senders = Counter(link.tensor for link in network.links) + Counter(border.tensor for border in network.outputs)
     work: list[Array] = []
     for task, row in enumerate(network.cost):
         seconds = np.where(np.isinf(row), 0.0, row)
@@ -141,8 +143,8 @@ def loads(network: Network, weights: Sequence[Sequence[float]], serial: Collecti
     diagonal = np.eye(units, dtype=bool)
     for link in network.links:
         before, after = of[link.source], of[link.destination]
-        out = np.array(link.out)[None] * before[:, :, None] / senders[link.tensor]
-        table = out + np.array(link.into)[None] * after[:, None, :] / receivers[link.tensor]
+        # Sending costs the most of all ways, which is no less than their mean.
+        table = np.array(link.out)[None] * before[:, :, None] / senders[link.tensor]
         if any(link.gains):
             # Made by tasks of one stage, whose time weighs at most 1.
             table = table - diagonal[None] * (np.array(link.gains) * np.maximum(before, after))[:, None, :]
@@ -151,7 +153,47 @@ def loads(network: Network, weights: Sequence[Sequence[float]], serial: Collecti
             table = table + np.where(diagonal[None], 0.0, (launch * after)[:, None, :])
         if table.any():
             factors.append(Factor((link.source, link.destination, count), np.moveaxis(table, 0, -1)))
+    for links in _by_tensor(network):
+        tables = [np.array(link.into)[:, :, None] * of[link.destination].T[None] for link in links]
+        factors += [Factor((*scope, count), table) for scope, table in _once(links, tables)]
     return factors
+
+
+def _by_tensor(network: Network) -> list[list[Link]]:
+    # Links of one tensor, to different tasks.
+    found: dict[int, dict[int, Link]] = {}
+    for link in network.links:
+        found.setdefault(link.tensor, {}).setdefault(link.destination, link)
+    return [[links[task] for task in sorted(links)] for links in found.values()]
+
+
+def _once(links: Sequence[Link], tables: Sequence[Array]) -> list[tuple[tuple[int, ...], Array]]:
+    """What takers of a tensor pay, as tables over (source, takers) and more axes, if those on one unit pay once.
+
+    A taker pays unless one before it is on the same unit. Beyond `TAKERS` all pay an equal part instead, which is no
+    more.
+    """
+    if len(links) > TAKERS:
+        return [
+            ((link.source, link.destination), table / len(links))
+            for link, table in zip(links, tables, strict=True)
+            if table.any()
+        ]
+    found: list[tuple[tuple[int, ...], Array]] = []
+    for number, (link, table) in enumerate(zip(links, tables, strict=True)):
+        if not table.any():
+            continue
+        units = table.shape[0]
+        # Axes: source, the takers before this one, this one, the rest of the table.
+        full = table.reshape(units, *(1,) * number, *table.shape[1:])
+        own = np.arange(units).reshape(1, *(1,) * number, units, *(1,) * (table.ndim - 2))
+        for before in range(number):
+            other = np.arange(units).reshape(
+                1, *(units if b == before else 1 for b in range(number)), 1, *(1,) * (table.ndim - 2)
+            )
+            full = np.where(own == other, 0.0, full)
+        found.append(((link.source, *(each.destination for each in links[: number + 1])), full))
+    return found
 
 
 def _squeezed(factor: Factor) -> Factor:
@@ -159,12 +201,13 @@ def _squeezed(factor: Factor) -> Factor:
 
 
 def energy(network: Network) -> Labelling:
-    """The least joules of any placement; exact where each tensor goes to one task and the network is narrow.
+    """The least joules of any placement; exact where the network is narrow and no tensor has more than `TAKERS`."""
+    return minimise([len(network.units)] * len(network.tasks), joules(network))
 
-    A tensor with several takers is counted in equal parts, since all of them may be on one unit.
-    """
+
+def joules(network: Network) -> list[Factor]:
+    """Joules as factors over tasks, never more than they are."""
     takers = _takers(network)
-    receivers = Counter(link.tensor for link in network.links)
     cost = np.array(network.joules)
     cost[np.isinf(np.array(network.cost))] = np.inf
     for border in network.inputs:
@@ -172,11 +215,9 @@ def energy(network: Network) -> Labelling:
     for border in network.outputs:
         cost[border.task] += np.array(border.joules)
     factors = [Factor((task,), row) for task, row in enumerate(cost)]
-    for link in network.links:
-        table = np.array(link.joules) / receivers[link.tensor]
-        if table.any():
-            factors.append(Factor((link.source, link.destination), table))
-    return minimise([len(network.units)] * len(network.tasks), factors)
+    for links in _by_tensor(network):
+        factors += [Factor(*each) for each in _once(links, [np.array(link.joules) for link in links])]
+    return factors
 
 
 def longest_path(network: Network) -> list[int]:

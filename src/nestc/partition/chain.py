@@ -13,18 +13,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nestc.partition import bounds, latency
+from nestc.partition import bounds, latency, pipeline
 from nestc.partition.branch import Found
 from nestc.partition.labelling import Array
 from nestc.partition.network import Group, Network
 from nestc.partition.segments import Segment, segments
+
+FEW = 4
+"""Tasks up to which a segment is solved as quickly as it is bounded by loads."""
+
+PATIENCE = 0.5
+"""Seconds for a segment at first, before others have been tried."""
 
 
 @dataclass
 class Steps:
     """A segment's least times by (unit of head, unit of tail): bounds from below and above, and the stages found.
 
-    Axes without a hub have one entry.
+    Axes without a hub have one entry. ``weights`` of the resources that bound its load well, and units of its tasks
+    that balance them, to begin with.
     """
 
     network: Network
@@ -32,35 +39,39 @@ class Steps:
     tail: bool
     below: Array
     above: Array
+    weights: list[tuple[float, ...]]
+    balanced: list[list[int]]
     groups: dict[tuple[int, int], tuple[Group, ...]] = field(default_factory=dict[tuple[int, int], tuple[Group, ...]])
 
+    def gap(self, pair: tuple[int, int]) -> float:
+        """How far the bounds of a pair are apart."""
+        return float(self.above[pair] - self.below[pair])
+
     def solve(self, pair: tuple[int, int], seconds: float) -> None:
-        """Find the least time of one pair."""
+        """Find the least time of one pair; in no time at all, some time."""
+        last = len(self.network.tasks) - 1
         held: dict[int, int] = {}
         if self.head:
             held[0] = pair[0]
         if self.tail:
-            held[len(self.network.tasks) - 1] = pair[1]
+            held[last] = pair[1]
         network = self.network.only(held)
         # The stage of the head is launched in the segment before.
         launched = network.launch[pair[0]] if self.head else 0.0
-        if len(network.tasks) <= 4:
-            start = _first(network)
-        else:
-            start = latency.known(network, serial=tuple(held))
-        start = Found(start.groups, start.latency, min(max(start.bound, self.below[pair] + launched), start.latency))
-        found = latency.whole(network, start, serial=tuple(held), seconds=seconds)
-        bound = found.latency if found.exact else found.bound
-        self.below[pair] = max(self.below[pair], bound - launched)
-        self.above[pair] = found.latency - launched
-        self.groups[pair] = found.groups
-
-
-def _first(network: Network) -> Found:
-    # Something to begin with, for networks so small that branch and bound is done at once.
-    units = [allowed[0] for allowed in network.allowed]
-    groups, least = latency.cheapest(network, [units], 0)
-    return Found(groups, least, 0.0)
+        first = [allowed[0] for allowed in network.allowed]
+        likely = [[held.get(task, unit) for task, unit in enumerate(units)] for units in self.balanced]
+        middle = [
+            [unit if unit in allowed else allowed[0] for allowed in network.allowed] for unit in set(held.values())
+        ]
+        groups, least = latency.cheapest(network, [first, *likely, *middle], 0)
+        if self.above[pair] + launched < least:
+            groups, least = self.groups[pair], float(self.above[pair]) + launched
+        start = Found(groups, least, min(self.below[pair] + launched, least))
+        if seconds > 0:
+            start = latency.whole(network, start, weights=self.weights, serial=tuple(held), seconds=seconds)
+        self.below[pair] = max(self.below[pair], (start.latency if start.exact else start.bound) - launched)
+        self.above[pair] = start.latency - launched
+        self.groups[pair] = start.groups
 
 
 def solve(network: Network, hubs: Sequence[int], *, seconds: float) -> Found:
@@ -68,7 +79,7 @@ def solve(network: Network, hubs: Sequence[int], *, seconds: float) -> Found:
 
     The latency returned is the sum over segments; the caller times the stages as a whole.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.thread_time() + seconds
     parts = segments(network, hubs)
     tables: dict[tuple[object, ...], Steps] = {}
     steps: list[Steps] = []
@@ -77,18 +88,24 @@ def solve(network: Network, hubs: Sequence[int], *, seconds: float) -> Found:
         if key not in tables:
             tables[key] = _steps(part)
         steps.append(tables[key])
-    large = sum(len(table.network.tasks) > latency.SMALL for table in tables.values())
-    share = seconds / 2 / max(3 * large, 1)
+    spent: dict[tuple[int, tuple[int, int]], float] = {}
     while True:
         path, bound = _shortest([table.below for table in steps])
-        open_pairs = {
-            (id(table), pair): table for table, pair in zip(steps, path, strict=True) if pair not in table.groups
-        }
-        if not open_pairs:
+        _, total = _shortest([table.above for table in steps])
+        if total * (1 - 1e-9) <= bound:
             break
-        for (_, pair), table in open_pairs.items():
-            left = deadline - time.monotonic()
-            table.solve(pair, min(share, left) if left > 0 else 0.0)
+        # Of the steps on the path those not solved yet; if all are, those whose bounds are apart, with more patience.
+        places = {(id(table), pair): table for table, pair in zip(steps, path, strict=True)}
+        todo = [key for key, table in places.items() if key[1] not in table.groups]
+        left = deadline - time.thread_time()
+        if not todo:
+            todo = [key for key, table in places.items() if table.gap(key[1]) > 1e-9 * bound]
+            if left <= 0 or not todo:
+                break
+        for key in todo:
+            left = deadline - time.thread_time()
+            spent[key] = 4 * spent[key] if key in spent else PATIENCE
+            places[key].solve(key[1], max(min(spent[key], left), 0.0))
     chosen, total = _shortest([table.above for table in steps])
     groups = joined(parts, [table.groups[pair] for table, pair in zip(steps, chosen, strict=True)])
     return Found(groups, total, min(bound, total))
@@ -106,16 +123,18 @@ def _steps(part: Segment) -> Steps:
             [np.full(units, latency.longest([p[unit : unit + 1] for p in paths], network)) for unit in range(units)]
         )
     serial = [task for task, hub in ((0, part.head), (last, part.tail)) if hub]
-    if last > 1 or not part.tail:
-        keep = (0, last) if last else (0,)
-        load = bounds.least_load(network, bounds.weights(network.resources), serial, keep)
-        table = np.maximum(table, load if last else np.diag(load) + np.where(np.eye(units) > 0, 0.0, np.inf))
+    weights: list[tuple[float, ...]] = []
+    balanced: list[list[int]] = []
+    if last >= FEW:
+        balanced, _, best = pipeline.spread(network, serial, rounds=16)
+        weights = [*bounds.weights(network.resources), tuple(best)]
+        table = np.maximum(table, bounds.least_load(network, weights, serial, (0, last)))
     table = table - launch[:, None]
     if not part.head:
         table = table.min(axis=0, keepdims=True)
     if not part.tail:
         table = table.min(axis=1, keepdims=True)
-    return Steps(network, part.head, part.tail, table, np.full(table.shape, np.inf))
+    return Steps(network, part.head, part.tail, table, np.full(table.shape, np.inf), weights, balanced)
 
 
 def _shortest(tables: Sequence[Array]) -> tuple[list[tuple[int, int]], float]:

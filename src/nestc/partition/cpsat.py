@@ -138,7 +138,7 @@ class _Latency:
                     for u in set(here[task]) | set(here[other]):
                         a, b = here[task].get(u), here[other].get(u)
                         if a is None or b is None:
-                            model.add_implication(join, ~(a if a is not None else b))
+                            model.add_implication(join, ~(here[task][u] if u in here[task] else here[other][u]))
                         else:
                             model.add(a == b).only_enforce_if(join)
                     model.add(self.begin[other] >= self.end[task]).only_enforce_if(follows, ~join)
@@ -159,7 +159,7 @@ class _Latency:
             for u in {*self.on[a], *self.on[b]}:
                 first, second = self.on[a].get(u), self.on[b].get(u)
                 if first is None or second is None:
-                    self.model.add_implication(one, ~(first if first is not None else second))
+                    self.model.add_implication(one, ~(self.on[a][u] if u in self.on[a] else self.on[b][u]))
                 else:
                     self.model.add(first == second).only_enforce_if(one)
         return self.together[key]

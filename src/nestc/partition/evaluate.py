@@ -55,8 +55,8 @@ def _check_order(problem: Problem, stages: Sequence[Stage]) -> None:
         before, after = stage[source], stage[destination]
         if before > after:
             raise PlanError(
-                f"stage {after + 1} on {stages[after].unit!r} runs task {destination!r}, which needs {edge.tensor!r} of "
-                f"task {source!r} in the later stage {before + 1}; reorder the stages, or split one if they are cyclic"
+                f"stage {after + 1} on {stages[after].unit!r} runs task {destination!r}, which needs {edge.tensor!r} "
+                f"of task {source!r} in the later stage {before + 1}; reorder them, or split one if cyclic"
             )
         if before == after and place[source] >= place[destination]:
             raise PlanError(f"in stage {before + 1} task {destination!r} stands before {source!r}, which it needs")

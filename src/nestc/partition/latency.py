@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Sequence
 
-from nestc.partition import bounds, branch, cpsat
+from nestc.partition import bounds, branch, cpsat, pipeline
 from nestc.partition.arrange import arranged
 from nestc.partition.branch import Found
 from nestc.partition.heft import by_rank
@@ -16,19 +16,18 @@ SMALL = 12
 """Tasks up to which branch and bound is faster than CP-SAT."""
 
 
-def known(network: Network, *, serial: Collection[int] = (), tries: int = 40) -> Found:
+def known(network: Network, *, serial: Collection[int] = (), tries: int = 100) -> Found:
     """The best of what costs little to find, with a bound: all on one unit, HEFT, and the least weighted loads."""
-    assignments: list[list[int]] = [by_rank(network)]
-    for unit in range(len(network.units)):
-        if all(unit in allowed for allowed in network.allowed):
-            assignments.append([unit] * len(network.tasks))
-    bound = longest(bounds.along_paths(network), network)
-    for weight in bounds.weights(network.resources):
-        labelling = bounds.load(network, weight, serial)
-        bound = max(bound, labelling.bound)
-        assignments.append(labelling.labels)
-    groups, latency = cheapest(network, assignments, tries)
+    found, bound, _ = pipeline.spread(network, serial, rounds=16)
+    bound = max(bound, longest(bounds.along_paths(network), network))
+    groups, latency = cheapest(network, [by_rank(network), *alone(network), *found], tries)
     return Found(groups, latency, min(bound, latency))
+
+
+def alone(network: Network) -> list[list[int]]:
+    """Each unit that takes all tasks, taking them."""
+    units = [u for u in range(len(network.units)) if all(u in allowed for allowed in network.allowed)]
+    return [[unit] * len(network.tasks) for unit in units]
 
 
 def longest(paths: Sequence[Array], network: Network) -> float:
@@ -44,26 +43,33 @@ def longest(paths: Sequence[Array], network: Network) -> float:
 
 
 def cheapest(network: Network, assignments: Iterable[Sequence[int]], tries: int) -> tuple[tuple[Group, ...], float]:
-    """The stages of the assignment with the least latency among those that fit the memories, if any does."""
-    best: tuple[tuple[Group, ...], float] | None = None
+    """The stages of the assignment with the least latency among those that fit the memories, if any does.
+
+    With ``tries`` the best of them is arranged with that effort.
+    """
     distinct = list(dict.fromkeys(tuple(units) for units in assignments))
-    fitting = [units for units in distinct if network.fits(units)]
-    for units in fitting or distinct[:1]:
-        groups = arranged(network, units, tries=tries)
-        latency = timeline(network, groups)[2]
-        if best is None or latency < best[1]:
-            best = groups, latency
-    assert best is not None
-    return best
+    fitting = [units for units in distinct if network.fits(units)] or distinct[:1]
+    found = min((arranged(network, units, tries=0) for units in fitting), key=lambda g: timeline(network, g)[2])
+    if tries:
+        more = arranged(network, units_of(network, found), tries=tries)
+        found = min(found, more, key=lambda g: timeline(network, g)[2])
+    return found, timeline(network, found)[2]
 
 
-def whole(network: Network, start: Found, *, serial: Collection[int] = (), seconds: float) -> Found:
+def whole(
+    network: Network,
+    start: Found,
+    *,
+    weights: Sequence[Sequence[float]] = (),
+    serial: Collection[int] = (),
+    seconds: float,
+) -> Found:
     """Better than what is known, or proof that nothing is, as far as time allows."""
     count = len(network.tasks)
     if start.exact or not network.fits(units_of(network, start.groups)):
         return start
-    if count <= SMALL and not any(network.memory):
-        return branch.best(network, start, serial=serial, deadline=time.monotonic() + seconds)
+    if count <= SMALL:
+        return branch.best(network, start, weights=weights, serial=serial, deadline=time.thread_time() + seconds)
     if count <= cpsat.TASKS and cpsat.installed():
         return cpsat.best(network, start, seconds=seconds)
     return start

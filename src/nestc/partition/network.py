@@ -289,6 +289,29 @@ def joules(network: Network, units: Sequence[int]) -> float:
     return total + sum(moved.values())
 
 
+def in_runs(network: Network, units: Sequence[int]) -> tuple[Group, ...]:
+    """Few stages: a unit goes on as long as it has ready tasks, then that of the earliest ready task takes over."""
+    count = len(units)
+    waiting = [len({link.source for link in network.links_into[task]}) for task in range(count)]
+    ready: list[list[int]] = [[] for _ in network.units]
+    for task in range(count):
+        if not waiting[task]:
+            ready[units[task]].append(task)
+    groups: list[Group] = []
+    while any(ready):
+        unit = min((u for u in range(len(ready)) if ready[u]), key=lambda u: min(ready[u]))
+        tasks: list[int] = []
+        while ready[unit]:
+            task = ready[unit].pop()
+            tasks.append(task)
+            for following in {link.destination for link in network.links_from[task]}:
+                waiting[following] -= 1
+                if not waiting[following]:
+                    ready[units[following]].append(following)
+        groups.append((unit, tuple(sorted(tasks))))
+    return tuple(groups)
+
+
 def _by_task(borders: Iterable[Border], tasks: int) -> list[list[Border]]:
     found: list[list[Border]] = [[] for _ in range(tasks)]
     for border in borders:

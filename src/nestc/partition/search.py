@@ -42,7 +42,7 @@ def improve(
     while found:
         found = False
         for units in moves(network, best):
-            if tries <= 0 or time.monotonic() > deadline or least[0] <= goal:
+            if tries <= 0 or time.thread_time() > deadline or least[0] <= goal:
                 return best
             if not network.fits(units):
                 continue

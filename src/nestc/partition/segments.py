@@ -32,17 +32,15 @@ def hubs(network: Network) -> list[int]:
     When the stage of such a task begins, everything before it that is not in this stage has ended, and nothing after
     it can begin before the stage has ended: all tasks before are its ancestors, all after its descendants. So time
     before and after adds up. Those that no tensor passes over are taken, and where these leave parts of more than
-    `PART` tasks some that few tensors pass over (none with gains, which would couple both sides).
+    `PART` tasks some that few tensors pass over.
     """
     count = len(network.tasks)
     passing = _passing(network.links, count)
-    coupled = _passing([link for link in network.links if any(link.gains)], count)
     found: list[int] = []
     weak: list[int] = []
     for task in [*comparable(network), count]:
         if task < count and passing[task]:
-            if not coupled[task]:
-                weak.append(task)
+            weak.append(task)
             continue
         last = found[-1] if found else -1
         while task - last > PART and weak:
@@ -83,7 +81,8 @@ def segments(network: Network, hubs: Sequence[int]) -> list[Segment]:
     """The parts of a network between hubs; at least one.
 
     Left out of them, so that the sum of their least times bounds that of the whole from below: tensors that pass over
-    a hub, graph inputs that tasks of several segments take, and the way of outputs that the last segment does not make.
+    a hub (their gains are taken as made), graph inputs that tasks of several segments take, and the way of outputs that
+    the last segment does not make.
     """
     count = len(network.tasks)
     borders = [-1, *hubs, count]
@@ -126,6 +125,10 @@ def _segment(network: Network, first: int, end: int, *, last: bool) -> Segment:
     cost = [network.cost[task] for task in members]
     if head:
         cost[0] = tuple(0.0 if u in network.allowed[members[0]] else c for u, c in enumerate(cost[0]))
+    for at, task in enumerate(members):
+        passing = [link for link in network.links_into[task] if link.source not in inside] if task in here else []
+        for link in passing:
+            cost[at] = tuple(max(c - gain, 0.0) for c, gain in zip(cost[at], link.gains, strict=True))
     part = replace(
         network,
         # Memories bind the whole, so segments must not count them apart.

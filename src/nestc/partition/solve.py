@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterable, Sequence
 
 from nestc.errors import PlanError
-from nestc.partition import assign, bounds, chain, cpsat, latency, pipeline
+from nestc.partition import assign, bounds, branch, chain, cpsat, latency, pipeline
 from nestc.partition.arrange import arranged
 from nestc.partition.branch import Found
 from nestc.partition.evaluate import evaluate
 from nestc.partition.heft import by_rank
-from nestc.partition.network import Group, Network, compiled, joules, named, timeline, units_of
+from nestc.partition.network import Group, Network, compiled, in_runs, joules, named, timeline, units_of
 from nestc.partition.problem import Objective, Problem, Solution
 from nestc.partition.search import improve, measure, repaired
 from nestc.partition.segments import hubs
@@ -26,15 +26,16 @@ PROVEN = 1e-6
 def solve(problem: Problem, objective: Objective, *, time_limit: float = 30.0) -> Solution:
     """Stages that make the objective small, and how far from the least possible they can be.
 
-    ``time_limit`` seconds: exact methods that are not done by then give the best they found and its bound. Latency is
-    found by dynamic programming between hubs, throughput and energy over assignments; see `chain` and `assign`.
+    ``time_limit``: seconds of computing (of this thread, so that results do not depend on what else runs); methods
+    not done by then give the best they found and its bound. Latency is found by dynamic programming between
+    hubs (`chain`), throughput and energy over assignments (`assign`).
     Raises PlanError if a task has no unit, or no placement was found that the memories hold.
     """
     for task in problem.tasks:
         if not task.costs:
             raise PlanError(f"no unit takes task {task.name!r}; add a unit that does")
     network = compiled(problem)
-    deadline = time.monotonic() + 0.9 * time_limit
+    deadline = time.thread_time() + 0.9 * time_limit
     if not problem.tasks:
         return _solution(problem, network, (), objective, 0.0, "nothing to place")
     if objective == "latency":
@@ -74,7 +75,7 @@ def _latency(network: Network, deadline: float) -> tuple[tuple[Group, ...], floa
     value = start.latency
     fits = network.fits(units_of(network, best))
     if cuts and not _closed(value, bound):
-        found = chain.solve(network, cuts, seconds=0.6 * (deadline - time.monotonic()))
+        found = chain.solve(network, cuts, seconds=0.6 * (deadline - time.thread_time()))
         bound = max(bound, found.bound)
         least = timeline(network, found.groups)[2]
         if network.fits(units_of(network, found.groups)) and (least < value or not fits):
@@ -85,7 +86,11 @@ def _latency(network: Network, deadline: float) -> tuple[tuple[Group, ...], floa
         value = timeline(network, best)[2]
     if not _closed(value, bound):
         found = latency.whole(
-            network, Found(best, value, bound), serial=cuts, seconds=0.4 * (deadline - time.monotonic())
+            network,
+            Found(best, value, bound),
+            weights=bounds.weights(network.resources),
+            serial=cuts,
+            seconds=0.4 * (deadline - time.thread_time()),
         )
         bound = max(bound, found.bound)
         if found.latency < value:
@@ -125,8 +130,12 @@ def _throughput(network: Network, deadline: float) -> tuple[tuple[Group, ...], f
     best = min(options, key=value)
     best = arranged_better(network, best, "throughput")
     method = "weighted loads"
+    if len(network.tasks) <= latency.SMALL and not _closed(value(best)[0], bound):
+        found, bound = _small(network, best, value(best)[0], bound, "throughput", deadline)
+        if value(found) < value(best):
+            best, method = found, "branch and bound"
     if not _closed(value(best)[0], bound) and cpsat.installed():
-        seconds = 0.5 * (deadline - time.monotonic())
+        seconds = 0.5 * (deadline - time.thread_time())
         assigned = assign.best(network, "throughput", units_of(network, best), value(best)[0], bound, seconds=seconds)
         bound = max(bound, assigned.bound)
         if assigned.units is not None:
@@ -146,14 +155,32 @@ def arranged_better(network: Network, groups: tuple[Group, ...], objective: Obje
     return min([groups, arranged(network, units_of(network, groups), objective)], key=value)
 
 
+def _small(
+    network: Network, groups: tuple[Group, ...], value: float, bound: float, objective: Objective, deadline: float
+) -> tuple[tuple[Group, ...], float]:
+    # Stages and bound by branch and bound, in half the time left.
+    now = time.thread_time()
+    found = branch.best(
+        network,
+        Found(groups, value, bound),
+        objective=objective,
+        weights=bounds.weights(network.resources),
+        deadline=now + 0.5 * (deadline - now),
+    )
+    return found.groups, found.bound
+
+
 def _energy(network: Network, deadline: float) -> tuple[tuple[Group, ...], float, str]:
     labelling = bounds.energy(network)
     bound = labelling.bound
     options = _candidates(network, [labelling.labels])
     units = min(options, key=lambda each: joules(network, each))
     method = "dynamic programming over tasks"
+    if len(network.tasks) <= latency.SMALL and not _closed(joules(network, units), bound):
+        groups, bound = _small(network, in_runs(network, units), joules(network, units), bound, "energy", deadline)
+        units, method = units_of(network, groups), "branch and bound"
     if not _closed(joules(network, units), bound) and cpsat.installed():
-        seconds = 0.5 * (deadline - time.monotonic())
+        seconds = 0.5 * (deadline - time.thread_time())
         found = assign.best(network, "energy", units, joules(network, units), bound, seconds=seconds)
         bound = max(bound, found.bound)
         if found.units is not None and joules(network, found.units) < joules(network, units):
