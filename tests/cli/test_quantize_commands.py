@@ -176,3 +176,33 @@ def test_a_reader_that_has_left_is_no_error(unbuffered: str) -> None:
     with os.fdopen(written, "wb") as stdout:
         done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_formats_that_targets_ask_for(nestc, mlp: Path, tmp_path: Path) -> None:
+    result = nestc(
+        "quantize", str(mlp), "--scheme", "devices", "--target", "aim", "--json", "-o", str(tmp_path / "q.onnx")
+    )
+    assert result.status == 0, result.err
+    report = json.loads(result.out)
+    assert report["scheme"] == "devices" and report["quantized_ops"] == {"Gemm": 1}
+    (gemm,) = (each for each in report["reasons"].values() if each["op"] == "Gemm")
+    assert gemm["scheme"] == "bf16" and "; for aim, " in gemm["reason"] and gemm["reason"].endswith(" us modelled")
+    shown = nestc("explain", str(mlp), "--quantize", "devices", "--target", "aim")
+    assert shown.status == 0 and "; for aim, " in shown.out and "aim takes 1 regions" in shown.out
+    bundle = tmp_path / "m.nest"
+    made = nestc("compile", str(mlp), "--quantize", "devices", "--target", "aim", "-o", str(bundle), "--json")
+    assert made.status == 0 and "aim" in {part["device"] for part in json.loads(made.out)["partitions"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scheme", "devices"], "name them (--target vta)"),
+        (["--scheme", "device"], "did you mean 'devices'?"),
+        (["--scheme", "bf16", "--target", "aim"], "targets are for the schemes devices and auto"),
+        (["--scheme", "devices:float", "--target", "cpu"], "nothing to change"),
+    ],
+)
+def test_targets_and_schemes_that_do_not_fit(nestc, mlp: Path, arguments: list[str], message: str) -> None:
+    result = nestc("quantize", str(mlp), *arguments)
+    assert result.status != 0 and message in " ".join(result.err.split())
