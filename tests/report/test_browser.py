@@ -50,7 +50,7 @@ def opened(data: ReportData, folder: Path, part: str = "") -> Dom:
     save(data, folder / "r.html")
     address = (folder / "r.html").as_uri() + part
     command = [CHROMIUM, *OPTIONS, f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", address]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
     dom = Dom(result.stdout)
     (page,) = dom.find("html")
     assert "data-error" not in page, page["data-error"]

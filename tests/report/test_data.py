@@ -13,6 +13,7 @@ import pytest
 import nestc
 from nestc.bundle.schema import DeviceSpec
 from nestc.errors import BundleError
+from nestc.partition.plan import PlannedSplit
 from nestc.report import AccuracyData, collect
 from nestc.report.observe import Spent, region_times
 from nestc.report.schema import Figure, together, total
@@ -70,11 +71,12 @@ def test_partitions_and_devices(played: Make) -> None:
 
 
 def test_latency_energy_and_bound(played: Make) -> None:
-    data = collect(played(optimal=True))
+    data = collect(played(optimal=True, splits=(PlannedSplit("conv", (3, 1)),)))
     assert data.latency == Figure(pytest.approx(0.055), "measured + modelled + estimated")
     assert data.energy == Figure(pytest.approx(3e-3), "modelled + estimated") and data.energy_without == ("cpu",)
     assert data.predicted == Figure(0.05, "measured + modelled")
     assert data.lower_bound is not None and data.lower_bound.value == 0.045 and data.optimal
+    assert data.splits == {"conv": (3, 1)} and data.single_device_ms == {"cpu": 0.11}
 
 
 def test_energies_of_regions(played: Make, on_cpu: nestc.Executable) -> None:

@@ -83,6 +83,7 @@ def collect(
         predicted_energy=None if plan.predicted_mj is None else Figure(plan.predicted_mj, "estimated"),
         single_device_ms=dict(plan.single_device_ms),
         fallback_ops=executable.fallback_ops,
+        splits={each.node: each.channels for each in plan.splits},
         devices=_devices(bundle, plan, partitions, executable.threads),
         regions=_regions(graph, bundle, plan, works, _region_times(graph, bundle, partitions, rows), drawing),
         partitions=partitions,

@@ -162,7 +162,8 @@ class ReportData:
     """A report. Times in milliseconds, energies in millijoules unless a name says otherwise.
 
     ``energy`` is without the devices of ``energy_without``, of which neither a simulator nor a power tells it.
-    ``timelines``: one inference, and perhaps several requests in flight.
+    ``timelines``: one inference, and perhaps several requests in flight. ``splits``: by node, the output channels of
+    the parts that an operator is computed in.
     """
 
     model: str
@@ -182,6 +183,7 @@ class ReportData:
     predicted_energy: Figure | None
     single_device_ms: Mapping[str, float]
     fallback_ops: Mapping[str, int]
+    splits: Mapping[str, tuple[int, ...]]
     devices: tuple[DeviceData, ...]
     regions: tuple[RegionData, ...]
     partitions: tuple[PartitionData, ...]

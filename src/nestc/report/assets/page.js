@@ -101,6 +101,9 @@ function drawOverview() {
   }
   const kept = Object.entries(data.fallback_ops);
   if (kept.length) notes.push(`Interpreted, not compiled: ${kept.map(([op, many]) => `${op} ${many}`).join(', ')}.`);
+  for (const [node, channels] of Object.entries(data.splits)) {
+    notes.push(`Split by output channels, so that several devices can share it: ${node}, ${channels.join(' and ')}.`);
+  }
   by('notes').replaceChildren(...notes.map((text) => el('p', {}, text)));
   by('legend').replaceChildren(
     ...data.devices.map((device) =>
