@@ -29,6 +29,8 @@ from nestc.runtime.aim.newton import matrix_vector, simulate_newton
 from nestc.runtime.aim.simulate import Machine
 from nestc.runtime.aim.timing import simulate_timing
 from nestc.targets.aim.compiler import Program, compile_layers, without_host
+from nestc.targets.aim.cost import element_ticks
+from nestc.targets.aim.elementwise import Elementwise, Step
 from nestc.targets.aim.emit import Addresses, emit
 from nestc.targets.aim.layer import MatrixVector
 from nestc.targets.aim.lower import lower
@@ -231,6 +233,35 @@ def net_table(
     return rows
 
 
+def elements_table(machine: AimMachine, tell: Tell) -> list[dict[str, Any]]:
+    """Sums and products of values, element by element: ticks with the host's accesses to registers."""
+    forms: dict[str, tuple[tuple[Step, ...], tuple[str, ...], tuple[str, ...]]] = {
+        "a + b": ((Step("add", "a", "b", "y"),), ("a", "b"), ()),
+        "a * b": ((Step("mul", "a", "b", "y"),), ("a", "b"), ()),
+        "a * constant": ((Step("mul", "a", "k", "y"),), ("a",), ("k",)),
+        "a * b + c * d": (
+            (Step("mul", "a", "b", "p"), Step("mul", "c", "d", "q"), Step("add", "p", "q", "y")),
+            ("a", "b", "c", "d"),
+            (),
+        ),
+    }
+    sizes = (768, 4096, 32768)
+    tell(f"\nelement by element, ticks (simulated)\n{'':18}" + "".join(f"{size:>10,}" for size in sizes))
+    rows: list[dict[str, Any]] = []
+    for name, (steps, inputs, constants) in forms.items():
+        found = {
+            size: element_ticks(
+                Elementwise(name, steps, inputs, {k: np.zeros(size, np.float32) for k in constants}, ("y",), size),
+                "bfloat16",
+                machine,
+            )
+            for size in sizes
+        }
+        tell(f"{name:18}" + "".join(f"{ticks:10,}" for ticks in found.values()))
+        rows.append({"name": name, "ticks": found})
+    return rows
+
+
 def _shape(name: str) -> tuple[int, int]:
     rows, cross, k = name.partition("x")
     if not cross or not rows.isdigit() or not k.isdigit() or not int(rows) or not int(k):
@@ -267,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in sizes:
             _shape(name)
         answer: dict[str, Any] = {"micro": micro(tell), "gemv": gemv_table(sizes, machine, not options.no_check, tell)}
+        answer["elements"] = elements_table(machine, tell)
         answer["nets"] = (
             net_table(names, f"aim:machine={options.machine}", options.threads, skipped, tell) if names else []
         )

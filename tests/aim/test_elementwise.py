@@ -17,6 +17,7 @@ from onnx import TensorProto
 import nestc
 from nestc.bundle.artifact import Artifact
 from nestc.errors import BundleError, TargetError
+from nestc.graph.region import Op, Region, TensorType
 from nestc.runtime.aim.commands import EwAdd, EwMul, RdSbk, ReadGpr, Sync, WrSbk
 from nestc.runtime.aim.device import BANKS, AimDevice
 from nestc.runtime.aim.machine import AimMachine, preset
@@ -99,23 +100,24 @@ def layers(draw: st.DrawFn) -> Elementwise:
 def test_any_steps_are_those_of_16_bit_arithmetic(
     layer: Elementwise, number: str, channels: int, groups: int, data: st.DataObject
 ) -> None:
-    """Also in several chunks, beside a matrix with constants in registers, and a second time."""
+    """Also in several chunks, beside a matrix with constants in registers, and beside the same with other constants."""
     machine = replace(small(channels, data.draw(st.integers(1, 6)), groups), gprs=data.draw(st.integers(60, 200)))
     weights = np.ones((machine.banks, machine.lanes), np.float32)
     product = MatrixVector("p", weights, np.ones(machine.banks, np.float32), None, "x", "y")
     with_product = data.draw(st.booleans())
+    other = replace(layer, name="b", constants={name: -values for name, values in layer.constants.items()})
     try:
         program = compile_layers(
-            [product] if with_product else [], machine, number, lambda *_: Chosen(1), [layer, replace(layer, name="b")]
+            [product] if with_product else [], machine, number, lambda *_: Chosen(1), [layer, other]
         )
     except TargetError as problem:
         assert "registers" in str(problem) or "do not hold" in str(problem)
         return
     generator = np.random.default_rng(layer.elements)
     inputs = {name: generator.standard_normal(layer.elements).astype(np.float32) for name in layer.inputs}
-    wanted = expected(layer, inputs, number)
     for launch in program.elements:
         require_legal(launch, machine)
+        wanted = expected(launch.layer, inputs, number)
         found = run(launch, program, machine, number, inputs)
         for name, values in zip(layer.outputs, found, strict=True):
             np.testing.assert_array_equal(values, wanted[name].astype(np.float32))
@@ -265,6 +267,33 @@ def test_numbers_that_are_rounded_on_request() -> None:
     assert "which the scheme bf16 leaves as it is" in plain.plan.explain()
 
 
+def test_casts_between_steps_are_nothing_in_the_memory() -> None:
+    """bfloat16 that is widened, multiplied and added in float32, and narrowed after each: one launch, same bits."""
+    net = Net()
+    a, b = (net.input((3, 50), TensorProto.BFLOAT16) for _ in range(2))
+
+    def wide(name: str) -> str:
+        return net.node("Cast", name, to=TensorProto.FLOAT)
+
+    def narrow(name: str) -> str:
+        return net.node("Cast", name, to=TensorProto.BFLOAT16)
+
+    product = narrow(net.node("Mul", wide(a), wide(b)))
+    total = net.node("Add", wide(product), wide(a))
+    seen = net.node("Tanh", wide(product))  # the host needs the product, too
+    model = net.float_model(wide(narrow(total)), seen)
+    generator = np.random.default_rng(5)
+    x = {name: generator.standard_normal((3, 50)).astype(BFLOAT16) for name in (a, b)}
+    executable = nestc.compile(model, targets=["aim"])
+    found = list(executable.run(x).values())
+    wanted = x[a] * x[b]
+    np.testing.assert_array_equal(found[0].astype(np.float32), (wanted + x[a]).astype(np.float32))
+    np.testing.assert_allclose(found[1], np.tanh(wanted.astype(np.float32)), rtol=1e-6)
+    (artifact,) = aim_parts(executable)
+    launches = [step for step in artifact.metadata["steps"] if step["kind"] == "elements"]
+    assert launches[0]["sources"] == [a, b] and len(launches) <= 2
+
+
 def test_a_gated_unit_beside_its_matrices() -> None:
     net = Net()
     x = net.input((1, 64), HALF)
@@ -303,6 +332,22 @@ def region_of(*ops: tuple[str, int, int], dtype: int = HALF, shape: tuple[int, .
 def test_regions_that_are_refused(region: Any, words: str) -> None:
     with pytest.raises(Refused, match=words):
         read_elements(region)
+
+
+def test_steps_of_another_shape_are_another_launch() -> None:
+    """The result of the first is broadcast by the host."""
+    types = {name: TensorType("float16", (1, 8)) for name in ("a", "b", "p")}
+    types |= {name: TensorType("float16", (3, 8)) for name in ("c", "s", "t")}
+    ops = (
+        Op("Mul", ("a", "b"), ("p",)),
+        Op("Add", ("p", "c"), ("s",)),
+        Op("Mul", ("s", "c"), ("t",)),
+    )
+    first, second = read_elements(Region("r", None, ops, ("a", "b", "c"), ("t",), types, {}))
+    assert first.layer is not None and second.layer is not None
+    assert (first.shape, first.layer.outputs, first.layer.elements) == ((1, 8), ("p",), 8)
+    assert (second.shape, second.layer.inputs, second.layer.elements) == ((3, 8), ("p", "c"), 24)
+    assert [step.op for step in second.layer.steps] == ["add", "mul"] and first.layer.name != second.layer.name
 
 
 def test_the_format_must_be_that_of_the_machine() -> None:

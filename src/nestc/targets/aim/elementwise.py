@@ -192,8 +192,7 @@ class _Registers:
         else:
             to = places[chosen]
         self.done.append(Action("add", to, places[1 - chosen]))
-        self.home = {name: slot for name, slot in self.home.items() if slot != to}
-        self.home[step.result] = to
+        self.home[step.result] = to  # the value that was there is released
 
     def bring(self, name: str) -> int:
         """The slot of a value, which is filled if it is not there."""

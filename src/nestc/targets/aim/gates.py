@@ -77,6 +77,8 @@ class _Reader:
         self.constants: dict[str, Array] = {}
         self.before: tuple[Elementwise | None, tuple[int, ...]] = (None, ())
         self.open: _Open | None = None
+        self.same: dict[str, str] = {}
+        """The value that a Cast gives another type, by what it makes, where the numbers stay the same."""
         if not any(op.op_type in STEPS for op in region.ops):
             raise Refused("the region has no product or sum of two values, and AiM does nothing else without a matrix")
         self.number = self.format()
@@ -101,7 +103,9 @@ class _Reader:
         for op in self.region.ops:
             if op.op_type not in OPERATORS or op.domain or len(op.outputs) != 1:
                 raise Refused(f"{op.op_type} (node {op.name!r}) is not among what AiM computes element by element")
-            if self.in_memory(op):
+            if self.only_another_type(op):
+                self.same[op.outputs[0]] = self.same.get(op.inputs[0], op.inputs[0])
+            elif self.in_memory(op):
                 self.step(op)
             else:
                 self.on_host(op)
@@ -126,6 +130,20 @@ class _Reader:
         if not 1 <= prod(result.shape) <= MOST_ELEMENTS or not self.narrow_result(op.outputs[0]):
             return False
         return all(self.narrow(name) for name in op.inputs)
+
+    def only_another_type(self, op: Op) -> bool:
+        """Whether an operator is a Cast of numbers of 16 bits that only steps in the memory read, where they are such
+        numbers in whatever type."""
+        name = op.inputs[0]
+        if op.op_type != "Cast" or op.outputs[0] in self.region.outputs or name in self.region.constants:
+            return False
+        maker = next((each for each in self.region.ops if name in each.outputs), None)
+        if not self.narrow(name) and (maker is None or not self.in_memory(maker)):
+            return False
+        if self.region.types[op.outputs[0]].dtype not in (self.number, "float32"):
+            return False
+        users = [each for each in self.region.ops if op.outputs[0] in each.inputs]
+        return all(self.in_memory(each) or self.only_another_type(each) for each in users)
 
     def narrow(self, name: str) -> bool:
         """Whether a value has 16 bits, in whatever type it comes, or may be rounded."""
@@ -158,7 +176,8 @@ class _Reader:
             array = self.region.constant(name)
             if array is not None and name not in self.open.constants:
                 self.open.constants[name] = np.broadcast_to(array.astype(np.float32), shape).reshape(-1)
-        self.open.steps.append(Step(STEPS[op.op_type], op.inputs[0], op.inputs[1], op.outputs[0]))
+        left, right = (self.same.get(name, name) for name in op.inputs)
+        self.open.steps.append(Step(STEPS[op.op_type], left, right, op.outputs[0]))
         self.open.origin.append(f"{op.op_type}:{op.name}")
 
     def on_host(self, op: Op) -> None:
@@ -182,7 +201,8 @@ class _Reader:
         names = [name for step in made.steps for name in (step.left, step.right)]
         inputs = dict.fromkeys(n for n in names if n not in inside and n not in made.constants)
         own = {step.result for step in made.steps}
-        used = {name for op in self.region.ops if op.outputs[0] not in own for name in op.inputs}
+        others = [op for op in self.region.ops if op.outputs[0] not in own and not self.only_another_type(op)]
+        used = {self.origin(name) for op in others for name in op.inputs}
         outputs = [name for name in inside if name in used or name in self.region.outputs]
         stem = f"{self.region.name}.{sum(part.layer is not None for part in self.parts)}"
         layer = Elementwise(
@@ -195,6 +215,11 @@ class _Reader:
             origin=tuple(made.origin),
         )
         self.before = (layer, made.shape)
+
+    def origin(self, name: str) -> str:
+        """What a value is before Casts that only give it another type, of all the region's operators."""
+        op = next((op for op in self.region.ops if name in op.outputs), None)
+        return self.origin(op.inputs[0]) if op is not None and self.only_another_type(op) else name
 
     def flush(self) -> None:
         """Hand out the last layer, and what the host does after it."""
