@@ -83,9 +83,9 @@ def evaluate(problem: Problem, stages: Sequence[Stage]) -> Evaluation:
 class Pipelined:
     """What several requests in flight cost.
 
-    ``period``: seconds a request in the steady state (over the second half of them); ``latency``: the mean seconds
-    from a request's arrival to its last output, over the same; ``makespan``: when the last one has ended; ``busy``:
-    seconds a request by resource; ``times``: when each stage of each request runs.
+    ``period``: seconds a request in the steady state; ``latency``: the mean seconds from a request's arrival to its
+    last output, of the second half of them; ``makespan``: when the last one has ended; ``busy``: seconds a request by
+    resource; ``times``: when each stage of each request runs, in the order of their begin.
     """
 
     period: float
@@ -107,7 +107,7 @@ def pipelined(problem: Problem, stages: Sequence[Stage], requests: int, in_fligh
     check(problem, stages)
     network = net.compiled(problem)
     groups = net.grouped(network, stages)
-    needs, previous = _needs(network, groups)
+    needs = _needs(network, groups)
     units = net.units_of(network, groups)
     took = [net.seconds(network, units, group) for group in groups]
     after = [
@@ -118,35 +118,40 @@ def pipelined(problem: Problem, stages: Sequence[Stage], requests: int, in_fligh
     ends: dict[tuple[int, int], float] = {}
     arrived = dict.fromkeys(range(min(in_flight, requests)), 0.0)
     ended = [0.0] * requests
-    waiting = {request: list(range(len(groups))) for request in arrived}
+    # Stages by resource: of each request only the first that has not begun can be next there.
+    queues = [
+        [n for n, (unit, _) in enumerate(groups) if network.resource[unit] == r] for r in range(network.resources)
+    ]
+    begun = {request: [0] * len(queues) for request in arrived}
     times: list[Timed] = []
-    while waiting:
+    while begun:
         ready: list[tuple[float, int, int]] = []
-        for request, numbers in waiting.items():
-            for number in numbers:
-                before = previous[number]
-                if (before is not None and (request, before) not in ends) or any(
-                    (request, source) not in ends for source, _ in needs[number]
-                ):
+        for request, positions in begun.items():
+            for resource, (queue, position) in enumerate(zip(queues, positions, strict=True)):
+                if position == len(queue):
                     continue
-                begin = max(arrived[request], free[network.resource[groups[number][0]]])
-                begin = max([begin, *(ends[request, source] + wire for source, wire in needs[number])])
-                ready.append((begin, request, number))
+                number = queue[position]
+                if all((request, source) in ends for source, _ in needs[number]):
+                    arrivals = (ends[request, source] + wire for source, wire in needs[number])
+                    ready.append((max([arrived[request], free[resource], *arrivals]), request, number))
         begin, request, number = min(ready)
+        resource = network.resource[groups[number][0]]
         end = begin + took[number]
-        ends[request, number] = end
-        free[network.resource[groups[number][0]]] = end
+        ends[request, number] = free[resource] = end
         times.append(Timed(number, request, begin, end))
         ended[request] = max(ended[request], end + after[number])
-        waiting[request].remove(number)
-        if not waiting[request]:
-            del waiting[request]
+        begun[request][resource] += 1
+        if sum(begun[request]) == len(groups):
+            del begun[request]
             following = request + in_flight
             if following < requests:
                 arrived[following] = ended[request]
-                waiting[following] = list(range(len(groups)))
+                begun[following] = [0] * len(queues)
+    # Filling and draining are left out: the first half, and what ends while nothing more arrives.
     half = requests // 2
-    steady = (max(ended) - max(ended[:half])) / (requests - half) if half else ended[0]
+    last = max(requests - in_flight, half + 1) if half else 1
+    moments = sorted(ended)
+    steady = (moments[last - 1] - (moments[half - 1] if half else 0.0)) / (last - half)
     names = dict.fromkeys(unit.resource for unit in problem.units)
     return Pipelined(
         period=steady,
@@ -157,13 +162,11 @@ def pipelined(problem: Problem, stages: Sequence[Stage], requests: int, in_fligh
     )
 
 
-def _needs(network: Network, groups: Sequence[Group]) -> tuple[list[list[tuple[int, float]]], list[int | None]]:
-    # For each stage: the stages it waits for with the seconds on the way, and the one before it on its resource.
+def _needs(network: Network, groups: Sequence[Group]) -> list[list[tuple[int, float]]]:
+    # For each stage: the stages it waits for, with the seconds on the way.
     where = {task: number for number, (_, tasks) in enumerate(groups) for task in tasks}
     units = net.units_of(network, groups)
     needs: list[list[tuple[int, float]]] = []
-    previous: list[int | None] = []
-    last: dict[int, int] = {}
     for number, (unit, tasks) in enumerate(groups):
         found: dict[int, float] = {}
         for task in tasks:
@@ -173,6 +176,4 @@ def _needs(network: Network, groups: Sequence[Group]) -> tuple[list[list[tuple[i
                     wire = link.wire[units[link.source]][unit]
                     found[source] = max(found.get(source, 0.0), wire)
         needs.append(list(found.items()))
-        previous.append(last.get(network.resource[unit]))
-        last[network.resource[unit]] = number
-    return needs, previous
+    return needs
