@@ -178,7 +178,8 @@ class Plan:
         and if the format is another one.
         """
         if data.get("format") != FORMAT:
-            raise PlanError(f"{where} is of format {data.get('format')!r}; this version reads format {FORMAT}")
+            found = data.get("format")
+            raise PlanError(f"{where} is of format {found!r}; this version reads format {FORMAT}: make it again")
         return cast(Plan, _build(Plan, {key: value for key, value in data.items() if key != "format"}, where))
 
     def save(self, path: str | os.PathLike[str]) -> None:
