@@ -30,9 +30,9 @@ VENDORS = ("onnxruntime", "openvino")
 RNG = np.random.default_rng(6)
 
 
-def net(text: str, **constants: np.ndarray) -> onnx.ModelProto:
+def net(text: str, opset: int = 21, **constants: np.ndarray) -> onnx.ModelProto:
     """A model of ONNX's text form, with these initializers."""
-    model = parse_model(f'<ir_version: 10, opset_import: ["": 21]> {text}')
+    model = parse_model(f'<ir_version: 10, opset_import: ["": {opset}]> {text}')
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
     return model
 
@@ -79,12 +79,21 @@ LOOKUP = net(
     table=normal(32, 8), scale=normal(8), bias=normal(8),
 )  # fmt: skip
 HALF = net("g (float16[4,6] x) => (float16[4,5] y) { m = MatMul(x, w) y = Relu(m) }", w=normal(6, 5).astype(np.float16))
+POOL = net(
+    "g (float[1,2,7,7] x) => (float[1,2,4,4] y) { y = MaxPool<kernel_shape=[3,3], strides=[2,2], ceil_mode=1>(x) }"
+)
+MASK = net(
+    "g (int64[2,5] m, float[2,5] x) => (float[2,5] y) { c = Cast<to=1>(m) d = Mul(c, big) y = Add(x, d) }",
+    big=np.float32(-1e4),
+)
 
 NETS = {
     "convolution": (CONV, [normal(1, 3, 16, 16)], 1e-4),
     "attention": (ATTENTION, [normal(2, 6, 8), normal(2, 6, 8)], 1e-4),
     "number": (TOTAL, [normal(3, 5)], 1e-4),
     "indices": (LOOKUP, [RNG.integers(0, 32, (2, 4))], 1e-4),
+    "pool": (POOL, [normal(1, 2, 7, 7)], 0),
+    "mask": (MASK, [RNG.integers(0, 2, (2, 5)), normal(2, 5)], 1e-5),
     "float16": (HALF, [normal(4, 6).astype(np.float16)], 1e-2),
 }
 
@@ -156,6 +165,36 @@ def test_openvino_leaves_sizes_known_only_at_run_time_to_others() -> None:
 def test_what_a_runtime_cannot_do_is_refused_in_words(vendor: str, text: str, said: str) -> None:
     found = refusal(net(text), vendor)
     assert found is not None and said in found
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_what_is_newer_than_the_operator_set_is_refused(vendor: str) -> None:
+    found = refusal(net("g (float16[4] x) => (float16[4] y) { y = Celu(x) }", opset=28), vendor)
+    assert found == "an operator, an attribute or an element type is newer than ONNX's operator set 24"
+
+
+POOLS = {
+    # The last window would begin in the padding: ONNX leaves it out, OpenVINO does not.
+    "in the padding": ("float[1,1,2,2] x", "float[1,1,1,1] y", "kernel_shape=[1,1], strides=[2,2], pads=[0,0,1,1]"),
+    "in the picture": ("float[1,1,4,4] x", "float[1,1,2,2] y", "kernel_shape=[3,3], strides=[2,2]"),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_openvino_takes_pools_whose_windows_begin_in_the_picture(name: str) -> None:
+    source, result, attributes = POOLS[name]
+    found = refusal(net(f"g ({source}) => ({result}) {{ y = MaxPool<{attributes}, ceil_mode=1>(x) }}"), "openvino")
+    assert (found is None) == (name == "in the picture")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "taken"),
+    [("int64", "float", True), ("float", "uint8", True), ("int32", "int8", False), ("uint8", "int32", True)],
+)
+def test_openvino_casts_where_nothing_saturates(source: str, target: str, taken: bool) -> None:
+    kind = onnx.TensorProto.DataType.Value(target.upper())
+    model = net(f"g ({source}[4] x) => ({target}[4] y) {{ y = Cast<to={kind}>(x) }}")
+    assert (refusal(model, "openvino") is None) == taken
 
 
 def chain() -> onnx.ModelProto:
@@ -281,7 +320,7 @@ def test_the_same_model_gives_the_same_bytes(vendor: str) -> None:
     first, second = artifact(vendor, CONV)[0], artifact(vendor, CONV)[0]
     assert first == second
     proto = onnx.load_model_from_string(first.files["model.onnx"])
-    assert not proto.functions and [opset.domain for opset in proto.opset_import] == [""]
+    assert not proto.functions and [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 24)]
     assert sum(numpy_helper.to_array(tensor).size for tensor in proto.graph.initializer) >= 8 * 27
 
 
