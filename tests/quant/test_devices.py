@@ -95,6 +95,9 @@ def test_of_two_devices_the_faster_has_a_node_and_of_equal_ones_the_first() -> N
     assert [roles(quantized)[name] for name in (first, second, last)] == ["int16", "bf16", "bf16"]
     told = {each.node: each.reason for each in reasons(quantized)}
     assert told[second].endswith("; for pim, 1.0 us modelled, rather than int16 for npu, 2.0 us modelled")
+    twice = [npu, Asking("npu_2", "int16", {"Conv"}, lambda region: 1e-6)]
+    found = nestc.quantize(model, profile, "devices", targets=twice, tools=[])
+    assert next(each.reason for each in reasons(found) if each.node == first).endswith("; for npu_2, 1.0 us modelled")
     same = [Asking("pim", "bf16", {"Conv"}, None), Asking("npu", "int16", {"Conv"}, None)]
     for order, scheme in ((same, "bf16"), (same[::-1], "int16")):
         found = nestc.quantize(model, profile, "devices", targets=order, tools=[])

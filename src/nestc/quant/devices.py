@@ -164,8 +164,10 @@ class _Trials:
                 for name in taken.nodes if self.worth(taken) else ():
                     if name not in self.given and self.roles.get(name) not in ("tail", None):
                         self.candidates.setdefault(name, []).append(taken)
-        for each in self.candidates.values():
-            each.sort(key=lambda taken: math.inf if taken.seconds is None else taken.seconds)
+        for name, found in self.candidates.items():
+            found.sort(key=lambda taken: math.inf if taken.seconds is None else taken.seconds)
+            schemes = [taken.scheme for taken in found]  # two devices of one kind ask for the same
+            self.candidates[name] = [taken for n, taken in enumerate(found) if taken.scheme not in schemes[:n]]
         while True:
             wanted = {name: each[0] for name, each in self.candidates.items() if each}
             wishes = self.wishes(wanted)
