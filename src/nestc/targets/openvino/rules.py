@@ -2,7 +2,8 @@
 
 Its CPU plugin computes int64 as int32, compares int32 as float32 and float64 as float32 (seen with 2026.4: a Gather of
 int64 gives 3 for 2^40 + 3, Equal finds 2^24 and 2^24 + 1 equal). So integers are taken only where they are indices or
-quantized values, or are merely moved and fit. The operators are those that pass the node tests of the package onnx.
+quantized values, or are merely moved and fit. The operators are those that pass the node tests of the package onnx;
+IsNaN passes alone, but not fused with what is before it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BORDER = tuple(sorted(_MOVED | {"int64"}))
 _FLOAT_OPS = frozenset(
     """Abs Acos Acosh Add And Asin Asinh Atan Atanh Attention AveragePool BatchNormalization Ceil Celu Clip Conv
     ConvTranspose Cos Cosh CumSum Div Einsum Elu Equal Erf Exp Floor GRU Gelu Gemm GlobalAveragePool GlobalMaxPool
-    Greater GreaterOrEqual GridSample GroupNormalization HardSigmoid HardSwish Hardmax InstanceNormalization IsInf IsNaN
+    Greater GreaterOrEqual GridSample GroupNormalization HardSigmoid HardSwish Hardmax InstanceNormalization IsInf
     LRN LSTM LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax LpNormalization LpPool MatMul Max MaxPool Mean
     MeanVarianceNormalization Min Mish Mul Neg Not Or PRelu Pow RMSNormalization RNN Reciprocal ReduceL1 ReduceL2
     ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Resize
