@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import onnx.helper as oh
@@ -90,6 +92,35 @@ def test_what_needs_all_channels_or_two_values_is_not_split() -> None:
     model = oh.make_model(graph, opset_imports=[oh.make_opsetid("", 21)], ir_version=10)
     found = regions(form(pipeline.optimize(nestc.load(model.SerializeToString()))))
     assert [channels_of(region) for region in found] == [0]
+
+
+def test_operators_that_share_a_constant_may_be_split_otherwise() -> None:
+    """Equal zero points of weights are one constant after optimisation; each part takes its own piece of it."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        oh.make_node("Conv", ["x", "w"], ["c"], "first", pads=[1] * 4),
+        oh.make_node("Conv", ["c", "v"], ["y"], "second", pads=[1] * 4),
+    ]
+    graph = oh.make_graph(
+        nodes,
+        "two",
+        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 8, 6, 6])],
+        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [
+            onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+            for name, shape in (("w", (96, 8, 3, 3)), ("v", (96, 96, 3, 3)))
+        ],
+    )
+    proto = oh.make_model(graph, opset_imports=[oh.make_opsetid("", 21)], ir_version=10)
+    x = rng.standard_normal((1, 8, 6, 6)).astype(np.float32)
+    model = nestc.load(proto.SerializeToString())
+    model = pipeline.optimize(nestc.quantize(model, nestc.calibrate(model, [{"x": x}]), "int8"))
+    readers = Counter(name for node in model.ir.graph for value in node.inputs for name in [value and value.name])
+    assert any(count == 2 and str(name).endswith("_zero_point") for name, count in readers.items())
+    splits = [Split("first", (64, 32)), Split("second", (31, 1, 64))]
+    parted = split(model, splits, regions(form(model)))
+    np.testing.assert_allclose(run(parted, x), run(model, x), rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(nestc.compile(parted, threads=1)(x), nestc.compile(model, threads=1)(x))
 
 
 @pytest.mark.parametrize(

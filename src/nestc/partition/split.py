@@ -238,7 +238,8 @@ class _Part:
         assert value.const_value is not None
         array = value.const_value.numpy()
         cut = np.ascontiguousarray(array[(slice(None),) * axis + (self.taken,)])
-        name = f"{value.name}{self.suffix}"
+        # Operators may share a constant and be split otherwise: zero points are often the same.
+        name = f"{value.name}{self.suffix}.{axis}.{self.taken.start}_{self.taken.stop}"
         known = self.graph.initializers.get(name)
         if known is not None:
             return known
