@@ -18,7 +18,7 @@ from nestc.partition.group import order, runs
 from nestc.partition.match import Claim, ask, refused, unknown_at_compile_time
 from nestc.partition.problem import HOST, Cost, Crossing, Edge, Kind, Problem, Task, Unit
 from nestc.partition.sizes import nbytes
-from nestc.targets.api import Link, Offer, Target
+from nestc.targets.api import Link, Machine, Offer, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -103,11 +103,14 @@ def measure_costs(
         _measure_region(region, targets, meter, submodel, measured, required=region.name in names)
     _measure_chains(targets, whole, meter, submodels[0], measured)
     _share_pieces(cut, uncut, measured)
+    used = [target for target in targets if _used(target, measured)]
+    units = tuple(_unit(target, meter, measured) for target in used)
+    reached = {target.name: _Reached(target.machine, unit.launch) for target, unit in zip(used, units, strict=True)}
     return Costed(
         problem=Problem(
-            units=tuple(_unit(target, meter, measured) for target in targets if _used(target, measured)),
+            units=units,
             tasks=tuple(_task(region, measured) for region in cut),
-            edges=_edges(cut, uncut, targets, outputs, measured),
+            edges=_edges(cut, uncut, reached, outputs, measured),
         ),
         regions=tuple(cut),
         refusals=measured.refusals,
@@ -210,14 +213,26 @@ def _task(region: Region, measured: _Measured) -> Task:
     return Task(region.name, costs)
 
 
+@dataclass(frozen=True)
+class _Reached:
+    """How a device is reached; ``launch`` seconds begin each of its partitions."""
+
+    machine: Machine
+    launch: float
+
+    @property
+    def launch_joules(self) -> float:
+        """Energy of a launch, estimated; put on what enters the device, since a tensor that does begins a partition."""
+        return self.machine.watts * self.launch
+
+
 def _edges(
     cut: Sequence[Region],
     uncut: Sequence[Region],
-    targets: Sequence[Target],
+    links: Mapping[str, _Reached],
     outputs: Sequence[str],
     measured: _Measured,
 ) -> tuple[Edge, ...]:
-    links = {target.name: target.machine.link for target in targets}
     maker = {value: region for region in cut for value in region.outputs}
     borders = _borders(cut, outputs, maker, measured)
     edges: list[Edge] = []
@@ -273,7 +288,7 @@ def _edge(
     value: str,
     source: Region | None,
     destination: Region | None,
-    links: Mapping[str, Link],
+    links: Mapping[str, _Reached],
     borders: Mapping[tuple[str, str, str], float],
     measured: _Measured,
     gains: Mapping[str, float],
@@ -287,11 +302,12 @@ def _edge(
         for second in [HOST] if destination is None else measured.takers(destination.name):
             if first == second:
                 continue
-            ends = [links[name] for name in (first, second) if name != HOST]
+            ends = [links[name].machine.link for name in (first, second) if name != HOST]
             out = 0.0 if source is None else borders.get((source.name, first, value), 0.0)
             into = 0.0 if destination is None else borders.get((destination.name, second, value), 0.0)
             wire = sum(link.seconds(size) for link in ends)
             joules = sum(link.joules_per_byte for link in ends) * size
+            joules += links[second].launch_joules if second != HOST else 0.0
             if out or into or wire or joules:
                 crossings[first, second] = Crossing(out, wire, into, joules, _kind(ends, out or into))
     name = None if source is None else source.name
