@@ -191,6 +191,8 @@ def test_demo_runs_on_three_devices(nestc, monkeypatch: pytest.MonkeyPatch, tmp_
         ("cpu", None), ("cpu", None), ("vta + cpu", None), ("aim + cpu", None), ("vta + aim + cpu", "latency"),
         ("vta + aim + cpu", "throughput"), ("vta + aim + cpu", "energy"),
     ]  # fmt: skip
+    assert [row["scheme"] for row in rows[:4]] == ["float", "int8", "devices", "devices"]
+    assert {row["scheme"] for row in rows[4:]} <= {"auto", "devices"} and rows[6]["regions"]["vta"] > 8
     assert rows[2]["regions"]["vta"] > 8 and rows[2]["latency_kind"] == "modelled" and rows[3]["regions"]["aim"] == 1
     assert all(row["agreement"] >= 11 / 12 and row["images"] == 12 for row in rows[2:])
     assert all(row["latency_ms"] > 0 and row["millijoules"] > 0 for row in rows)

@@ -12,11 +12,12 @@ import numpy as np
 if TYPE_CHECKING:
     from nestc.runtime import Executable
 
-MEASURED_CALLS = 100
-"""Calls of which the median is a latency where all of it is measured."""
+TURNS, CALLS = 20, 5
+"""A latency is the median of so many turns of so many calls; programs take turns, so that what disturbs the machine
+disturbs all of them."""
 
-SIMULATED_CALLS = 5
-"""The same where a device is simulated: of its time every call says the same."""
+SIMULATED_TURNS = 4
+"""Turns, of one call, where a device is simulated: of its time every call says the same."""
 
 IN_FLIGHT = 4
 """Images at work at once when throughput is taken."""
@@ -58,48 +59,64 @@ class Row:
         return asdict(self)
 
 
-def measure(
-    executable: Executable,
-    images: np.ndarray,
-    labels: np.ndarray,
-    decided: np.ndarray,
-    *,
-    name: str,
-    scheme: str,
-    objective: str | None,
-    compile_seconds: float,
+@dataclass(frozen=True)
+class Program:
+    """What becomes a row: an executable and the images [N, 1, 28, 28] it is judged on, with labels [N] and the float
+    network's classes [N]."""
+
+    name: str
+    scheme: str
+    objective: str | None
+    executable: Executable
+    images: np.ndarray
+    labels: np.ndarray
+    decided: np.ndarray
+    compile_seconds: float
+
+
+def measure(programs: Sequence[Program]) -> list[Row]:
+    """Run all programs: decisions and the pipeline's throughput in one pass each, then latencies in turns."""
+    flows: list[tuple[np.ndarray, dict[str, Any]]] = []
+    for each in programs:
+        outputs = list(each.executable.map([image[None] for image in each.images], IN_FLIGHT))
+        flows.append((np.array([int(output.argmax()) for output in outputs]), each.executable.throughput()))
+    seconds: list[list[float]] = [[] for _ in programs]
+    joules: list[list[tuple[float | None, str | None]]] = [[] for _ in programs]
+    for turn in range(TURNS):
+        for number, each in enumerate(programs):
+            simulated = flows[number][1]["kind"] == "modelled"
+            for call in range(CALLS if not simulated else 1 if turn < SIMULATED_TURNS else 0):
+                each.executable(each.images[(turn * CALLS + call) % len(each.images)][None])
+                seconds[number].append(each.executable.throughput()["seconds"])
+                joules[number].append(energy_of(each.executable.energy()))
+    return [_row(*parts) for parts in zip(programs, flows, seconds, joules, strict=True)]
+
+
+def _row(
+    program: Program,
+    flow: tuple[np.ndarray, Mapping[str, Any]],
+    seconds: Sequence[float],
+    energies: Sequence[tuple[float | None, str | None]],
 ) -> Row:
-    """Classify images [N, 1, 28, 28] with labels [N] one by one; `decided` [N] are the float network's classes."""
-    plan = executable.plan
-    # All images in flight together give the decisions and the pipeline's throughput in one pass.
-    outputs = list(executable.map([image[None] for image in images], IN_FLIGHT))
-    classes = np.array([int(output.argmax()) for output in outputs])
-    flowing = executable.throughput()
-    calls = SIMULATED_CALLS if flowing["kind"] == "modelled" else MEASURED_CALLS
-    times: list[float] = []
-    energies: list[tuple[float | None, str | None]] = []
-    for number in range(calls):
-        executable(images[number % len(images)][None])
-        times.append(executable.throughput()["seconds"])
-        energies.append(energy_of(executable.energy()))
-    latency = statistics.median(times)
-    joules = [each for each, _ in energies if each is not None]
+    """A program with what its runs have shown."""
+    plan, (classes, flowing) = program.executable.plan, flow
     regions: dict[str, int] = {}
     for region in plan.regions:
         regions[region.device] = regions.get(region.device, 0) + 1
-    # On one device images follow each other, and nothing overlaps.
-    alone = len(regions) == 1
-    placed = objective is not None
+    latency = statistics.median(seconds)
+    joules = [each for each, _ in energies if each is not None]
+    placed = program.objective is not None
     return Row(
-        name=name,
-        scheme=scheme,
-        objective=objective,
-        images=len(images),
-        accuracy=float((classes == labels).mean()),
-        agreement=float((classes == decided).mean()),
+        name=program.name,
+        scheme=program.scheme,
+        objective=program.objective,
+        images=len(program.images),
+        accuracy=float((classes == program.labels).mean()),
+        agreement=float((classes == program.decided).mean()),
         latency_ms=latency * 1e3,
         latency_kind=flowing["kind"],
-        images_per_second=1 / latency if alone else flowing["per_second"],
+        # On one device images follow each other, and nothing overlaps.
+        images_per_second=1 / latency if len(regions) == 1 else flowing["per_second"],
         throughput_kind=flowing["kind"],
         millijoules=statistics.median(joules) * 1e3 if joules else None,
         energy_kind=energies[0][1],
@@ -107,7 +124,7 @@ def measure(
         predicted_ms=plan.predicted_ms if placed else None,
         lower_bound_ms=plan.lower_bound_ms if placed else None,
         optimal=plan.optimal if placed else None,
-        compile_seconds=compile_seconds,
+        compile_seconds=program.compile_seconds,
     )
 
 

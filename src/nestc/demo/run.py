@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nestc.demo.data import CLASSES, INPUT, labelled_images, model_path
-from nestc.demo.rows import Row, measure
+from nestc.demo.rows import Program, Row, measure
 
 if TYPE_CHECKING:
     from nestc.bundle.bundle import BundlePartition
     from nestc.graph.model import Model
+    from nestc.partition.plan import Plan
     from nestc.quant.profile import Profile
     from nestc.runtime import Executable
     from nestc.targets.api import Target
@@ -27,6 +28,13 @@ DEVICES = ("cpu", "vta", "aim")
 """What the network is placed on unless other targets are named."""
 
 OBJECTIVES = ("latency", "throughput", "energy")
+
+FORMATS = ("auto", "devices")
+"""Schemes that all devices together are planned with, of which the better is taken: the formats that are fastest on any
+device, inside a budget, and those that the accelerators compute in, so that work can be moved to them."""
+
+BUDGET = 0.02
+"""The fraction of the calibration images that the formats of ``auto`` may lose."""
 
 TIMED_RUNS = 200
 CALIBRATED = 100
@@ -68,8 +76,8 @@ def run(
     shapes = {INPUT: [1, *images.shape[1:]]}
 
     tell("the float network on the CPU", 0.0)
-    report, row = _alone(model_path(), cpu, "float", shapes, threads, images, labels, None)
-    rows = [row]
+    report, program = _alone(model_path(), cpu, "float", shapes, threads, images, labels, None)
+    programs = [program]
     classes, right = report.pop("classes"), report.pop("right")
 
     tell("calibrate", 0.1)
@@ -81,8 +89,8 @@ def run(
     model = work.quantized("int8", ())
     seconds = time.perf_counter() - begin
     rest = (images[CALIBRATED:], labels[CALIBRATED:], classes[CALIBRATED:])
-    small, row = _alone(model, cpu, "int8", None, threads, *rest)
-    rows.append(row)
+    small, program = _alone(model, cpu, "int8", None, threads, *rest)
+    programs.append(program)
     differs = rest[2] != small.pop("classes")
     report["int8"] = {
         "calibrated_on": CALIBRATED,
@@ -96,20 +104,22 @@ def run(
     ways: list[tuple[list[Target], str | None]] = [([target, *cpu], None) for target in others]
     ways += [([*others, *cpu], objective) for objective in OBJECTIVES] if others else []
     some = (rest[0][:SIMULATED], rest[1][:SIMULATED], rest[2][:SIMULATED])
-    shown: tuple[Row, Executable] | None = None
     for number, (devices, objective) in enumerate(ways):
         name = " + ".join(device.name for device in devices)
-        tell(name if objective is None else f"{name}, for {objective}", 0.3 + 0.6 * number / len(ways))
-        compiled, seconds = work.compiled(devices, objective)
-        row = measure(compiled, *some, name=name, scheme="devices", objective=objective, compile_seconds=seconds)
-        rows.append(row)
-        if objective is not None and (shown is None or len(row.regions) > len(shown[0].regions)):
-            shown = row, compiled
+        tell(name if objective is None else f"{name}, for {objective}", 0.3 + 0.4 * number / len(ways))
+        scheme, compiled, seconds = work.compiled(devices, objective)
+        programs.append(Program(name, scheme, objective, compiled, *some, seconds))
+    tell("run on the test images", 0.7)
+    rows = measure(programs)
+
     report["page"] = None
-    if page is not None and shown is not None:
+    placed = [(row, program) for row, program in zip(rows, programs, strict=True) if row.objective is not None]
+    if page is not None and placed:
         tell("page", 0.95)
-        _page(*shown, some, page)
+        _page(*max(placed, key=lambda each: len(each[0].regions)), page)
         report["page"] = os.fspath(page)
+    for program in programs:
+        program.executable.close()
     report["rows"] = [row.to_json() for row in rows]
     tell("done", 1.0)
     return report
@@ -134,36 +144,54 @@ class _Work:
             self.made[key] = quantize(
                 model_path(), self.profile, scheme,
                 data=self.samples, shapes=self.shapes, threads=self.threads, targets=targets or None,
+                accuracy_budget=BUDGET if scheme == "auto" else None,
             )  # fmt: skip
         return self.made[key]
 
-    def compiled(self, targets: Sequence[Target], objective: str | None) -> tuple[Executable, float]:
-        """The network quantized and compiled for targets, by cost or (without an objective) in their order; seconds."""
+    def compiled(self, targets: Sequence[Target], objective: str | None) -> tuple[str, Executable, float]:
+        """The network compiled for targets, by cost or (without an objective) in their order; its scheme, and seconds.
+
+        By cost, it is planned in each of `FORMATS`, and the plan that promises most is compiled.
+        """
         from nestc.driver import compile as compile_model
+        from nestc.driver import explain
         from nestc.runtime import Executable
 
-        model = self.quantized("devices", targets)
         begin = time.perf_counter()
+        scheme, plan = "devices", None
+        if objective is not None:
+            plans = {
+                each: explain(
+                    self.quantized(each, targets), targets, objective=objective, placement="cost", threads=self.threads
+                )[0]
+                for each in FORMATS
+            }
+            scheme = min(plans, key=lambda each: _promised(plans[each], objective))
+            plan = plans[scheme]
         found = compile_model(
-            model, targets, threads=self.threads,
-            objective=objective or "latency", placement="order" if objective is None else "cost",
+            self.quantized(scheme, targets), targets, threads=self.threads,
+            objective=objective or "latency", placement="order", plan=plan,
         )  # fmt: skip
         assert isinstance(found, Executable)
-        return found, time.perf_counter() - begin
+        return scheme, found, time.perf_counter() - begin
 
 
-def _page(
-    row: Row, executable: Executable, judged: tuple[np.ndarray, np.ndarray, np.ndarray], page: str | os.PathLike[str]
-) -> None:
-    """Write the page about an executable, with what it gets right beside the float network on the same images."""
+def _promised(plan: Plan, objective: str) -> float:
+    """What a plan by cost predicts of its objective: milliseconds, milliseconds a request, or millijoules."""
+    value = plan.predicted_mj if objective == "energy" else plan.predicted_ms
+    assert value is not None
+    return value
+
+
+def _page(row: Row, program: Program, page: str | os.PathLike[str]) -> None:
+    """Write the page about a program, with what it gets right beside the float network on the same images."""
     from nestc.report import AccuracyData, write
 
-    images, labels, decided = judged
     accuracy = AccuracyData(
         "top1", row.accuracy, row.images, "Fashion-MNIST test images", "the float network",
-        float((decided == labels).mean()), disagreements=round((1 - row.agreement) * row.images),
+        float((program.decided == program.labels).mean()), disagreements=round((1 - row.agreement) * row.images),
     )  # fmt: skip
-    write(executable, page, inputs={INPUT: images[:1]}, accuracy=[accuracy], requests=4)
+    write(program.executable, page, inputs={INPUT: program.images[:1]}, accuracy=[accuracy], requests=4)
 
 
 def _alone(
@@ -175,7 +203,7 @@ def _alone(
     images: np.ndarray,
     labels: np.ndarray,
     decided: np.ndarray | None,
-) -> tuple[dict[str, Any], Row]:
+) -> tuple[dict[str, Any], Program]:
     """Compile for the CPU, save, open again, classify. Keys: ``compile_seconds``, ``bundle_bytes``, ``load_ms``, and
     of `_measure` (``latency_ms`` is the median of calls on one image) and `_generated` (``kernels`` are distinct ones).
     """
@@ -193,20 +221,16 @@ def _alone(
         begin = time.perf_counter()
         executable = open_bundle(path, threads=threads)
         load_ms = (time.perf_counter() - begin) * 1e3
-        with executable:
-            found = _measure(executable, images, labels)
-            row = measure(
-                executable, images, labels, found["classes"] if decided is None else decided,
-                name="cpu", scheme=scheme, objective=None, compile_seconds=compile_seconds,
-            )  # fmt: skip
-            report = {
-                "compile_seconds": compile_seconds,
-                "bundle_bytes": bundle_bytes,
-                "load_ms": load_ms,
-                **found,
-                **_generated(executable),
-            }
-            return report, row
+        found = _measure(executable, images, labels)
+        report = {
+            "compile_seconds": compile_seconds,
+            "bundle_bytes": bundle_bytes,
+            "load_ms": load_ms,
+            **found,
+            **_generated(executable),
+        }
+    classes = found["classes"] if decided is None else decided
+    return report, Program("cpu", scheme, None, executable, images, labels, classes, compile_seconds)
 
 
 def _measure(executable: Executable, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
