@@ -15,7 +15,7 @@ import nets_attention
 def test_the_json_object_has_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
     assert aim.main(["--models", "none", "--gemv", "512x1024,100x200", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"micro", "gemv", "nets", "context"} and found["nets"] == []
+    assert set(found) == {"micro", "gemv", "elements", "nets", "context"} and found["nets"] == []
     assert len(found["micro"]) == 17
     assert all(row["ticks"] == row["golden"] for row in found["micro"].values())
     row = found["gemv"]["512x1024"]

@@ -107,7 +107,10 @@ def compile_layers(
     values = [elementwise.plan(layer, machine, number, machine.gprs - len(registers)) for layer in elements]
     value_rows, rows = _value_rows(elements, values, rows)
     if rows > machine.rows:
-        raise TargetError(f"the weights take {rows} rows of every bank, and {machine.name} has {machine.rows}")
+        raise TargetError(
+            f"the weights take {rows} rows of every bank, and {machine.name} has {machine.rows}: place fewer layers "
+            "there (a plan, or placement by cost), or give it more channels or rows"
+        )
     memory = np.zeros((machine.channels, machine.banks, max(rows, 1), machine.columns, machine.lanes), NUMBERS[number])
     launches: list[Launch] = []
     written: set[int] = set()

@@ -84,10 +84,3 @@ _Facts = tuple[tuple[tuple[str, str, str, str], ...], tuple[str, ...], tuple[str
 def rows_needed(m: int, k: int, machine: AimMachine) -> int:
     """Rows of every bank that a matrix takes at least."""
     return ceil(ceil(m / machine.outputs) * ceil(k / machine.lanes) / machine.columns)
-
-
-def resident_bytes(region: Region, machine: AimMachine, rounded: str | None = None) -> int:
-    """Bytes of banks that a region occupies all the time, at least: whole rows of all banks for its matrices."""
-    matrices = {(part.m, part.k) for part in read_parts(region, rounded) if not isinstance(part, Part)}
-    rows = sum(rows_needed(m, k, machine) for m, k in matrices)
-    return rows * machine.channels * machine.banks * machine.row_elements * 2
