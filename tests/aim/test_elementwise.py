@@ -246,8 +246,13 @@ def test_constants_and_broadcasts() -> None:
     found = executable.run(inputs)[z]
     np.testing.assert_array_equal(found, inputs[x] * w * inputs[scale] + b)
     (artifact,) = aim_parts(executable)
+    before = artifact.weights[BANKS].copy()
     np.testing.assert_array_equal(found, executable.run(inputs)[z])
-    assert artifact.weights[BANKS].any()
+    assert before.any()
+    np.testing.assert_array_equal(artifact.weights[BANKS], before)  # calls have copies of the rows that they work in
+    (launch,) = [step for step in artifact.metadata["steps"] if step["kind"] == "elements"]
+    used = before[:, 2::4, launch["row"] : launch["row"] + launch["rows"]]
+    assert not used.any()  # where products go
 
 
 def test_numbers_that_are_rounded_on_request() -> None:

@@ -260,3 +260,11 @@ def test_costs_are_those_of_the_mapping_that_is_chosen() -> None:
         assert seconds(region, MACHINE) == pytest.approx(compiled, rel=1e-9 if rows == 1 else 0.03)
     assert ticks(4096, 1024, 3, MACHINE) < 3 * ticks(4096, 1024, 1, MACHINE)
     assert rows_needed(4096, 1024, MACHINE) == 8 and rows_needed(513, 1025, MACHINE) == 3
+
+
+def test_an_addend_that_differs_from_vector_to_vector_is_no_bias() -> None:
+    net = Net()
+    x = net.input((3, 40))
+    y = net.node("Gemm", x, net.matrix(40, 24), net.matrix(3, 24))
+    (product,) = check(net, y, shapes={x: (3, 40)})
+    assert product.bias is None and [op.op for op in product.host] == ["Add"]

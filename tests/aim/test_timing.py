@@ -200,3 +200,12 @@ def test_other_timings_agree_with_a_model_of_every_tick(stream, data):
 @settings(deadline=None, max_examples=30)
 def test_refresh_agrees_with_a_model_of_every_tick(stream):
     agree(stream, short(), refresh=True)
+
+
+def test_products_are_written_before_their_row_is_closed():
+    """By hand: activate, nRCDEWMUL 25, the write of EWMUL nCWL 6 + nWR 33, precharge nRP 32."""
+    found = [
+        simulate_timing([*(c.EwMul(1, 1, row) for row in range(rows)), c.Eoc()], preset("gddr6_aim")).ticks
+        for rows in (2, 3)
+    ]
+    assert found[1] - found[0] == 25 + 6 + 33 + 32
