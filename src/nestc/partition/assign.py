@@ -63,6 +63,7 @@ def best(
     solver.parameters.random_seed = 1
     solver.parameters.max_deterministic_time = max(seconds, 0.01)
     solver.parameters.max_time_in_seconds = 2 * max(seconds, 0.01)
+    solver.parameters.relative_gap_limit = 1e-4
     status = solver.solve(model)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return Assigned(None, bound)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nestc.partition import bounds, latency, pipeline
+from nestc.partition import bounds, cpsat, latency, pipeline
 from nestc.partition.branch import Found
+from nestc.partition.heft import by_rank
 from nestc.partition.labelling import Array
 from nestc.partition.network import Group, Network
 from nestc.partition.segments import Segment, segments
@@ -63,7 +64,8 @@ class Steps:
         middle = [
             [unit if unit in allowed else allowed[0] for allowed in network.allowed] for unit in set(held.values())
         ]
-        groups, least = latency.cheapest(network, [first, *likely, *middle], 0)
+        ranked = [by_rank(network)] if last >= FEW else []
+        groups, least = latency.cheapest(network, [first, *likely, *middle, *ranked], 0)
         if self.above[pair] + launched < least:
             groups, least = self.groups[pair], float(self.above[pair]) + launched
         start = Found(groups, least, min(self.below[pair] + launched, least))
@@ -126,8 +128,10 @@ def _steps(part: Segment) -> Steps:
     weights: list[tuple[float, ...]] = []
     balanced: list[list[int]] = []
     if last >= FEW:
-        balanced, _, best = pipeline.spread(network, serial, rounds=16)
-        weights = [*bounds.weights(network.resources), tuple(best)]
+        # In large segments each round takes long, and exact methods have no use for weights.
+        large = last >= cpsat.TASKS
+        balanced, _, best = pipeline.spread(network, serial, rounds=4 if large else 16)
+        weights = [tuple(best), *([] if large else bounds.weights(network.resources))]
         table = np.maximum(table, bounds.least_load(network, weights, serial, (0, last)))
     table = table - launch[:, None]
     if not part.head:

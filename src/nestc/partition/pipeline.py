@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 
+import numpy as np
+
 from nestc.partition import bounds
+from nestc.partition.labelling import Factor, minimise
 from nestc.partition.network import Network
 
 ROUNDS = 60
@@ -28,8 +31,18 @@ def spread(
     weight = best = [1 / count] * count
     bound = 0.0
     found: list[list[int]] = []
+    # Weighted work is linear in the weights: that of no weights (serial tasks), and more for each resource.
+    sizes = [len(network.units)] * len(network.tasks)
+    unit_weights = [[float(r == other) for other in range(count)] for r in range(count)]
+    factors = bounds.loads(network, [[0.0] * count, *unit_weights], serial)
+    finite = [np.where(np.isinf(f.table), 0.0, f.table) for f in factors]
+    rows = [table - table[..., :1] for table in finite]
     for number in range(rounds if count > 1 else 1):
-        labelling = bounds.load(network, weight, serial)
+        mixed = [
+            Factor(f.variables[:-1], f.table[..., 0] + row[..., 1:] @ np.array(weight))
+            for f, row in zip(factors, rows, strict=True)
+        ]
+        labelling = minimise(sizes, mixed)
         if labelling.bound > bound:
             bound, best = labelling.bound, weight
         found.append(labelling.labels)

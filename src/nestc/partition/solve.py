@@ -22,6 +22,9 @@ from nestc.partition.segments import hubs
 PROVEN = 1e-6
 """A value within this part of its bound is called optimal: numbers are measured to fewer digits."""
 
+NEAR = 1e-3
+"""Within this part of the bound local search stops: what it could still gain is less than the numbers are known to."""
+
 
 def solve(problem: Problem, objective: Objective, *, time_limit: float = 30.0) -> Solution:
     """Stages that make the objective small, and how far from the least possible they can be.
@@ -97,7 +100,7 @@ def _latency(network: Network, deadline: float) -> tuple[tuple[Group, ...], floa
             best, value = found.groups, found.latency
             method = "CP-SAT" if cpsat.installed() and len(network.tasks) > latency.SMALL else "branch and bound"
     if not _closed(value, bound):
-        better = improve(network, best, "latency", deadline=deadline, tries=2000, goal=bound * (1 + PROVEN))
+        better = improve(network, best, "latency", deadline=deadline, tries=2000, goal=bound * (1 + NEAR))
         if timeline(network, better)[2] < value:
             best, method = better, method + ", local search"
     return best, bound, method
@@ -143,7 +146,7 @@ def _throughput(network: Network, deadline: float) -> tuple[tuple[Group, ...], f
             if value(options) < value(best):
                 best, method = options, "CP-SAT"
     if not _closed(value(best)[0], bound):
-        better = improve(network, best, "throughput", deadline=deadline, tries=1000, goal=bound * (1 + PROVEN))
+        better = improve(network, best, "throughput", deadline=deadline, tries=1000, goal=bound * (1 + NEAR))
         if value(better) < value(best):
             best, method = better, method + ", local search"
     return best, bound, method
@@ -187,7 +190,7 @@ def _energy(network: Network, deadline: float) -> tuple[tuple[Group, ...], float
             units, method = found.units, "CP-SAT"
     groups = arranged(network, units)
     if not _closed(joules(network, units), bound):
-        better = improve(network, groups, "energy", deadline=deadline, tries=1000, goal=bound * (1 + PROVEN))
+        better = improve(network, groups, "energy", deadline=deadline, tries=1000, goal=bound * (1 + NEAR))
         if joules(network, units_of(network, better)) < joules(network, units):
             groups, method = better, method + ", local search"
     return groups, bound, method
