@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nestc.errors import PlanError
 from nestc.partition.arrange import arrange
 from nestc.partition.baselines import greedy_by_support, single, type_based, viterbi_per_branch
+from nestc.partition.by_cost import Placement
 from nestc.partition.evaluate import evaluate
 from nestc.partition.heft import heft
 from nestc.partition.problem import Problem, Solution
@@ -57,11 +58,12 @@ def support_order(problem: Problem) -> list[str]:
     return [name for name in names if name not in LAST] + [name for name in LAST if name in names]
 
 
-def candidates(problem: Problem, ours: Solution, kinds: Mapping[str, str]) -> Candidates:
-    """Ours and every baseline. `kinds`: the type of each task.
+def candidates(placement: Placement, kinds: Mapping[str, str]) -> Candidates:
+    """Ours and every baseline, each by what its own partitions take. `kinds`: the type of each task.
 
-    Baselines choose units by time, as published, and their stages are those that suit the objective best.
+    Baselines choose units by the time of regions, as published; their stages are those that suit the objective best.
     """
+    problem, ours = placement.given, placement.solution
     ways: dict[str, Callable[[], Mapping[str, str]]] = {
         f"single_{unit.name}": lambda unit=unit: single(problem, unit.name)
         for unit in problem.units
@@ -78,11 +80,15 @@ def candidates(problem: Problem, ours: Solution, kinds: Mapping[str, str]) -> Ca
     for name, assign in ways.items():
         try:
             stages = tuple(arrange(problem, assign(), ours.objective))
-            evaluation = evaluate(problem, stages)
+            guess = Solution(stages, evaluate(problem, stages), ours.objective, ours.lower_bound, False, name)
         except PlanError as error:  # most have never heard of a limit to a device's memory
             refused[name] = str(error)
             continue
-        solutions[name] = Solution(stages, evaluation, ours.objective, ours.lower_bound, False, name)
+        evaluation = placement.measure(guess)
+        if evaluation is None:
+            refused[name] = "a device does not take one of its partitions as a whole"
+        else:
+            solutions[name] = replace(guess, evaluation=evaluation)
     return Candidates(solutions, refused)
 
 

@@ -84,7 +84,7 @@ def _prepare(job: Job) -> Row:
         placement = driver.partition(model, case.devices, objective=case.objective, threads=case.threads)
         placed = time.perf_counter() - begun
         kinds = {region.name: kind_of([op.op_type for op in region.ops]) for region in placement.costed.regions}
-        found = candidates(placement.problem, placement.solution, kinds)
+        found = candidates(placement, kinds)
         row = _predicted(case, placement.problem, found)
         shutil.rmtree(job.folder, ignore_errors=True)
         job.folder.mkdir(parents=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from nestc.errors import PlanError
 from nestc.graph.model import Model
 from nestc.graph.region import Region
 from nestc.graph.regions import form, regions, submodel
@@ -15,11 +16,12 @@ from nestc.partition.costs import Costed, Meter, measure_costs, number_of
 from nestc.partition.cut import find_cuts
 from nestc.partition.evaluate import evaluate
 from nestc.partition.group import order
+from nestc.partition.heft import heft
 from nestc.partition.match import unknown_at_compile_time
 from nestc.partition.place import Placed, assemble
 from nestc.partition.plan import Alternative, PlannedRegion, PlannedSplit, Transfer
 from nestc.partition.problem import HOST, Edge, Evaluation, Objective, Problem, Solution, Task, stage_of
-from nestc.partition.refine import refine
+from nestc.partition.refine import corrected, refine
 from nestc.partition.solve import solve
 from nestc.partition.split import Split, propose, split
 from nestc.targets.api import Partition, Target
@@ -27,6 +29,9 @@ from nestc.targets.api import Partition, Target
 SPLIT_GAIN = 0.02
 """Operators are split over devices for a gain of so much at least: it makes a plan harder to read."""
 
+
+HEFT = "by HEFT"
+"""Names the solution that is measured beside those of single devices."""
 
 ROUNDS = 3
 """Solutions whose partitions are measured: a chain takes other than its regions together do."""
@@ -36,13 +41,17 @@ ROUNDS = 3
 class Placement:
     """A network placed by cost: what was solved, how, and what became of it.
 
-    ``describe`` makes partitions and a plan of any other solution of the problem, so that it can be compiled and run.
+    ``given`` is the problem by what regions take, before partitions were measured. ``describe`` makes partitions and a
+    plan of any other solution of it, so that it can be compiled and run; ``measure`` evaluates one by what its own
+    partitions take, and gives None if a device does not take one.
     """
 
     placed: Placed
     costed: Costed
     solution: Solution
+    given: Problem
     describe: Callable[[Solution], Placed]
+    measure: Callable[[Solution], Evaluation | None]
 
     @property
     def problem(self) -> Problem:
@@ -102,7 +111,9 @@ def _place(
     )
     by_name = {target.name: target for target in targets}
 
-    alone = {unit.name: _single(costed.problem, unit.name, objective) for unit in costed.problem.units}
+    names = [unit.name for unit in costed.problem.units]
+    units = [*((name, single(costed.problem, name)) for name in names), (HEFT, heft(costed.problem))]
+    others = {name: found for name, each in units if (found := _assigned(costed.problem, each, objective)) is not None}
 
     def describe(solution: Solution, costed: Costed, singles: Mapping[str, float]) -> Placed:
         kept = [node for node in cuts if not _joined(node, pieces, solution, costed)]
@@ -120,20 +131,36 @@ def _place(
         progress("solve", 1.0)
         return solve(problem, objective, time_limit=time_limit / ROUNDS)
 
-    found = refine(costed.problem, solved(costed.problem), solved, measure, list(alone.values()), ROUNDS)
+    def evaluated(solution: Solution) -> Evaluation | None:
+        seconds = measure(solution)
+        if math.inf in seconds:
+            return None
+        return evaluate(corrected(costed.problem, solution.stages, seconds), solution.stages)
+
+    found = refine(costed.problem, solved(costed.problem), solved, measure, list(others.values()), ROUNDS)
     final = replace(costed, problem=found.problem)
     singles = {
-        name: _milliseconds(objective, each) for name, each in zip(alone, found.others, strict=True) if each is not None
+        name: _milliseconds(objective, each)
+        for name, each in zip(others, found.others, strict=True)
+        if each is not None and name != HEFT
     }
     return Placement(
-        describe(found.solution, final, singles), final, found.solution, lambda other: describe(other, final, singles)
+        describe(found.solution, final, singles),
+        final,
+        found.solution,
+        costed.problem,
+        lambda other: describe(other, final, singles),
+        evaluated,
     )
 
 
-def _single(problem: Problem, unit: str, objective: Objective) -> Solution:
-    """All that a device takes there, and the rest on the CPU."""
-    stages = arrange(problem, single(problem, unit), objective)
-    return Solution(stages, evaluate(problem, stages), objective, 0.0, False, f"all that {unit} takes")
+def _assigned(problem: Problem, units: Mapping[str, str], objective: Objective) -> Solution | None:
+    """A solution of which only the units are given; None if they exceed the memory of one."""
+    stages = arrange(problem, units, objective)
+    try:
+        return Solution(stages, evaluate(problem, stages), objective, 0.0, False, "by units given")
+    except PlanError:
+        return None
 
 
 def _measure_stage(partition: Partition, formed: Model, target: Target, meter: Meter) -> float | None:
