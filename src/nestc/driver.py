@@ -142,6 +142,7 @@ def build(
             spare = replace(partition, device="cpu")
             if all(takes(by_name["cpu"], region) for region in partition.regions):
                 done.fallbacks[partition.name] = by_name["cpu"].compile(spare)
+    _require_capacity(done, targets)
     if stop_after == "code":
         return done
 
@@ -150,6 +151,18 @@ def build(
     done.bundle = _bundle(done, targets, threads or available_cpus())
     tell("done", 1.0)
     return done
+
+
+def _require_capacity(done: Compilation, targets: Sequence[Target]) -> None:
+    """Raise PlanError if the constants of a device's partitions, as compiled, are more than it holds together."""
+    for target in targets:
+        parts = [done.artifacts[each.name] for each in done.partitions if each.device == target.name]
+        size = sum(array.nbytes for part in parts for array in part.weights.values())
+        if 0 < target.machine.capacity_bytes < size:
+            raise PlanError(
+                f"{len(parts)} partitions on {target.name!r} need {size} bytes for constants, but it holds "
+                f"{target.machine.capacity_bytes}; place by cost (--placement cost), or give a plan that moves regions"
+            )
 
 
 def compile(

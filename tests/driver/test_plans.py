@@ -94,3 +94,10 @@ def test_constants_must_fit_in_the_device(model: bytes, plan: Plan) -> None:
     target.machine = replace(target.machine, capacity_bytes=1000)
     with pytest.raises(PlanError, match="puts 1024 bytes of constants on 'cpu', which holds 1000"):
         nestc.compile(model, [target], threads=1, plan=plan)
+
+
+def test_constants_as_compiled_must_fit_too(model: bytes) -> None:
+    target = nestc.targets()["cpu"]
+    target.machine = replace(target.machine, capacity_bytes=1000)
+    with pytest.raises(PlanError, match="1 partitions on 'cpu' need [0-9]+ bytes for constants, but it holds 1000"):
+        nestc.compile(model, [target], threads=1)
