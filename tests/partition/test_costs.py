@@ -9,7 +9,8 @@ import pytest
 
 from nestc.graph.region import Op, Region, TensorType
 from nestc.partition.costs import measure_costs
-from nestc.partition.problem import HOST, Crossing, Problem
+from nestc.partition.evaluate import evaluate
+from nestc.partition.problem import HOST, Crossing, Problem, Stage
 from nestc.partition.store import Entry
 from nestc.targets.api import Link, Machine, Offer, Target
 
@@ -139,6 +140,27 @@ def test_pieces_on_one_device_save_what_fusing_them_saves() -> None:
     edges = {edge.tensor: edge for edge in problem_of(ALONE).edges}
     assert edges["m"].gains == {"cpu": pytest.approx(13.5e-6 + 9e-6 - 18e-6)}
     assert all(not edge.gains for name, edge in edges.items() if name != "m")
+
+
+def test_three_pieces_on_one_device_take_what_the_whole_takes() -> None:
+    """The last piece reads values of both others, as in x * sigmoid(x); what fusing saves is counted once."""
+    whole = region("r000_A_B_C", "A B C", ["x"], ["y"])
+    cut = (
+        region("r000a_A", "A", ["x"], ["m"]),
+        region("r000b_B", "B", ["m"], ["n"]),
+        region("r000c_C", "C", ["n", "m"], ["y"]),
+    )
+    alone = {("cpu", "r000_A_B_C"): 20.0, ("cpu", "r000a_A"): 15.0, ("cpu", "r000b_B"): 5.0, ("cpu", "r000c_C"): 10.0}
+    meter = FakeMeter(alone, {})
+    problem = measure_costs(
+        (whole,), cut, [CPU], ["y"], meter, (no_model, no_model), lambda what, fraction: None
+    ).problem
+    edges = {(edge.tensor, edge.destination): edge for edge in problem.edges}
+    assert edges["m", "r000b_B"].gains == {"cpu": pytest.approx(10e-6 / 3)}
+    assert edges["n", "r000c_C"].gains == {"cpu": pytest.approx(20e-6 / 3)}
+    assert edges["m", "r000c_C"].gains == {}
+    stages = (Stage("cpu", ("r000a_A", "r000b_B", "r000c_C")),)
+    assert evaluate(problem, stages).latency == pytest.approx(3e-6 + 20e-6)
 
 
 def test_what_a_device_does_not_load_is_a_refusal() -> None:

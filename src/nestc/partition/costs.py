@@ -237,11 +237,14 @@ def _edges(
     borders = _borders(cut, outputs, maker, measured)
     edges: list[Edge] = []
     for region in cut:
-        for value in dict.fromkeys(region.inputs):
-            source = maker.get(value)
-            edges.append(
-                _edge(value, source, region, links, borders, measured, _gains(source, region, uncut, measured))
-            )
+        saved = _gains(region, cut, uncut, measured)
+        sources = [maker.get(value) for value in dict.fromkeys(region.inputs)]
+        # A piece is joined to the one before it; over other edges between pieces nothing more is saved.
+        before = [each for each in cut if each in sources and number_of(each.name) == number_of(region.name)][-1:]
+        for value, source in zip(dict.fromkeys(region.inputs), sources, strict=True):
+            gains = saved if source in before else {}
+            before = [] if source in before else before
+            edges.append(_edge(value, source, region, links, borders, measured, gains))
     edges += [_edge(value, maker[value], None, links, borders, measured, {}) for value in outputs if value in maker]
     return tuple(edges)
 
@@ -266,21 +269,24 @@ def _borders(
     return found
 
 
-def _gains(source: Region | None, region: Region, uncut: Sequence[Region], measured: _Measured) -> dict[str, float]:
-    """Seconds saved, by target, where two pieces of a region are computed as the whole."""
-    whole = None
-    if source is not None and number_of(source.name) == number_of(region.name):
-        whole = next((each for each in uncut if number_of(each.name) == number_of(region.name)), None)
-    if whole is None or source is None:
+def _gains(region: Region, cut: Sequence[Region], uncut: Sequence[Region], measured: _Measured) -> dict[str, float]:
+    """Seconds saved, by target, where a piece is computed together with those before it.
+
+    Of what all pieces of a region take beyond the whole each but the first has its share, by its time and at most that.
+    """
+    whole = next((each for each in uncut if number_of(each.name) == number_of(region.name)), None)
+    if whole is None:
         return {}
+    pieces = [piece.name for piece in _pieces(cut, whole)]
     gains: dict[str, float] = {}
     for target in measured.takers(whole.name):
-        if (source.name, target) in measured.alone and (region.name, target) in measured.alone:
-            apart = measured.seconds(source.name, target) + measured.seconds(region.name, target)
-            # Of more than two pieces every border has its share; never more than the second piece costs.
-            gains[target] = min(
-                max(0.0, apart - measured.seconds(whole.name, target)), measured.seconds(region.name, target)
-            )
+        if all((name, target) in measured.alone for name in pieces):
+            apart = [measured.seconds(name, target) for name in pieces]
+            more = max(0.0, sum(apart) - measured.seconds(whole.name, target))
+            behind = sum(apart[1:])
+            if region.name != pieces[0] and behind > 0:
+                own = measured.seconds(region.name, target)
+                gains[target] = min(more * own / behind, own)
     return gains
 
 
