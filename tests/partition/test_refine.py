@@ -117,3 +117,21 @@ def test_stages_that_a_unit_refuses_are_no_plan() -> None:
         refine(
             problem, solution(problem, *MIXED), lambda learned: solution(learned, *MIXED), lambda plan: [math.inf] * 3
         )
+
+
+def test_libraries_of_one_processor_are_mixed_only_for_a_gain_that_is_sure() -> None:
+    units = (Unit("cpu", "cpu"), Unit("library", "cpu"))
+    tasks = (Task("t0", {"cpu": Cost(1.0), "library": Cost(2.0)}), Task("t1", {"cpu": Cost(2.0), "library": Cost(1.0)}))
+    problem = Problem(units, tasks, (Edge("x", None, "t0"), Edge("v", "t0", "t1"), Edge("y", "t1", None)))
+    mixed = (Stage("cpu", ("t0",)), Stage("library", ("t1",)))
+    alone = (Stage("cpu", ("t0", "t1")),)
+    for seconds, wanted in ((2.15, alone), (2.5, mixed)):
+        measured = {mixed: [1.0, 1.0], alone: [seconds]}
+        found = refine(
+            problem,
+            solution(problem, *mixed),
+            lambda learned: solution(learned, *mixed),
+            lambda plan, measured=measured: measured[plan.stages],
+            [solution(problem, *alone)],
+        )
+        assert found.solution.stages == wanted

@@ -25,6 +25,9 @@ CALLS = 3
 """Calls of a measured stage beside simulators: these run long, and meanwhile the caches fill with other things and the
 system finds that it is somebody else's turn, which no real device would bring about."""
 
+_OTHER_DATA = np.zeros(2 << 20, np.uint8)
+"""Touched before each of them: more than the second-level cache of a core, which other stages would have used."""
+
 LONG_SECONDS = 0.05
 """Calls that have taken so long together are enough."""
 
@@ -315,6 +318,7 @@ def _steady(
     """The same of the last of some calls, with the median of their seconds."""
     times: list[float] = []
     while True:
+        np.add(_OTHER_DATA, 1, out=_OTHER_DATA)
         results, elapsed, seconds = _timed(program, inputs, places)
         times.append(seconds)
         if len(times) == calls or sum(times) > LONG_SECONDS:
