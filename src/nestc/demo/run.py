@@ -84,9 +84,9 @@ def run(
     begin = time.perf_counter()
     samples = [{INPUT: image[None]} for image in images[:CALIBRATED]]
     profile = calibrate(model_path(), samples, "mse", shapes=shapes, threads=threads)
-    work = _Work(profile, samples, shapes, threads)
+    work = _Work(profile, samples, shapes, threads, [*others, *cpu])
     tell("quantize to int8", 0.15)
-    model = work.quantized("int8", ())
+    model = work.quantized("int8")
     seconds = time.perf_counter() - begin
     rest = (images[CALIBRATED:], labels[CALIBRATED:], classes[CALIBRATED:])
     small, program = _alone(model, cpu, "int8", None, threads, *rest)
@@ -133,20 +133,21 @@ class _Work:
     samples: Sequence[Mapping[str, np.ndarray]]
     shapes: Mapping[str, Sequence[int]]
     threads: int | None
-    made: dict[tuple[str, ...], Model] = dataclasses.field(default_factory=dict[tuple[str, ...], "Model"])
+    targets: Sequence[Target]
+    made: dict[str, Model] = dataclasses.field(default_factory=dict[str, "Model"])
 
-    def quantized(self, scheme: str, targets: Sequence[Target]) -> Model:
-        """The network in a scheme, which may be for targets; made once."""
+    def quantized(self, scheme: str) -> Model:
+        """The network in a scheme, made once; schemes that depend on targets are for all of them."""
         from nestc.quantization import quantize
 
-        key = (scheme, *(target.name for target in targets))
-        if key not in self.made:
-            self.made[key] = quantize(
+        if scheme not in self.made:
+            self.made[scheme] = quantize(
                 model_path(), self.profile, scheme,
-                data=self.samples, shapes=self.shapes, threads=self.threads, targets=targets or None,
+                data=self.samples, shapes=self.shapes, threads=self.threads,
+                targets=self.targets if scheme in FORMATS else None,
                 accuracy_budget=BUDGET if scheme == "auto" else None,
             )  # fmt: skip
-        return self.made[key]
+        return self.made[scheme]
 
     def compiled(self, targets: Sequence[Target], objective: str | None) -> tuple[str, Executable, float]:
         """The network compiled for targets, by cost or (without an objective) in their order; its scheme, and seconds.
@@ -162,14 +163,14 @@ class _Work:
         if objective is not None:
             plans = {
                 each: explain(
-                    self.quantized(each, targets), targets, objective=objective, placement="cost", threads=self.threads
+                    self.quantized(each), targets, objective=objective, placement="cost", threads=self.threads
                 )[0]
                 for each in FORMATS
             }
             scheme = min(plans, key=lambda each: _promised(plans[each], objective))
             plan = plans[scheme]
         found = compile_model(
-            self.quantized(scheme, targets), targets, threads=self.threads,
+            self.quantized(scheme), targets, threads=self.threads,
             objective=objective or "latency", placement="order", plan=plan,
         )  # fmt: skip
         assert isinstance(found, Executable)
