@@ -25,8 +25,8 @@ CALLS = 3
 """Calls of a measured stage beside simulators: these run long, and meanwhile the caches fill with other things and the
 system finds that it is somebody else's turn, which no real device would bring about."""
 
-_OTHER_DATA = np.zeros(2 << 20, np.uint8)
-"""Touched before each of them: more than the second-level cache of a core, which other stages would have used."""
+_OTHER_DATA = np.zeros(16 << 20, np.uint8)
+"""Touched before each of them: as much as the other stages of a network of medium size use."""
 
 LONG_SECONDS = 0.05
 """Calls that have taken so long together are enough."""
