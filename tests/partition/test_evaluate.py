@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nestc.errors import PlanError
@@ -27,7 +29,7 @@ DIAMOND = Problem(
         Task("d", {"cpu": Cost(2.0, 1.0)}),
     ),
     (
-        Edge("input", None, "a", 4, {(HOST, "cpu"): Crossing(in_seconds=0.5, wire_seconds=9.0, joules=0.5)}),
+        Edge("input", None, "a", 4, {(HOST, "cpu"): Crossing(in_seconds=0.5, joules=0.5)}),
         Edge("x", "a", "b", 4, A_OUT, {"cpu": 0.75}),
         Edge("x", "a", "c", 4, A_OUT),
         Edge("y", "b", "d", 4, BACK),
@@ -49,6 +51,19 @@ def test_one_stage_is_launched_once_and_makes_its_gains():
     assert found.busy == {"cpu": 21.0, "npu": 0.0}
     assert found.period == 21.0
     assert found.joules == 10 + 20 + 30 + 1 + 0.5 + 0.25
+
+
+def test_graph_inputs_arrive_after_their_way():
+    way = {(HOST, "cpu"): Crossing(in_seconds=0.5, wire_seconds=9.0)}
+    late = replace(DIAMOND, edges=(replace(DIAMOND.edges[0], crossings=way), *DIAMOND.edges[1:]))
+    stages = [Stage("cpu", ("a", "b", "c", "d"))]
+    assert times(late, stages) == [(9.0, 30.0)]
+    assert evaluate(late, stages).latency == 33.0 and evaluate(late, stages).period == 21.0
+    # The second request's input is on its way while the first is computed.
+    found = pipelined(late, stages, requests=2, in_flight=2)
+    assert [(each.begin, each.end) for each in found.times] == [(9.0, 30.0), (30.0, 51.0)]
+    found = pipelined(late, stages, requests=2, in_flight=1)
+    assert [(each.begin, each.end) for each in found.times] == [(9.0, 30.0), (42.0, 63.0)]
 
 
 def test_branches_run_beside_each_other():

@@ -74,7 +74,7 @@ def listed(network: Network, units: Sequence[int]) -> tuple[Group, ...]:
     count = len(units)
     ranks = upward(network, list(units))
     waiting = [len({link.source for link in network.links_into[task]}) for task in range(count)]
-    arrival = [0.0] * count
+    arrival = [network.arrives[task][unit] for task, unit in enumerate(units)]
     free = [0.0] * network.resources
     last = [-1] * network.resources
     ready = {task for task in range(count) if not waiting[task]}
@@ -124,16 +124,22 @@ def harmless(network: Network, groups: Sequence[Group]) -> tuple[Group, ...]:
         if at is not None and groups[made[at][0]][0] == unit:
             members = set(made[at])
             begin = begins[made[at][0]]
+            given = max(network.arrives[task][unit] for task in tasks)
             inputs = (link for task in tasks for link in network.links_into[task])
             outputs = (link for n in members for task in groups[n][1] for link in network.links_from[task])
-            if all(
-                where[link.source] in members or ends[where[link.source]] + link.wire[units[link.source]][unit] <= begin
-                for link in inputs
-            ) and all(
-                where[link.destination] in members
-                or where[link.destination] == number
-                or begins[where[link.destination]] >= ends[number]
-                for link in outputs
+            if (
+                given <= begin
+                and all(
+                    where[link.source] in members
+                    or ends[where[link.source]] + link.wire[units[link.source]][unit] <= begin
+                    for link in inputs
+                )
+                and all(
+                    where[link.destination] in members
+                    or where[link.destination] == number
+                    or begins[where[link.destination]] >= ends[number]
+                    for link in outputs
+                )
             ):
                 made[at].append(number)
                 continue

@@ -33,6 +33,7 @@ def along_paths(network: Network) -> list[Array]:
     alone = _inputs_alone(network)
     found: list[Array] = []
     for task in range(len(network.tasks)):
+        launched = launch + np.array(network.arrives[task])
         gains = np.zeros(units)
         for link in network.links_into[task]:
             gains = gains + np.array(link.gains)
@@ -40,10 +41,10 @@ def along_paths(network: Network) -> list[Array]:
         if task == 0:
             # Everything of other first units is unreachable, so the axis stays separate along all paths.
             start = np.full((units, units), np.inf)
-            np.fill_diagonal(start, launch + base)
+            np.fill_diagonal(start, launched + base)
             found.append(start)
             continue
-        best = np.broadcast_to(launch + base, (units, units)).copy()
+        best = np.broadcast_to(launched + base, (units, units)).copy()
         for link in network.links_into[task]:
             before = found[link.source]
             step = _step(network, link)

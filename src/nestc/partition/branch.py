@@ -76,7 +76,7 @@ class _Search:
             for t in range(count)
         ]
         self.base = np.array(base)
-        self.alone = self.base + np.array(network.launch)
+        self.alone = self.base + np.array(network.launch) + np.array(network.arrives)
         self.tail = np.array(tails(network, base))
         # By link and unit of its source: seconds from the end of the one to the beginning of the other's work.
         self.steps = [
@@ -251,7 +251,8 @@ class _Sequence:
         begin: list[float] = []
         done: list[float] = []
         for task, unit in enumerate(self.units):
-            head, ready = 0.0, self.network.launch[unit]
+            head = self.network.arrives[task][unit]
+            ready = head + self.network.launch[unit]
             for link in self.network.links_into[task]:
                 source = self.units[link.source]
                 if source == unit:
@@ -312,6 +313,7 @@ class _Sequence:
                 took, after, tasks = self.stage(unit, subset)
                 begin = free[resource]
                 for task in tasks:
+                    begin = max(begin, network.arrives[task][unit])
                     for source, wire in self.waits[task]:
                         if done >> source & 1:
                             begin = max(begin, self.ends[source] + wire)

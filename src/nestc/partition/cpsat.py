@@ -173,6 +173,9 @@ class _Latency:
             self._edge(link, waived, received)
         for border in network.inputs:
             waived = self._waived(takers, border.tensor, border.task)
+            for u, on in self.on[border.task].items():
+                if border.wire[u]:
+                    model.add(self.begin[border.task] >= self.down(border.wire[u])).only_enforce_if(on)
             if any(border.work):
                 charge = model.new_int_var(0, self.up(max(border.work)), "")
                 for u, on in self.on[border.task].items():

@@ -114,6 +114,7 @@ def pipelined(problem: Problem, stages: Sequence[Stage], requests: int, in_fligh
         max((border.wire[unit] for task in tasks for border in network.outputs_of[task]), default=0.0)
         for unit, tasks in groups
     ]
+    given = [max(network.arrives[task][unit] for task in tasks) for unit, tasks in groups]
     free = [0.0] * network.resources
     ends: dict[tuple[int, int], float] = {}
     arrived = dict.fromkeys(range(min(in_flight, requests)), 0.0)
@@ -133,7 +134,8 @@ def pipelined(problem: Problem, stages: Sequence[Stage], requests: int, in_fligh
                 number = queue[position]
                 if all((request, source) in ends for source, _ in needs[number]):
                     arrivals = (ends[request, source] + wire for source, wire in needs[number])
-                    ready.append((max([arrived[request], free[resource], *arrivals]), request, number))
+                    begin = max([arrived[request] + given[number], free[resource], *arrivals])
+                    ready.append((begin, request, number))
         begin, request, number = min(ready)
         resource = network.resource[groups[number][0]]
         end = begin + took[number]

@@ -35,7 +35,7 @@ def by_rank(network: Network) -> list[int]:
         options: list[tuple[float, float, int]] = []
         for unit in fitting or network.allowed[task]:
             took = network.launch[unit] + network.cost[task][unit]
-            ready = 0.0
+            ready = network.arrives[task][unit]
             for link in network.links_into[task]:
                 source = chosen[link.source]
                 if source == unit:

@@ -91,6 +91,15 @@ class Network:
         return _by_task(self.outputs, len(self.tasks))
 
     @cached_property
+    def arrives(self) -> list[Row]:
+        """By task and unit, when all graph inputs of a task have arrived there."""
+        none = (0.0,) * len(self.units)
+        return [
+            tuple(max(column) for column in zip(*(border.wire for border in borders), strict=True)) if borders else none
+            for borders in self.inputs_of
+        ]
+
+    @cached_property
     def resources(self) -> int:
         """How many resources there are."""
         return max(self.resource) + 1
@@ -244,6 +253,7 @@ def timeline(network: Network, groups: Sequence[Group]) -> tuple[list[float], li
             where[task] = number
         begin = free[network.resource[unit]]
         for task in tasks:
+            begin = max(begin, network.arrives[task][unit])
             for link in network.links_into[task]:
                 source = where[link.source]
                 if source != number:

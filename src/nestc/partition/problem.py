@@ -11,7 +11,8 @@ How time passes (`evaluate.py` and `nestc.runtime` keep to these rules):
   the host the `in_seconds` once.
 - A stage may begin when its resource is free, all stages before it on the same resource (same request) have begun,
   and each tensor from another stage has arrived: end of the producing stage + `wire_seconds`. Tensors of stages on
-  the same unit arrive at once. Graph inputs exist at time 0; a graph output arrives `wire_seconds` after its stage.
+  the same unit arrive at once. Graph inputs leave the host at time 0 and arrive after their `wire_seconds`; a graph
+  output arrives there `wire_seconds` after its stage.
 - Latency is the arrival of the last output. With several requests in flight the time a request is the period.
 """
 

@@ -111,7 +111,9 @@ def _segment(network: Network, first: int, end: int, *, last: bool) -> Segment:
         at = inside[task]
         for border in network.inputs_of[task] if task in here else ():
             if takers[border.tensor] <= here:
-                inputs.append(replace(border, task=at, tensor=renumbered(border.tensor)))
+                # When an input arrives is known from the begin of the whole only; later it is most likely there.
+                wire = (0.0,) * len(border.wire) if head else border.wire
+                inputs.append(replace(border, task=at, tensor=renumbered(border.tensor), wire=wire))
         if tail and task == members[-1]:
             continue
         for link in network.links_from[task]:
