@@ -18,6 +18,7 @@ from nestc.graph.bind import bind
 from nestc.graph.model import Model, require_static, skeleton, unbound_dims
 from nestc.graph.region import TensorType
 from nestc.importers.onnx import load
+from nestc.partition.cut import cut_in_order
 from nestc.partition.descend import claim_or_descend
 from nestc.partition.match import Claim, takes
 from nestc.partition.place import follow, place
@@ -126,7 +127,8 @@ def build(
         )
         placed = done.placement.placed
     else:
-        placed = place(done.formed, done.claims, targets, objective)
+        done.formed, done.claims, cuts = cut_in_order(done.optimised, done.formed, done.claims, targets)
+        placed = place(done.formed, done.claims, targets, objective, cuts)
     done.formed, done.partitions, done.plan = placed.formed, placed.partitions, placed.plan
     for line in done.plan.explain().splitlines():
         log.info("%s", line)

@@ -99,3 +99,49 @@ def test_what_is_computed_as_data_is_what_is_formed(quantized: Model) -> None:
 
 def test_nothing_is_cut_for_a_device_that_takes_the_whole(quantized: Model) -> None:
     assert find_cuts(regions(form(quantized)), [make("cpu")]) == []
+
+
+def test_one_target_gets_its_pieces_without_asking_what_they_cost(quantized: Model) -> None:
+    plan = nestc.compile(quantized, ["vta"], threads=1).plan
+    assert [(region.device, region.ops[-1]) for region in plan.regions if region.name[4] in "ab"] == [
+        ("vta", "QuantizeLinear"),
+        ("cpu", "QuantizeLinear"),
+        ("vta", "QuantizeLinear"),
+        ("cpu", "DequantizeLinear"),
+    ]
+    assert len(plan.cuts) == 2
+    again = nestc.compile(quantized, ["vta"], threads=1, plan=plan)
+    assert [region.device for region in again.plan.regions] == [region.device for region in plan.regions]
+
+
+def test_powers_of_two_leave_curves_to_those_who_have_tables() -> None:
+    rng = np.random.default_rng(1)
+    weights = {f"w{index}": rng.standard_normal((16, 16, 3, 3)).astype(np.float32) * 0.1 for index in range(2)}
+    nodes = [
+        oh.make_node("Conv", ["x", "w0"], ["c0"], "conv0", pads=[1] * 4),
+        oh.make_node("Sigmoid", ["c0"], ["s0"], "sigmoid0"),
+        oh.make_node("Mul", ["c0", "s0"], ["m0"], "mul0"),
+        oh.make_node("Conv", ["m0", "w1"], ["y"], "conv1", pads=[1] * 4),
+    ]
+    graph = oh.make_graph(
+        nodes,
+        "silu",
+        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 16, 8, 8])],
+        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 16, 8, 8])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    proto = oh.make_model(graph, opset_imports=[oh.make_opsetid("", 21)], ir_version=10)
+    model = nestc.load(proto.SerializeToString())
+    x = rng.standard_normal((1, 16, 8, 8)).astype(np.float32)
+    profile = nestc.calibrate(model, [{"x": x}])
+    powers, plain = (nestc.quantize(model, profile, scheme) for scheme in ("int8-pow2", "int8"))
+    ops = [
+        [node.op_type for node in each.ir.graph if node.op_type in ("Conv", "Swish", "QuantizeLinear")]
+        for each in (powers, plain)
+    ]
+    assert ops[0] == ["QuantizeLinear", "Conv", "QuantizeLinear", "Swish", "QuantizeLinear", "Conv"]
+    assert ops[1] == ["QuantizeLinear", "Conv", "Swish", "QuantizeLinear", "Conv"]
+    assert "vta" in {region.device for region in nestc.compile(powers, ["vta"], threads=1).plan.regions}
+    reference = nestc.compile(model, threads=1)(x)
+    error = nestc.compile(powers, ["vta"], threads=1)(x) - reference
+    assert np.sqrt((error**2).mean() / (reference**2).mean()) < 0.1

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nestc.graph.model import Model
 from nestc.graph.region import Op, Region
-from nestc.partition.match import takes
+from nestc.graph.regions import form, regions
+from nestc.partition.match import Claim, claim, takes
 from nestc.targets.api import Target
 
 VIEW = "view"
 _MOST_CUTS = 3  # of one region: each border costs a device a launch, and more pieces never paid
 
 
-def find_cuts(regions: Sequence[Region], targets: Sequence[Target]) -> list[str]:
+def find_cuts(every: Sequence[Region], targets: Sequence[Target]) -> list[str]:
     """Names of the nodes after which regions are to be cut, for all targets but ``host``."""
     names: list[str] = []
-    for region in regions:
+    for region in every:
         for target in targets:
             if target.name == "host" or takes(target, region):
                 continue
@@ -28,6 +30,26 @@ def find_cuts(regions: Sequence[Region], targets: Sequence[Target]) -> list[str]
                 if node not in names:
                     names.append(node)
     return names
+
+
+def cut_in_order(
+    model: Model, formed: Model, claims: Sequence[Claim], targets: Sequence[Target]
+) -> tuple[Model, list[Claim], list[str]]:
+    """A model formed anew, with the claims, where targets that come before the one that claims a region take a piece.
+
+    `model` is what `formed` was formed of. Only products are worth that, since nobody asks what it costs.
+    """
+    cuts: list[str] = []
+    for each in claims:
+        for target in targets:
+            if target.name in (each.target, "host"):
+                break
+            if each.region.anchor is not None:
+                cuts += [node for node in _cuts_for(each.region, target) if node not in cuts]
+    if not cuts:
+        return formed, list(claims), []
+    made = form(model, cuts=cuts)
+    return made, [claim(region, targets) for region in regions(made)], cuts
 
 
 def _cuts_for(region: Region, target: Target) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from nestc.errors import PlanError, UnsupportedOp
 from nestc.graph.model import Model
@@ -13,7 +14,7 @@ from nestc.graph.regions import regions as read
 from nestc.partition.group import order, partitions, runs
 from nestc.partition.match import Claim, ask, refused
 from nestc.partition.plan import Plan, PlannedPartition, PlannedRegion, Transfer
-from nestc.partition.problem import HOST
+from nestc.partition.problem import HOST, Objective
 from nestc.partition.sizes import nbytes
 from nestc.partition.split import Split, split
 from nestc.targets.api import Link, Offer, Partition, Target
@@ -28,8 +29,10 @@ class Placed:
     plan: Plan
 
 
-def place(formed: Model, claims: Sequence[Claim], targets: Sequence[Target], objective: str) -> Placed:
-    """Partitions of a formed model by who claimed what: as few as list scheduling finds.
+def place(
+    formed: Model, claims: Sequence[Claim], targets: Sequence[Target], objective: str, cuts: Sequence[str] = ()
+) -> Placed:
+    """Partitions of a formed model by who claimed what: as few as list scheduling finds. `cuts`: as it was formed with.
 
     Raises UnsupportedOp if a region found no target, with every target's reason.
     """
@@ -40,7 +43,8 @@ def place(formed: Model, claims: Sequence[Claim], targets: Sequence[Target], obj
         device[each.region.name] = each.target
     grouped = runs(order([each.region for each in claims], device), device)
     by_name = {each.region.name: _claimed(each) for each in claims}
-    return assemble(formed, grouped, device, by_name, targets, objective)
+    placed = assemble(formed, grouped, device, by_name, targets, objective)
+    return replace(placed, plan=replace(placed.plan, cuts=tuple(cuts)))
 
 
 def assemble(
@@ -81,6 +85,7 @@ def follow(plan: Plan, model: Model, targets: Sequence[Target]) -> Placed:
         model = split(model, [Split(each.node, each.channels) for each in plan.splits], read(form(model)))
     formed = form(model, cuts=plan.cuts)
     regions = read(formed)
+    _require_sound(plan, {op.name for region in regions for op in region.ops})
     wanted = {region.name: region for region in plan.regions}
     by_name = {target.name: target for target in targets}
     device: dict[str, str] = {}
@@ -111,15 +116,37 @@ def follow(plan: Plan, model: Model, targets: Sequence[Target]) -> Placed:
     return Placed(formed, placed.partitions, kept)
 
 
+def _require_sound(plan: Plan, nodes: Collection[str]) -> None:
+    """Raise PlanError for what no plan of a model with these nodes says."""
+    if plan.objective not in get_args(Objective):
+        raise PlanError(f"the plan is for objective {plan.objective!r}; there are {', '.join(get_args(Objective))}")
+    unknown = next((name for name in plan.cuts if name not in nodes), None)
+    if unknown is not None:
+        raise PlanError(f"the plan cuts after node {unknown!r}, which the model does not have")
+    for what, names in (
+        ("region", [region.name for region in plan.regions]),
+        ("partition", [partition.name for partition in plan.partitions]),
+    ):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise PlanError(f"the plan has {what} {twice!r} twice; leave one of them out")
+    empty = next((partition.name for partition in plan.partitions if not partition.regions), None)
+    if empty is not None:
+        raise PlanError(f"partition {empty!r} of the plan has no regions; leave it out")
+
+
 def _shape(plan: Plan) -> list[tuple[str, frozenset[str]]]:
     return [(partition.device, frozenset(partition.regions)) for partition in plan.partitions]
 
 
 def _planned_groups(plan: Plan, regions: Mapping[str, Region], device: Mapping[str, str]) -> list[list[Region]] | None:
-    """The plan's own partitions in an order in which they can run; None if a region has changed its device since.
+    """The plan's own partitions in an order in which they can run; None if it has none, or a region has changed its
+    device since.
 
     Raises PlanError if they leave a region out, have one twice, or wait for each other.
     """
+    if not plan.partitions:
+        return None
     listed = [name for partition in plan.partitions for name in partition.regions]
     missing = sorted(set(regions) - set(listed))
     twice = next((name for name in listed if listed.count(name) > 1), None)

@@ -17,7 +17,7 @@ from nestc.graph.model import Model
 from nestc.graph.passes.affine_convolutions import is_affine
 from nestc.graph.passes.rewrite import array, only_use, operand, scalar
 from nestc.quant.profile import Profile
-from nestc.quant.scheme import MOVING, RECURRENT, WEIGHTED, Scheme, nearest
+from nestc.quant.scheme import CURVES, MOVING, RECURRENT, WEIGHTED, Scheme, nearest
 
 Role = Literal["product", "active", "moving", "tail", "float"]
 
@@ -324,7 +324,7 @@ def _settle(
         assert scheme is not None
         return role, _of_product(node, scheme)
     front = _data_producer(node) if _may_be_tail(node) and scheme is not None and not forced else None
-    if front is not None and _carries_tail(front, schemes, settled) and only_use(_varying(node)):
+    if front is not None and _carries_tail(node, front, schemes, settled) and only_use(_varying(node)):
         return "tail", f"computed on the result of {front.name!r} before that is rounded"
     if role == "float":
         return role, reason
@@ -349,9 +349,19 @@ def _varying(node: ir.Node) -> ir.Value:
     return next(value for value in node.inputs if value is not None and not is_constant(value))
 
 
-def _carries_tail(front: ir.Node, schemes: Mapping[ir.Node, Scheme | None], settled: Mapping[ir.Node, Role]) -> bool:
+def _carries_tail(
+    node: ir.Node, front: ir.Node, schemes: Mapping[ir.Node, Scheme | None], settled: Mapping[ir.Node, Role]
+) -> bool:
+    """Whether `node` can be computed on the result of `front` before that is rounded.
+
+    Scales that are powers of two are for devices that have shifts, maxima and minima behind their sums but no curves:
+    there a curve is computed on integers, by whoever has a table, and its product stays on the device.
+    """
     scheme = schemes.get(front)
-    return settled.get(front) in ("product", "active", "tail") and scheme is not None and scheme.integer
+    if settled.get(front) not in ("product", "active", "tail") or scheme is None or not scheme.integer:
+        return False
+    activation = scheme.activation
+    return not (node.op_type in CURVES and activation is not None and activation.pow2)
 
 
 def _is_fed(value: ir.Value, settled: Mapping[ir.Node, Role], schemes: Mapping[ir.Node, Scheme | None]) -> bool:

@@ -16,7 +16,7 @@ from nestc.graph.model import Model
 from nestc.quant.choose import data_inputs
 from nestc.quant.profile import Histogram, Nonfinite, Profile, TensorStats
 from nestc.quant.run import Batch, Compiler, Progress, Runner
-from nestc.quant.scheme import INTEGER_OPS, WEIGHTED
+from nestc.quant.scheme import CURVES, INTEGER_OPS, WEIGHTED
 
 BINS = 2048
 """Bins of a histogram; at least half of them, less two, span the values seen. TensorRT uses as many for entropy."""
@@ -66,7 +66,7 @@ def observed(prepared: Model) -> list[ir.Value]:
     """The tensors that may come to be quantized: data operands and results of operators that have an integer form.
 
     The result of a product that only one unary operator (Relu, Clip ...) reads is left out: that operator is computed
-    on the product's sums before anything is rounded.
+    on the product's sums before anything is rounded. Not so with curves, which devices that shift do not have there.
     """
     chosen: dict[ir.Value, None] = {}
     for node in prepared.ir.graph:
@@ -80,11 +80,11 @@ def observed(prepared: Model) -> list[ir.Value]:
 
 
 def _inside(value: ir.Value) -> bool:
-    """Whether the value is a product's that only one unary operator reads."""
+    """Whether the value is a product's that only one unary operator reads, no curve."""
     producer, readers = value.producer(), [use.node for use in value.uses()]
     if producer is None or producer.op_type not in WEIGHTED or value.is_graph_output():
         return False
-    return len(readers) == 1 and not readers[0].domain and readers[0].op_type in UNARY
+    return len(readers) == 1 and not readers[0].domain and readers[0].op_type in UNARY - CURVES
 
 
 def with_outputs(model: Model, names: Sequence[str]) -> Model:

@@ -114,6 +114,9 @@ ACTIVE = frozenset(
 )
 """Other operators that are computed on quantized activations, where they stand between products."""
 
+CURVES = frozenset({"Elu", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Sigmoid", "Swish", "Tanh"})
+"""Those of them that shifts, maxima and minima do not make."""
+
 INTEGER_OPS = WEIGHTED | MOVING | ACTIVE
 
 _WEIGHT8 = Format("int8", per_channel=True, narrow=True)
