@@ -15,8 +15,8 @@ from nestc.measure import interleave
 IN_FLIGHT = 4
 """Requests under way at a time where throughput is seen."""
 
-REQUESTS = 8
-"""Requests of a run that shows throughput; the first half fills the pipeline and is not counted."""
+REQUESTS = 10
+"""Requests of a run that shows throughput, the filling and the emptying of the pipeline included."""
 
 Inputs = Mapping[str, np.ndarray]
 
@@ -89,19 +89,12 @@ def _computes(mark: Mapping[str, Any]) -> bool:
 
 
 def periods(executables: Mapping[str, nestc.Executable], inputs: Inputs, rounds: int) -> dict[str, Seen]:
-    """Milliseconds a request with `IN_FLIGHT` of them under way, by the clock of each timeline.
-
-    A period is the time from the end of the first half of `REQUESTS` to that of all, over the requests of the second.
-    """
+    """Milliseconds a request with `IN_FLIGHT` of them under way: the end of the timeline over `REQUESTS`."""
     samples: dict[str, list[float]] = {name: [] for name in executables}
-    half = REQUESTS // 2
     for name in _turns(list(executables), rounds):
         for _ in executables[name].map([inputs] * REQUESTS, in_flight=IN_FLIGHT):
             pass
-        ends = [0.0] * REQUESTS
-        for mark in executables[name].timeline():
-            ends[mark["request"]] = max(ends[mark["request"]], mark["end_us"] / 1e3)
-        samples[name].append((max(ends) - max(ends[:half])) / (REQUESTS - half))
+        samples[name].append(max(mark["end_us"] for mark in executables[name].timeline()) / 1e3 / REQUESTS)
     return {name: Seen(tuple(samples[name])) for name in executables}
 
 
