@@ -12,7 +12,7 @@ import pytest
 
 import nestc
 from nestc.errors import PlanError
-from nestc.partition.plan import Plan, PlannedPartition
+from nestc.partition.plan import Plan, PlannedPartition, PlannedRegion, PlannedSplit
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,25 @@ def test_what_cannot_be_followed_is_refused(model: bytes, plan: Plan) -> None:
         ),
         "twice": replace(plan, partitions=(PlannedPartition("p", "cpu", (*names, names[0]), (), ()),)),
         "leaves out": replace(plan, partitions=(PlannedPartition("p", "cpu", first, (), ()),)),
+        "has region .* twice; leave one": replace(plan, regions=(*plan.regions, plan.regions[0])),
+        "partition 'p' of the plan has no regions": replace(
+            plan, partitions=(PlannedPartition("p", "cpu", (), (), ()),)
+        ),
+        "objective 'speed'; there are latency, throughput, energy": replace(plan, objective="speed"),
+        "cuts after node 'nowhere'": replace(plan, cuts=("nowhere",)),
+        "splits node 'a' twice": replace(plan, splits=(PlannedSplit("a", (4, 4)), PlannedSplit("a", (2, 6)))),
     }
     for words, wrong in cases.items():
         with pytest.raises(PlanError, match=words):
             nestc.compile(model, ["vta"], threads=1, plan=wrong)
+
+
+def test_a_plan_needs_no_more_than_a_device_for_each_region(model: bytes, plan: Plan) -> None:
+    least = tuple(PlannedRegion(region.name, region.device) for region in plan.regions)
+    made = nestc.compile(model, threads=1, plan=Plan(plan.model, plan.objective, plan.devices, least))
+    assert [part.regions for part in made.plan.partitions] == [part.regions for part in plan.partitions]
+    assert made.plan.predicted_ms is None
+    np.testing.assert_array_equal(made(X), nestc.compile(model, threads=1)(X))
 
 
 def test_constants_must_fit_in_the_device(model: bytes, plan: Plan) -> None:

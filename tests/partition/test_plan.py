@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ def test_it_says_who_takes_what_and_why() -> None:
     assert PLAN.ops(PLAN.partitions[0]) == {"Conv": 1, "Relu": 1}
 
 
+def test_a_bound_of_nothing_says_nothing() -> None:
+    plan = replace(PLAN, predicted_ms=3.0, lower_bound_ms=0.0, optimal=False)
+    assert "not known how far above the best by these costs" in plan.predictions()[0]
+    assert "at most 50 % above" in replace(plan, lower_bound_ms=2.0).predictions()[0]
+    assert ": optimal by these costs" in replace(plan, lower_bound_ms=3.0, optimal=True).predictions()[0]
+
+
 LEAST = "format: 2\nmodel: m\nobjective: latency\ndevices: [cpu]\n"
 
 
@@ -59,6 +67,8 @@ LEAST = "format: 2\nmodel: m\nobjective: latency\ndevices: [cpu]\n"
         (LEAST + "regions: [{name: r0, device: cpu, colour: red}]", "field 'colour' that no plan has"),
         (LEAST + "regions: [{name: r0, device: [cpu]}]", "item 0 r0, device must be a str"),
         (LEAST + "regions: [{name: r0, device: cpu, predicted_ms: fast}]", "predicted_ms must be a float"),
+        (LEAST + "regions: []\npredicted_ms: .nan", "predicted_ms must be a finite number"),
+        ("[" * 3000, "does not read as YAML"),
     ],
 )
 def test_what_is_no_plan_is_refused(tmp_path: Path, content: str, words: str) -> None:

@@ -6,6 +6,7 @@ Nothing here imports a compiler stage, so an opened bundle can show its plan.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import types
 from collections import Counter
@@ -159,8 +160,9 @@ class Plan:
         if self.predicted_mj:
             lines[0] += f", {self.predicted_mj:.4g} mJ"
         value, unit = (self.predicted_mj or 0.0, "mJ") if self.objective == "energy" else (self.predicted_ms, "ms")
-        gap = value / self.lower_bound_ms - 1 if self.lower_bound_ms else 0.0
-        known = "optimal" if self.optimal else f"at most {100 * max(gap, 0.0):.2g} % above the best"
+        known = "optimal" if self.optimal else "not known how far above the best"
+        if self.lower_bound_ms and not self.optimal:
+            known = f"at most {100 * max(value / self.lower_bound_ms - 1, 0.0):.2g} % above the best"
         lines[0] += f"; lower bound {self.lower_bound_ms:.4g} {unit}: {known} by these costs ({self.method})"
         for device, single in self.single_device_ms.items():
             lines.append(f"all that {device} takes on {device}: {single:.4g} ms")
@@ -208,7 +210,7 @@ class Plan:
             data: object = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"cannot read the plan {where}: {error.strerror or error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             words = " ".join(str(error).split())
             raise PlanError(f"{where} is not a plan: it does not read as YAML ({words})") from error
         if not isinstance(data, dict):
@@ -250,7 +252,9 @@ def _build(kind: Any, data: object, where: str) -> object:
         return {str(key): _build(arguments[1], item, f"{where}, {key}") for key, item in pairs.items()}
     if dataclasses.is_dataclass(kind):
         return _record(cast("type[Any]", kind), data, where)
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
+        if not math.isfinite(data):
+            raise PlanError(f"{where} must be a finite number, not {data!r}")
         return float(data)
     if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
         raise PlanError(f"{where} must be a {kind.__name__}, not {data!r}")

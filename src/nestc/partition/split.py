@@ -115,6 +115,10 @@ def split(model: Model, splits: Sequence[Split], regions: Iterable[Region]) -> M
     """
     made = model.clone()
     by_name = {node.name: node for node in made.ir.graph}
+    nodes = [each.node for each in splits]
+    twice = next((name for name in nodes if nodes.count(name) > 1), None)
+    if twice is not None:
+        raise PlanError(f"the plan splits node {twice!r} twice; give all its parts at once")
     owners = {_product(region).name: region for region in regions if channels_of(region)}
     for each in splits:
         region = owners.get(each.node)
