@@ -131,6 +131,27 @@ def test_sums_of_bytes_do_not_saturate(vendor: str) -> None:
     assert np.abs(got.astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_layers_may_share_a_zero_point(vendor: str) -> None:
+    """Equal constants are one after optimisation, which ONNX Runtime does not load where sums of bytes saturate."""
+    text = """g (float[1,8,6,6] x) => (float[1,16] y) {
+        a = Conv<pads=[1,1,1,1]>(x, w)
+        b = GlobalAveragePool(a)
+        f = Flatten(b)
+        h = MatMul(f, v)
+        i = Relu(h)
+        y = MatMul(i, u)
+    }"""
+    proto = net(text, w=normal(16, 8, 3, 3), v=normal(16, 16), u=normal(16, 16))
+    model = nestc.load(proto.SerializeToString())
+    x = normal(1, 8, 6, 6)
+    quantized = nestc.quantize(model, nestc.calibrate(model, [{"x": x}], threads=1), "int8", threads=1)
+    with nestc.compile(quantized, [vendor], threads=1) as executable, nestc.compile(quantized, threads=1) as own:
+        assert vendor in {part.device for part in executable.plan.partitions}
+        wanted = own(x)
+        np.testing.assert_allclose(executable(x), wanted, rtol=0, atol=0.02 * float(np.abs(wanted).max()))
+
+
 def test_strings_pass_through_onnxruntime_and_not_openvino() -> None:
     model = net("g (string[3] x) => (string[2] y) { y = Gather(x, i) }", i=np.array([2, 0]))
     (got,) = run_alone(model, "onnxruntime", [np.array(["a", "b", "ä"], object)])

@@ -112,8 +112,32 @@ def _serialized(model: ir.Model, opset: int) -> bytes | None:
     for domain in set(model.graph.opset_imports) - used:
         del model.graph.opset_imports[domain]
     model.graph.opset_imports[""] = opset
+    _own_zero_points(model)
     proto = ir.serde.serialize_model(model)
     return None if proto.ByteSize() > LARGEST_MODEL else proto.SerializeToString(deterministic=True)
+
+
+def _own_zero_points(model: ir.Model) -> None:
+    """Give each operator that widens a constant a zero point of its own.
+
+    ONNX Runtime 1.32 turns int8 weights into uint8 with its option for exact sums of bytes, zero points with them, and
+    fails at the second operator that reads one ("Attempt to replace the existing tensor").
+    """
+    import onnx_ir as ir
+
+    seen: set[ir.Value] = set()
+    for number, node in enumerate(model.graph):
+        zero = node.inputs[2] if node.op_type == "DequantizeLinear" and len(node.inputs) > 2 else None
+        data = node.inputs[0] if node.inputs else None
+        if zero is None or zero.const_value is None or data is None or data.const_value is None:
+            continue
+        if zero in seen:
+            name = f"{zero.name}.{number}"
+            copy = ir.tensor(zero.const_value.numpy(), dtype=zero.const_value.dtype, name=name)
+            own = ir.Value(name=name, type=zero.type, shape=zero.shape, const_value=copy)
+            model.graph.register_initializer(own)
+            node.replace_input_with(2, own)
+        seen.add(zero)
 
 
 def _port(name: str, type_: TensorType) -> list[object]:
