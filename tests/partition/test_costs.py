@@ -131,7 +131,7 @@ def test_a_border_costs_the_conversion_and_the_way() -> None:
     assert out == Crossing(pytest.approx(2e-6), pytest.approx(way), 0.0, 0.0, "estimated")
     # r001a takes 15 us alone, 13.5 in the chain: 1.5 us for its two values, of the same size.
     assert edges["a"].crossings["npu", "cpu"].in_seconds == pytest.approx(0.75e-6)
-    assert edges["x"].crossings == {(HOST, "npu"): Crossing(0.0, 0.0, pytest.approx(way), 0.0, "estimated")}
+    assert edges["x"].crossings == {(HOST, "npu"): Crossing(0.0, pytest.approx(way), 0.0, 0.0, "estimated")}
     assert (edges["y"].source, edges["y"].destination) == ("r002_C", None)
     assert set(edges["y"].crossings) == {("npu", HOST)}
 

@@ -315,10 +315,7 @@ def _edge(
             joules = sum(link.joules_per_byte for link in ends) * size
             joules += links[second].launch_joules if second != HOST else 0.0
             if out or into or wire or joules:
-                kind = _kind(ends, out or into)
-                if first == HOST:  # graph inputs exist at time 0: their way is a part of the stage that takes them
-                    wire, into = 0.0, into + wire
-                crossings[first, second] = Crossing(out, wire, into, joules, kind)
+                crossings[first, second] = Crossing(out, wire, into, joules, _kind(ends, out or into))
     name = None if source is None else source.name
     return Edge(value, name, None if destination is None else destination.name, size, crossings, gains)
 
