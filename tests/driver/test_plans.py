@@ -64,6 +64,7 @@ def test_partitions_of_the_plan_are_kept(model: bytes, plan: Plan) -> None:
     )
     executable = nestc.compile(model, threads=1, plan=split)
     assert len(executable.bundle.partitions) == len(names)
+    assert not executable.plan.transfers  # nothing leaves the device
     np.testing.assert_allclose(executable(X), nestc.compile(model, threads=1)(X), rtol=1e-5)
 
 
@@ -109,6 +110,8 @@ def test_constants_must_fit_in_the_device(model: bytes, plan: Plan) -> None:
     target.machine = replace(target.machine, capacity_bytes=1000)
     with pytest.raises(PlanError, match="puts 1024 bytes of constants on 'cpu', which holds 1000"):
         nestc.compile(model, [target], threads=1, plan=plan)
+    target.machine = replace(target.machine, capacity_bytes=1024)
+    assert nestc.compile(model, [target], threads=1, plan=plan).plan.partitions
 
 
 def test_constants_as_compiled_must_fit_too(model: bytes) -> None:

@@ -136,6 +136,13 @@ def test_a_border_costs_the_conversion_and_the_way() -> None:
     assert set(edges["y"].crossings) == {("npu", HOST)}
 
 
+def test_what_leaves_the_graph_crosses_a_border_in_a_chain_too() -> None:
+    meter = FakeMeter(ALONE, CHAIN)
+    found = measure_costs(WHOLE, CUT, [CPU, NPU], ["a", "y"], meter, (no_model, no_model), lambda what, fraction: None)
+    edges = {(edge.tensor, edge.destination): edge for edge in found.problem.edges}
+    assert edges["a", "r001a_A"].crossings["cpu", "npu"].out_seconds == 0.0
+
+
 def test_pieces_on_one_device_save_what_fusing_them_saves() -> None:
     edges = {edge.tensor: edge for edge in problem_of(ALONE).edges}
     assert edges["m"].gains == {"cpu": pytest.approx(13.5e-6 + 9e-6 - 18e-6)}

@@ -66,6 +66,11 @@ def test_graph_inputs_arrive_after_their_way():
     assert [(each.begin, each.end) for each in found.times] == [(9.0, 30.0), (42.0, 63.0)]
 
 
+def test_what_fills_a_memory_fits():
+    stages = [Stage("cpu", ("a",)), Stage("npu", ("b", "c")), Stage("cpu", ("d",))]
+    check(replace(DIAMOND, units=(CPU, replace(NPU, memory_bytes=12), LIB)), stages)
+
+
 def test_branches_run_beside_each_other():
     stages = [Stage("cpu", ("a",)), Stage("npu", ("c",)), Stage("cpu", ("b", "d"))]
     # c: after a and the way; the second stage of the cpu waits for c to come back

@@ -146,3 +146,18 @@ def test_shares_are_such_that_both_devices_end_together() -> None:
     assert propose(problem, solution, {region.name: region}) == [Split("product", (64, 32))]
     slow = Problem(units, (Task(region.name, {"cpu": Cost(300e-6), "npu": Cost(9e-3)}),), edges)
     assert propose(slow, solution, {region.name: region}) == []
+
+
+def test_the_way_takes_from_the_other_share_and_one_resource_is_not_shared() -> None:
+    model = pipeline.optimize(nestc.load(net("Conv").SerializeToString()))
+    (region,) = regions(form(model))
+    units = (Unit("cpu", "cpu"), Unit("npu", "npu", launch=60e-6), Unit("lib", "cpu"))
+    wire = {(HOST, "npu"): Crossing(wire_seconds=20e-6), ("npu", HOST): Crossing(wire_seconds=40e-6)}
+    edges = (Edge("x", None, region.name, 0, wire), Edge("y", region.name, None, 0, wire))
+    stages = (Stage("cpu", (region.name,)),)
+    solution = Solution(stages, Evaluation(300e-6, 300e-6, 0.0, {}, ()), "latency", 300e-6, True, "by hand")
+    # 300 (1 - s) = (200 + 40) s + 60 + 20 -> s = 220 / 540 of 96 channels.
+    problem = Problem(units, (Task(region.name, {"cpu": Cost(300e-6), "npu": Cost(200e-6)}),), edges)
+    assert propose(problem, solution, {region.name: region}) == [Split("product", (64, 32))]
+    beside = Problem(units, (Task(region.name, {"cpu": Cost(300e-6), "lib": Cost(200e-6)}),), edges)
+    assert propose(beside, solution, {region.name: region}) == []
