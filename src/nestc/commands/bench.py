@@ -74,7 +74,8 @@ def show(report: dict[str, Any]) -> None:
     print(f"{report['model']}, {report['threads']} threads, medians over {own['runs']} blocks")
     print(f"  nestc        {own['median_ms']:10.4f} ms   fastest {own['min_ms']:.4f} ms")
     for device, took in own.get("modelled_ms", {}).items():
-        print(f"    of which {took:.4f} ms on {device} are modelled by its simulator, not measured")
+        how = "estimated for the link" if "->" in device else "modelled by its simulator"
+        print(f"    of which {took:.4f} ms on {device} are {how}, not measured")
     for peer, measured in report["vs"].items():
         ratio = measured["ratio"]
         beside = "measured, which compares with no modelled time" if ratio is None else f"{ratio:.2f} x nestc's time"

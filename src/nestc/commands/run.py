@@ -68,7 +68,7 @@ def run(
     for name, array in outputs.items():
         print(f"{name}: {array.dtype}{list(array.shape)} {preview(array)}")
     parts = ", ".join(f"{device} {took:.3g} ms" for device, took in modelled.items())
-    said = f"{latency_ms:.3f} ms" + (f" of which modelled, not measured: {parts}" if modelled else "")
+    said = f"{latency_ms:.3f} ms" + (f" of which modelled or estimated, not measured: {parts}" if modelled else "")
     print(said + (f", outputs in {output}" if output is not None else ""))
 
 
