@@ -100,14 +100,16 @@ def model_of(case: Case, work: Path) -> nestc.Model:
     shapes = {name: list(shape) for name, shape in zoo.get(case.model).shapes.items()}
     if case.scheme is None:
         return nestc.load(zoo.path(case.model), shapes=shapes)
-    file = work / f"{case.model}-{case.scheme}.onnx"
+    # What the scheme devices makes of a network depends on the devices.
+    file = work / f"{case.slug if case.scheme == 'devices' else f'{case.model}-{case.scheme}'}.onnx"
     if not file.exists():
         work.mkdir(parents=True, exist_ok=True)
         model = nestc.load(zoo.path(case.model), shapes=shapes)
         profile = nestc.calibrate(model, [zoo.inputs(case.model, seed) for seed in range(1, CALIBRATION + 1)])
         temporary = file.with_suffix(f".{os.getpid()}.onnx")
         try:
-            nestc.quantize(model, profile, scheme=case.scheme).save(temporary)
+            targets = case.devices if case.scheme == "devices" else None
+            nestc.quantize(model, profile, scheme=case.scheme, targets=targets).save(temporary)
             temporary.replace(file)
         except Error:
             temporary.unlink(missing_ok=True)
