@@ -112,6 +112,10 @@ def show(plan: Plan) -> None:
         kinds = {by_name[name].kind for name in each.regions}
         when = "" if each.begin_ms is None or each.end_ms is None else f" {each.begin_ms:8.3f} .. {each.end_ms:8.3f} ms"
         print(f"  {each.name:12}{when} {'/'.join(sorted(kinds))}: {len(each.regions)} regions ({ops})")
+    taking = {each.device for each in plan.partitions}
+    for device in plan.devices:
+        if device not in taking and device != "host":
+            print(f"  {device} takes nothing: nestc explain says why")
     if plan.transfers:
         moved = sum(each.bytes for each in plan.transfers)
         took = sum(each.us for each in plan.transfers)

@@ -88,7 +88,7 @@ def refine(
         best,
         lower_bound=bound,
         optimal=best.value - bound <= PROVEN * best.value,
-        method=f"{solution.method}; stages measured, {len(runnable)} plans compared",
+        method=f"{solution.method}; stages measured, plans compared: {len(runnable)}",
     )
     evaluations = (tried[other.stages] for other in others)
     return Refined(own, done, tuple(None if each is None else each[1].evaluation for each in evaluations))
