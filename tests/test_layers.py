@@ -31,6 +31,7 @@ CONTRACTS = {
     "nestc",
     "nestc.cache",
     "nestc.errors",
+    "nestc.evict",
     "nestc.graph.model",
     "nestc.graph.region",
     "nestc.tensor.ir",

@@ -35,22 +35,26 @@ class ScriptedMeter:
     def __init__(self, *_: object) -> None:
         """Takes what the real one does."""
 
-    def region(self, target: Target, region: Region, submodel: object) -> Entry:
+    def region(self, target: Target, region: Region, submodel: object, network: int = 0) -> Entry:
         seconds = self.costs.get((target.name, region.ops[-1].op_type))
         if seconds is None:
             seconds = random.Random(f"{self.seed}{target.name}{region.name}").uniform(1e-6, 1e-4)
         return Entry(seconds, joules=seconds)
 
-    def chain(self, target: Target, regions: Sequence[Region], submodel: object) -> dict[str, Entry]:
+    def chain(self, target: Target, regions: Sequence[Region], submodel: object, network: int = 0) -> dict[str, Entry]:
         return {each.name: self.region(target, each, submodel) for each in regions}
 
-    def regions(self, targets: Sequence[Target], region: Region, submodel: object) -> dict[str, Entry]:
+    def regions(
+        self, targets: Sequence[Target], region: Region, submodel: object, network: int = 0
+    ) -> dict[str, Entry]:
         return {target.name: self.region(target, region, submodel) for target in targets}
 
-    def chains(self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: object) -> list[dict[str, Entry]]:
+    def chains(
+        self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: object, network: int = 0
+    ) -> list[dict[str, Entry]]:
         return [self.chain(target, regions, submodel) for target, regions in given]
 
-    def launch(self, target: Target) -> Entry:
+    def launch(self, target: Target, network: int = 0) -> Entry:
         return Entry(1e-6)
 
 

@@ -44,23 +44,27 @@ class FakeMeter:
     def __init__(self, alone: Mapping[tuple[str, str], float], chain: Mapping[tuple[str, str], float]) -> None:
         self.alone, self.inside = alone, chain
 
-    def region(self, target: Target, region: Region, submodel: object) -> Entry:
+    def region(self, target: Target, region: Region, submodel: object, network: int = 0) -> Entry:
         microseconds = self.alone.get((target.name, region.name))
         if microseconds is None:
             return Entry(0.0, refusal="it does not load")
         kind = "measured" if target.name == "cpu" else "modelled"
         return Entry(microseconds * 1e-6, kind, joules=microseconds * 1e-6, bytes=7)
 
-    def chain(self, target: Target, regions: Sequence[Region], submodel: object) -> dict[str, Entry]:
+    def chain(self, target: Target, regions: Sequence[Region], submodel: object, network: int = 0) -> dict[str, Entry]:
         return {each.name: Entry(self.inside[target.name, each.name] * 1e-6) for each in regions}
 
-    def regions(self, targets: Sequence[Target], region: Region, submodel: object) -> dict[str, Entry]:
+    def regions(
+        self, targets: Sequence[Target], region: Region, submodel: object, network: int = 0
+    ) -> dict[str, Entry]:
         return {target.name: self.region(target, region, submodel) for target in targets}
 
-    def chains(self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: object) -> list[dict[str, Entry]]:
+    def chains(
+        self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: object, network: int = 0
+    ) -> list[dict[str, Entry]]:
         return [self.chain(target, regions, submodel) for target, regions in given]
 
-    def launch(self, target: Target) -> Entry:
+    def launch(self, target: Target, network: int = 0) -> Entry:
         return Entry(3e-6)
 
 

@@ -547,3 +547,32 @@ def test_a_network_is_measured_where_its_regions_are_taken(tmp_path: Path, text:
     again = meter(tmp_path)
     kept = [again.store.get(Key(again._hash(region, models), again._fingerprint(target))) for region in taken]
     assert [entry and entry.seconds for entry in kept] == [alone[region.name].seconds for region in taken]
+
+
+def test_the_rest_of_a_network_goes_through_the_caches_before_each_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touched: list[int] = []
+    monkeypatch.setattr("nestc.partition.measure.evict", touched.append)
+    target = Scripted({"Neg": iter([US, *[2 * US] * 7, *[3 * US] * 7])})
+    measured = meter(tmp_path)
+    alone = measured.region(target, NEG, models(NEG), network=100_000)
+    assert (alone.seconds, set(touched)) == (2 * US, {0})
+    touched.clear()
+    beside = measured.region(target, NEG, models(NEG), network=3 << 20)  # another measurement
+    assert (beside.seconds, set(touched)) == (3 * US, {2 << 20})
+    touched.clear()
+    again = meter(tmp_path)  # from the store: a network of about the same size is the same measurement
+    assert again.region(target, NEG, models(NEG), network=(4 << 20) - 1).seconds == 3 * US
+    assert again.region(target, NEG, models(NEG)).seconds == 2 * US
+    assert touched == []
+    measured.chain(target, CHAIN, models(*CHAIN), network=5 << 20)
+    measured.launch(target, network=40 << 20)
+    assert set(touched) == {4 << 20, 16 << 20}
+
+
+def test_a_simulator_has_no_caches_to_be_evicted(tmp_path: Path) -> None:
+    target = Scripted(timing={"seconds": 1e-3}, facts={"times_and_energies": "modelled"})
+    measured = meter(tmp_path)
+    found = [measured.region(target, NEG, models(NEG), network) for network in (0, 1 << 20, 1 << 30)]
+    assert found[0] == found[1] == found[2] and target._compiled == [("Neg",)]

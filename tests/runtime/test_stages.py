@@ -1,6 +1,7 @@
 """Values between partitions: whose memory they are in, how long they live, and what is used again."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,3 +112,20 @@ def test_native_code_passes_values_on_without_copies():
         for number, y in enumerate(results):
             np.testing.assert_array_equal(y, (2 * (values + number)) ** 2)
         assert len(session._flow.spare["t"]) <= 4
+
+
+def test_stages_of_one_resource_drive_each_other_from_its_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def holding(name: str, device: str, nbytes: int) -> BundlePartition:
+        whole = part(name, device, "x", f"{name}y")
+        return replace(whole, artifact=replace(whole.artifact, weights={"w": np.zeros(nbytes, np.uint8)}))
+
+    parts = [holding("A", "a", 1 << 20), holding("B", "a", 3 << 20), holding("C", "b", 5 << 20)]
+    flow = load(bundle(parts, "Ay By Cy"), 1, None)
+    assert [stage.beside for stage in flow.stages] == [2 << 20, 1 << 20, 0]
+    touched: list[int] = []
+    monkeypatch.setattr("nestc.runtime.stages.evict", touched.append)
+    values = Values(flow, [x(1)], [None] * 3)
+    flow.modelled[0] = False
+    for stage in flow.stages:
+        values.run(stage, steady=True)
+    assert touched == [2 << 20] * 3

@@ -22,6 +22,7 @@ from nestc.partition.place import Placed, assemble
 from nestc.partition.plan import Alternative, PlannedRegion, PlannedSplit, Transfer
 from nestc.partition.problem import HOST, Edge, Evaluation, Objective, Problem, Solution, Task, stage_of
 from nestc.partition.refine import corrected, refine
+from nestc.partition.sizes import constant_bytes
 from nestc.partition.solve import solve
 from nestc.partition.split import Split, propose, split
 from nestc.targets.api import Partition, Target
@@ -110,6 +111,7 @@ def _place(
         progress,
     )
     by_name = {target.name: target for target in targets}
+    resources = {target.name: target.machine.resource or target.name for target in targets}
 
     names = [unit.name for unit in costed.problem.units]
     units = [*((name, single(costed.problem, name)) for name in names), (HEFT, heft(costed.problem))]
@@ -125,7 +127,15 @@ def _place(
     def measure(solution: Solution) -> list[float | None]:
         placed = describe(solution, costed, {})
         progress(f"measure the {len(placed.partitions)} partitions of a plan", 1.0)
-        return [_measure_stage(each, placed.formed, by_name[each.device], meter) for each in placed.partitions]
+        # Only what runs on the same resource goes through the same caches.
+        shared: dict[str, int] = {}
+        for each in placed.partitions:
+            resource = resources[each.device]
+            shared[resource] = shared.get(resource, 0) + constant_bytes(each.regions)
+        return [
+            _measure_stage(each, placed.formed, by_name[each.device], meter, shared[resources[each.device]])
+            for each in placed.partitions
+        ]
 
     def solved(problem: Problem) -> Solution:
         progress("solve", 1.0)
@@ -163,11 +173,11 @@ def _assigned(problem: Problem, units: Mapping[str, str], objective: Objective) 
         return None
 
 
-def _measure_stage(partition: Partition, formed: Model, target: Target, meter: Meter) -> float | None:
+def _measure_stage(partition: Partition, formed: Model, target: Target, meter: Meter, network: int) -> float | None:
     """What a partition takes as it is, without its launch: see `refine.Seconds`."""
     if any(unknown_at_compile_time(region) is not None for region in partition.regions):
         return None
-    entries = meter.chain(target, partition.regions, lambda names: submodel(formed, names)).values()
+    entries = meter.chain(target, partition.regions, lambda names: submodel(formed, names), network).values()
     if any(entry.refusal is not None for entry in entries):
         return math.inf
     return None if any(entry.kind == "estimated" for entry in entries) else sum(entry.seconds for entry in entries)

@@ -17,7 +17,7 @@ from nestc.graph.region import Region, TensorType
 from nestc.partition.group import order, runs
 from nestc.partition.match import Claim, ask, refused, unknown_at_compile_time
 from nestc.partition.problem import HOST, Cost, Crossing, Edge, Kind, Problem, Task, Unit
-from nestc.partition.sizes import nbytes
+from nestc.partition.sizes import constant_bytes, nbytes
 from nestc.targets.api import Link, Machine, Offer, Target
 
 if TYPE_CHECKING:
@@ -31,15 +31,19 @@ Submodel = Callable[[Sequence[str]], "ir.Model"]
 class Meter(Protocol):
     """What measures (`measure.Meter`)."""
 
-    def regions(self, targets: Sequence[Target], region: Region, submodel: Submodel) -> Mapping[str, Entry]: ...
+    def regions(
+        self, targets: Sequence[Target], region: Region, submodel: Submodel, network: int = 0
+    ) -> Mapping[str, Entry]: ...
 
     def chains(
-        self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: Submodel
+        self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: Submodel, network: int = 0
     ) -> Sequence[Mapping[str, Entry]]: ...
 
-    def chain(self, target: Target, regions: Sequence[Region], submodel: Submodel) -> Mapping[str, Entry]: ...
+    def chain(
+        self, target: Target, regions: Sequence[Region], submodel: Submodel, network: int = 0
+    ) -> Mapping[str, Entry]: ...
 
-    def launch(self, target: Target) -> Entry: ...
+    def launch(self, target: Target, network: int = 0) -> Entry: ...
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ UNSIZED = Cost(1e-4, kind="estimated")
 
 @dataclass
 class _Measured:
-    """What is known of the regions of one model on the targets."""
+    """What is known of the regions of one model, whose constants have ``network`` bytes, on the targets."""
 
+    network: int = 0
     alone: dict[tuple[str, str], Cost] = field(default_factory=dict[tuple[str, str], Cost])
     inside: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
     refusals: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
@@ -94,7 +99,7 @@ def measure_costs(
     `submodels` make ONNX models of regions of `whole` and of `cut`, by name. Raises UnsupportedOp if nobody takes a
     region.
     """
-    measured = _Measured()
+    measured = _Measured(constant_bytes(whole))
     names = {region.name for region in cut}
     uncut = [region for region in whole if region.name not in names]
     every = [*((region, submodels[1]) for region in cut), *((region, submodels[0]) for region in uncut)]
@@ -149,7 +154,7 @@ def _measure_on(
     if unknown_at_compile_time(region) is not None:
         measured.alone |= {(region.name, target.name): UNSIZED for target in targets}
         return
-    for name, entry in meter.regions(targets, region, submodel).items():
+    for name, entry in meter.regions(targets, region, submodel, measured.network).items():
         if entry.refusal is not None:
             refusals[name] = entry.refusal
         else:
@@ -168,7 +173,7 @@ def _measure_chains(
             device = {region.name: target.name if region.name in sized else "" for region in whole}
             found = runs(order(whole, device), device)
             chains += [(target, run) for run in found if device[run[0].name] and len(run) > 1]
-    for (target, _), entries in zip(chains, meter.chains(chains, submodel), strict=True):
+    for (target, _), entries in zip(chains, meter.chains(chains, submodel, measured.network), strict=True):
         if all(entry.refusal is None for entry in entries.values()):
             for name, entry in entries.items():
                 measured.inside[name, target.name] = entry.seconds
@@ -198,7 +203,7 @@ def _used(target: Target, measured: _Measured) -> bool:
 def _unit(target: Target, meter: Meter, measured: _Measured) -> Unit:
     machine = target.machine
     kinds = {entry.kind for (_, taker), entry in measured.alone.items() if taker == target.name}
-    launch = meter.launch(target).seconds if "measured" in kinds else machine.link.launch_seconds
+    launch = meter.launch(target, measured.network).seconds if "measured" in kinds else machine.link.launch_seconds
     return Unit(target.name, machine.resource or target.name, launch, machine.capacity_bytes)
 
 

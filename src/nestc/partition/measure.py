@@ -14,13 +14,14 @@ import numpy as np
 import onnx_ir as ir
 
 from nestc.errors import TargetError, UnsupportedOp
+from nestc.evict import evict, evicting
 from nestc.graph.region import Op, Region, TensorType
 from nestc.partition.draw import CannotDraw, draw
 from nestc.partition.fingerprint import MODELLED, chain_hash, device_fingerprint, region_hash
 from nestc.partition.group import partitions
 from nestc.partition.match import ask, takes
 from nestc.partition.repeat import LEAST_SECONDS, Effort, Timed, together
-from nestc.partition.sizes import nbytes
+from nestc.partition.sizes import constant_bytes
 from nestc.partition.store import ALONE, CHAIN, LAUNCH, Entry, Key, ProfileStore, stamped
 from nestc.targets.api import Artifact, Elapsed, Offer, Partition, Program, Target
 
@@ -64,11 +65,15 @@ class _Profiled(Protocol):
 
 @dataclass(frozen=True)
 class _Work:
-    """Regions to be measured as one partition of a target; ``outputs`` are what leaves it."""
+    """Regions to be measured as one partition of a target; ``outputs`` are what leaves it.
+
+    ``beside``: bytes of other data that the device reads between two runs (`evict`).
+    """
 
     target: Target
     regions: tuple[Region, ...]
     outputs: tuple[str, ...]
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,16 @@ class _Loaded:
     outputs: int
     bytes: int
     first: Elapsed
+    beside: int
 
     def run(self) -> float:
-        """Run once; the seconds by the program's own clock."""
+        """Run once, after other data; the seconds by the program's own clock."""
+        evict(self.beside)
         return self.program(self.inputs, [None] * self.outputs)[1].seconds
 
     def outside(self) -> float:
-        """Run once; the seconds that the call took beside what the program counts."""
+        """Run once, after other data; the seconds that the call took beside what the program counts."""
+        evict(self.beside)
         begin = time.perf_counter()
         elapsed = self.program(self.inputs, [None] * self.outputs)[1]
         return max(0.0, time.perf_counter() - begin - elapsed.seconds)
@@ -113,6 +121,9 @@ class Meter:
     """Asks the store, and where it has nothing measures. Measurements of one process never run at the same time.
 
     `threads` is what programs are loaded with; `progress` is told in words what is measured now.
+
+    `network`, where it is asked for, is the bytes of the constants of all that runs on the same resource, what is
+    measured among it: between two of its runs the rest has gone through the caches.
     """
 
     def __init__(
@@ -131,31 +142,39 @@ class Meter:
         self._present: dict[int, bool] = {}
         self._hashes: dict[int, tuple[Region, str]] = {}
 
-    def region(self, target: Target, region: Region, submodel: Submodel) -> Entry:
+    def region(self, target: Target, region: Region, submodel: Submodel, network: int = 0) -> Entry:
         """What a region takes on a target as a partition of its own.
 
         A `refusal` in the entry says that the device does not take it after all. If the device is not here the entry
         is what the offer estimates; such entries are not kept in the store. `submodel` makes the ONNX model of regions.
         """
-        return self.regions([target], region, submodel)[target.name]
+        return self.regions([target], region, submodel, network)[target.name]
 
-    def regions(self, targets: Sequence[Target], region: Region, submodel: Submodel) -> dict[str, Entry]:
+    def regions(
+        self, targets: Sequence[Target], region: Region, submodel: Submodel, network: int = 0
+    ) -> dict[str, Entry]:
         """What a region takes on each of some targets, by their names; see `region`.
 
         Those that are measured now take turns, so that their times can be compared.
         """
         text = self._hash(region, submodel)
-        keys = {target.name: Key(text, self._fingerprint(target), ALONE) for target in targets}
+        beside = {target.name: _beside(target, (region,), network) for target in targets}
+        keys = {
+            target.name: Key(text, self._fingerprint(target), _context(ALONE, beside[target.name]))
+            for target in targets
+        }
         found = {name: self._recall(key) for name, key in keys.items()}
         missing = {keys[target.name]: target for target in targets if found[target.name] is None}
         if missing:
             self._say(f"measure {region.name} on {', '.join(target.name for target in missing.values())}")
-            works = [_Work(target, (region,), region.outputs) for target in missing.values()]
+            works = [_Work(target, (region,), region.outputs, beside[target.name]) for target in missing.values()]
             wholes = self._wholes(works, submodel, self.effort)
             self._keep({key: whole.entry for key, whole in zip(missing, wholes, strict=True)})
         return {target.name: _powered(target, self._known[keys[target.name]]) for target in targets}
 
-    def chain(self, target: Target, regions: Sequence[Region], submodel: Submodel) -> dict[str, Entry]:
+    def chain(
+        self, target: Target, regions: Sequence[Region], submodel: Submodel, network: int = 0
+    ) -> dict[str, Entry]:
         """What each of some regions takes where all of them run as one partition, in that order, by their names.
 
         Where the program can tell what its steps take, each region gets those of its nodes, and a conversion between
@@ -163,14 +182,16 @@ class Meter:
         way the entries sum to the median of the whole. If the device does not take the chain every entry is a refusal;
         if it is not here, each is the region's estimate.
         """
-        return self.chains([(target, regions)], submodel)[0]
+        return self.chains([(target, regions)], submodel, network)[0]
 
-    def chains(self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: Submodel) -> list[dict[str, Entry]]:
+    def chains(
+        self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: Submodel, network: int = 0
+    ) -> list[dict[str, Entry]]:
         """What the regions of several chains take, on one target or different ones; see `chain`.
 
         Those that are measured now take turns, so that their times can be compared.
         """
-        chains = [self._chain(target, regions, submodel) for target, regions in given]
+        chains = [self._chain(target, regions, submodel, network) for target, regions in given]
         missing = {
             chain.total: chain
             for chain in chains
@@ -182,28 +203,30 @@ class Meter:
         effort = Effort(self.effort.runs, CHAIN_TIMES * self.effort.seconds, CHAIN_TIMES * self.effort.longest)
         wholes = self._wholes([chain.work for chain in missing.values()], submodel, effort)
         for (total, chain), whole in zip(missing.items(), wholes, strict=True):
-            shares = self._shared(chain.work, whole, submodel)
+            shares = self._shared(chain.work, whole, submodel, network)
             self._keep({total: whole.entry, **{chain.keys[name]: entry for name, entry in shares.items()}})
-        return [self._entries(chain, submodel) for chain in chains]
+        return [self._entries(chain, submodel, network) for chain in chains]
 
-    def _chain(self, target: Target, regions: Sequence[Region], submodel: Submodel) -> _Chain:
+    def _chain(self, target: Target, regions: Sequence[Region], submodel: Submodel, network: int) -> _Chain:
         names = [region.name for region in regions]
         outputs = tuple(value.name or "" for value in submodel(names).graph.outputs)
         hashes = [self._hash(region, submodel) for region in regions]
         text, device = chain_hash(hashes, regions, outputs), self._fingerprint(target)
+        beside = _beside(target, regions, network)
         keys = {
-            name: Key(own, device, f"{CHAIN}:{text}:{index}")
+            name: Key(own, device, _context(f"{CHAIN}:{text}:{index}", beside))
             for index, (name, own) in enumerate(zip(names, hashes, strict=True))
         }
-        return _Chain(_Work(target, tuple(regions), outputs), Key(text, device, CHAIN), keys)
+        work = _Work(target, tuple(regions), outputs, beside)
+        return _Chain(work, Key(text, device, _context(CHAIN, beside)), keys)
 
-    def _entries(self, chain: _Chain, submodel: Submodel) -> dict[str, Entry]:
+    def _entries(self, chain: _Chain, submodel: Submodel, network: int) -> dict[str, Entry]:
         target, regions = chain.work.target, chain.work.regions
         if len(regions) == 1:
-            return {regions[0].name: self.region(target, regions[0], submodel)}
+            return {regions[0].name: self.region(target, regions[0], submodel, network)}
         return {name: _powered(target, self._known[key]) for name, key in chain.keys.items()}
 
-    def launch(self, target: Target) -> Entry:
+    def launch(self, target: Target, network: int = 0) -> Entry:
         """What starting a partition takes beyond what its program counts as its own time: the call from Python.
 
         It is measured around the smallest partition. Of a target whose times are modelled, or that does not take it or
@@ -214,11 +237,12 @@ class Meter:
         region, submodel = _smallest()
         if target.machine.facts.get(MODELLED) == "modelled" or not takes(target, region):
             return stated
-        key = Key(region_hash(region), self._fingerprint(target), LAUNCH)
+        beside = _beside(target, (region,), network)
+        key = Key(region_hash(region), self._fingerprint(target), _context(LAUNCH, beside))
         if self._recall(key) is None:
             self._say(f"measure a launch on {target.name}")
             with _one_at_a_time:
-                loaded = self._load(_Work(target, (region,), region.outputs), submodel)
+                loaded = self._load(_Work(target, (region,), region.outputs, beside), submodel)
                 if isinstance(loaded, Entry):
                     return stated
                 with closing(loaded.program):
@@ -291,7 +315,7 @@ class Meter:
         except (TargetError, UnsupportedOp) as error:
             return Entry(0.0, refusal=str(error))
         # A vendor's runtime has its constants inside a file.
-        size = sum(array.nbytes for array in artifact.weights.values()) or _constant_bytes(regions)
+        size = sum(array.nbytes for array in artifact.weights.values()) or constant_bytes(regions)
         modelled = _modelled(artifact, size)
         if modelled is not None:
             return modelled
@@ -313,7 +337,7 @@ class Meter:
             if sure:
                 return Entry(0.0, refusal=str(error))
             return _estimate(target, regions, f"it does not run on made up values: {error}")
-        return _Loaded(program, inputs, len(partition.outputs), size, first)
+        return _Loaded(program, inputs, len(partition.outputs), size, first, work.beside)
 
     def _is_here(self, target: Target) -> bool:
         """Whether a device runs anything at all here: then what it does not load is its own limit."""
@@ -331,20 +355,20 @@ class Meter:
             self._present[id(target)] = known
         return known
 
-    def _shared(self, work: _Work, whole: _Whole, submodel: Submodel) -> dict[str, Entry]:
+    def _shared(self, work: _Work, whole: _Whole, submodel: Submodel, network: int) -> dict[str, Entry]:
         """The whole's entry in shares, one a region, that sum to it; of an estimate those of the regions."""
         entry, target, regions = whole.entry, work.target, work.regions
         if entry.refusal is not None:
             return {region.name: entry for region in regions}
         parts = whole.regions
         if parts is None or sum(parts) <= 0:
-            alone = [self.region(target, region, submodel) for region in regions]
+            alone = [self.region(target, region, submodel, network) for region in regions]
             if entry.kind == "estimated":
                 return {region.name: each for region, each in zip(regions, alone, strict=True)}
             usual = statistics.median([each.seconds for each in alone if each.refusal is None] or [1.0])
             parts = tuple(usual if each.refusal is not None else each.seconds for each in alone)
         parts = tuple(max(part, LEAST_SECONDS) for part in parts)
-        sizes = [_constant_bytes((region,)) for region in regions]
+        sizes = [constant_bytes((region,)) for region in regions]
         total, constants = sum(parts), max(1, sum(sizes))
         return {
             region.name: replace(
@@ -417,7 +441,7 @@ def _estimate(target: Target, regions: Sequence[Region], note: str) -> Entry:
         if cost is None and note.startswith(_ABSENT):
             return Entry(0.0, "estimated", refusal=f"{note}; and the offer states no cost to go by")
         seconds += UNKNOWN_SECONDS * len(region.ops) if cost is None else cost(region)
-    return Entry(max(seconds, LEAST_SECONDS), "estimated", bytes=_constant_bytes(regions), note=note)
+    return Entry(max(seconds, LEAST_SECONDS), "estimated", bytes=constant_bytes(regions), note=note)
 
 
 def _powered(target: Target, entry: Entry) -> Entry:
@@ -428,9 +452,15 @@ def _powered(target: Target, entry: Entry) -> Entry:
     return replace(entry, joules=watts * entry.seconds)
 
 
-def _constant_bytes(regions: Sequence[Region]) -> int:
-    """Plain size of all constants."""
-    return sum(nbytes(region.types[name]) for region in regions for name in region.constants)
+def _beside(target: Target, regions: Sequence[Region], network: int) -> int:
+    """Bytes that the rest of a network drives through the caches between two runs; a simulator's time has none."""
+    if target.machine.facts.get(MODELLED) == "modelled":
+        return 0
+    return evicting(network - constant_bytes(regions))
+
+
+def _context(where: str, beside: int) -> str:
+    return f"{where}+{beside >> 10}K" if beside else where
 
 
 def _partition(target: Target, regions: Sequence[Region], outputs: Sequence[str], submodel: Submodel) -> Partition:

@@ -15,7 +15,7 @@ from nestc.partition.group import order, partitions, runs
 from nestc.partition.match import Claim, ask, refused
 from nestc.partition.plan import Plan, PlannedPartition, PlannedRegion, Transfer
 from nestc.partition.problem import HOST, Objective
-from nestc.partition.sizes import nbytes
+from nestc.partition.sizes import constant_bytes, nbytes
 from nestc.partition.split import Split, split
 from nestc.targets.api import Link, Offer, Partition, Target
 
@@ -180,14 +180,9 @@ def _require_memory(regions: Sequence[Region], device: Mapping[str, str], target
     """Raise PlanError if the constants placed on a device are more than it holds."""
     for name, target in targets.items():
         capacity = target.machine.capacity_bytes
-        needed = sum(constant_bytes(region) for region in regions if device[region.name] == name)
+        needed = constant_bytes([region for region in regions if device[region.name] == name])
         if capacity and needed > capacity:
             raise PlanError(f"the plan puts {needed} bytes of constants on {name!r}, which holds {capacity}")
-
-
-def constant_bytes(region: Region) -> int:
-    """Plain bytes of a region's constants."""
-    return sum(nbytes(region.types[name]) for name in region.constants)
 
 
 def _claimed(each: Claim) -> PlannedRegion:

@@ -26,10 +26,6 @@ SETTLE_SECONDS = 0.01
 SHORT_SECONDS = 0.005
 """A program below that finds its weights in a cache, from which other programs have driven them when its turn comes."""
 
-EVICTED_BYTES = 16 << 20
-"""Touched before every run: as much as a network of medium size. A short partition that runs over and over keeps its
-weights in a cache, which in a network it does not: there a classifier of 5 MB took three times as long as alone."""
-
 LEAST_SECONDS = 1e-9
 """A measured time is never zero, though the clock may not see it (a value that only gets another shape)."""
 
@@ -95,20 +91,11 @@ def _block(program: Run, times: list[float], spent: list[float], index: int, sec
         program()
     begin = time.perf_counter()
     while True:
-        _evict()
         times.append(program())
         took = time.perf_counter() - begin
         if took >= seconds:
             break
     spent[index] += took
-
-
-def _evict() -> None:
-    """Drive what a program left in the caches of a core out of them, as the partitions between two of its runs do."""
-    np.add(_OTHER_DATA, 1, out=_OTHER_DATA)
-
-
-_OTHER_DATA = np.zeros(EVICTED_BYTES, np.uint8)
 
 
 def _enough(times: Sequence[float], spent: float, effort: Effort) -> bool:

@@ -6,7 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ from nestc.bundle.bundle import Bundle, BundlePartition, DeviceSpec
 from nestc.bundle.dtypes import numpy_dtype
 from nestc.bundle.schema import Kind, TensorSpec
 from nestc.errors import BundleError, TargetError
+from nestc.evict import evict, evicting
 from nestc.runtime.arrays import aligned_empty, ready
 from nestc.runtime.devices import device_for
 
@@ -24,9 +25,6 @@ log = logging.getLogger("nestc")
 CALLS = 3
 """Calls of a measured stage beside simulators: these run long, and meanwhile the caches fill with other things and the
 system finds that it is somebody else's turn, which no real device would bring about."""
-
-_OTHER_DATA = np.zeros(16 << 20, np.uint8)
-"""Touched before each of them: as much as the other stages of a network of medium size use."""
 
 LONG_SECONDS = 0.05
 """Calls that have taken so long together are enough."""
@@ -86,6 +84,8 @@ class Stage:
     """Modelled energy of a run; None if the artifact does not tell."""
     trusted: bool
     """Our own native code: results are in the arrays given or in new ones, of the types that it was compiled for."""
+    beside: int = 0
+    """Bytes of constants that other stages of the same resource read between two runs of this one."""
 
     @property
     def runnable(self) -> Program:
@@ -165,7 +165,7 @@ class Values:
             again = CALLS if steady and (on_cpu or self._flow.modelled[stage.number] is False) else 0
             results, elapsed, seconds = _timed(program, inputs, places)
             if again:
-                results, elapsed, seconds = _steady(program, inputs, places, again)
+                results, elapsed, seconds = _steady(program, inputs, places, again, stage.beside)
             if stage.trusted:
                 self._arrays.update(zip(stage.outputs, results, strict=True))
                 return seconds, "measured"
@@ -260,6 +260,7 @@ def load(bundle: Bundle, threads: int, on_failure: str | None) -> Flow:
         for stage in stages:
             stage.close()
         raise
+    stages = _beside_each_other(stages)
     kept = {spec.name for spec in bundle.outputs}
     queues: dict[str, tuple[int, ...]] = {}
     destinations: dict[str, dict[str, DeviceSpec]] = {}
@@ -313,12 +314,12 @@ def _timed(
 
 
 def _steady(
-    program: Program, inputs: Sequence[np.ndarray], places: Sequence[np.ndarray | None], calls: int
+    program: Program, inputs: Sequence[np.ndarray], places: Sequence[np.ndarray | None], calls: int, beside: int
 ) -> tuple[Sequence[np.ndarray], Elapsed, float]:
-    """The same of the last of some calls, with the median of their seconds."""
+    """The same of the last of some calls, each after so many bytes of other data, with the median of their seconds."""
     times: list[float] = []
     while True:
-        np.add(_OTHER_DATA, 1, out=_OTHER_DATA)
+        evict(beside)
         results, elapsed, seconds = _timed(program, inputs, places)
         times.append(seconds)
         if len(times) == calls or sum(times) > LONG_SECONDS:
@@ -372,6 +373,20 @@ def crossing(
     joules = sum(link.joules_per_byte for link in links) * nbytes or None
     name = "->".join(HOST if end is None else end.name for end in ends)
     return Mark(name, tensor, begin, begin + seconds, kind, request, nbytes, joules, None if joules is None else kind)
+
+
+def _beside_each_other(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages, each with what the others of its resource read."""
+    shared: dict[str, int] = {}
+    for stage in stages:
+        shared[stage.device.resource] = shared.get(stage.device.resource, 0) + _constant_bytes(stage)
+    return [replace(stage, beside=evicting(shared[stage.device.resource] - _constant_bytes(stage))) for stage in stages]
+
+
+def _constant_bytes(stage: Stage) -> int:
+    """Bytes of a stage's constants; a vendor's runtime has them inside a file."""
+    artifact = stage.partition.artifact
+    return sum(array.nbytes for array in artifact.weights.values()) or sum(map(len, artifact.files.values()))
 
 
 def _programs(
