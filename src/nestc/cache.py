@@ -44,6 +44,19 @@ class TextStore:
             return None
         return row[0] if row and isinstance(row[0], str) else None
 
+    def starting(self, prefix: str) -> dict[str, str]:
+        """Everything whose key starts with `prefix` (printable text), by the whole key."""
+        try:
+            with self._open(write=False) as database:
+                query = "select key, value from result where key >= ? and key < ?"
+                rows = database.execute(query, (prefix, prefix + "\U0010ffff")).fetchall()
+        except sqlite3.DatabaseError as error:
+            self._discard_if_corrupt(error)
+            return {}
+        except OSError:
+            return {}
+        return {key: value for key, value in rows if isinstance(key, str) and isinstance(value, str)}
+
     def put(self, key: str, value: str) -> None:
         """Keep `value` under `key`, in place of what was there."""
         self.put_all({key: value})

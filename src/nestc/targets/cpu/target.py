@@ -19,9 +19,9 @@ from nestc.codegen.schedule import Alias, Step
 from nestc.errors import UnsupportedOp
 from nestc.graph.region import Region, TensorType
 from nestc.kernels import generic
-from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered, physical_shape
+from nestc.kernels.api import PLAIN, CpuMachine, Family, Layout, Lowered, physical_shape
 from nestc.kernels.elementwise import STORED
-from nestc.kernels.families import choose
+from nestc.kernels.families import alternatives, choose
 from nestc.kernels.small import storage
 from nestc.runtime.arrays import aligned
 from nestc.targets.api import Machine, Memory, Offer, Partition, constraint
@@ -33,6 +33,7 @@ from nestc.tensor.ir import Kernel, written
 from nestc.tensor.math import expand
 from nestc.tensor.text import kernel_text
 from nestc.tensor.verify import verify
+from nestc.tune.store import ChoiceStore
 
 
 @constraint
@@ -54,14 +55,25 @@ def _is_view(region: Region) -> bool:
 
 class CpuTarget:
     """Generated machine code for CPUs. Options: ``arch`` (`native`, `avx512_vnni`, `avx512`, `avx2`, `sse2`, `neon`,
-    `neon_dotprod`), ``threads``, and ``watts``, what the processor draws while it runs (assumed if not given), from
-    which energies of measured times are estimated."""
+    `neon_dotprod`), ``threads``, ``watts``, what the processor draws while it runs (assumed if not given), from
+    which energies of measured times are estimated, and ``exact``: no kernels that change the order of arithmetic beyond
+    what a direct sum does (Winograd's convolutions)."""
 
     name = "cpu"
 
-    def __init__(self, arch: str = "native", threads: int | None = None, watts: float | None = None) -> None:
+    def __init__(
+        self,
+        arch: str = "native",
+        threads: int | None = None,
+        watts: float | None = None,
+        exact: bool = False,
+    ) -> None:
         self.cpu: CpuMachine = machine_called(arch)
         self.threads = threads or available_cpus()
+        self.exact = exact
+        self._tuned = ChoiceStore().tuned(self.cpu, self.threads)
+        # Times of regions depend on the ways they are computed, so this is part of the device's fingerprint.
+        self.tuned = self._tuned.digest
         self.machine = Machine(
             name=self.cpu.name,
             memories=(Memory("ram", 0, 64),),
@@ -89,7 +101,15 @@ class CpuTarget:
 
     def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:
         """Kernels for every region, one object a distinct kernel, and the program that runs them in order."""
-        return _Compiler(self.cpu, partition, emit, self.threads).run()
+        return _Compiler(self.cpu, partition, emit, self.threads).run(self.way)
+
+    def way(self, region: Region) -> Family | None:
+        """The family that computes a region: what was measured to be fastest, else what is expected to be.
+
+        None if nobody lowers it.
+        """
+        ways = alternatives(region, self.cpu, self.exact)
+        return self._tuned.pick(region, ways) if ways else None
 
     def open(self) -> Device:
         """This machine's CPU."""
@@ -123,11 +143,12 @@ class _Compiler:
         self.scratch = 0
         self.codes: dict[str, Code] = {}
 
-    def run(self) -> Artifact:
+    def run(self, way: Callable[[Region], Family | None]) -> Artifact:
+        """Lower every region the way that `way` says."""
         p = self.partition
-        pairs = []
+        pairs: list[tuple[Region, Family | None]] = []
         for region in p.regions:
-            family = None if _is_view(region) else choose(region)[0]
+            family = None if _is_view(region) else way(region)
             if family is None and not _is_view(region):
                 raise UnsupportedOp(f"region {region.name}: no CPU kernel for {', '.join(region.origin)}")
             pairs.append((region, family))
@@ -158,7 +179,8 @@ class _Compiler:
         if self.emit is not None:
             self.emit("llvm", f"{p.name}_main", main.llvm)
         files = {f"{symbol}.o": code for symbol, code in objects.items()}
-        return Artifact("cpu-native", {**files, "main.o": main.object}, self.weights, main.metadata)
+        ways = {region.name: family.name for region, family in pairs if family is not None}
+        return Artifact("cpu-native", {**files, "main.o": main.object}, self.weights, {**main.metadata, "ways": ways})
 
     def add_region(self, action: Lower, pool: ThreadPoolExecutor) -> None:
         region, layouts = action.region, action.layouts
