@@ -554,7 +554,7 @@ def test_the_rest_of_a_network_goes_through_the_caches_before_each_run(
 ) -> None:
     touched: list[int] = []
     monkeypatch.setattr("nestc.partition.measure.evict", touched.append)
-    target = Scripted({"Neg": iter([US, *[2 * US] * 7, *[3 * US] * 7])})
+    target = Scripted({"Neg": iter([US, *[2 * US] * 6, *[3 * US] * 99])})
     measured = meter(tmp_path)
     alone = measured.region(target, NEG, models(NEG), network=100_000)
     assert (alone.seconds, set(touched)) == (2 * US, {0})
