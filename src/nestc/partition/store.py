@@ -18,7 +18,7 @@ from nestc.partition.problem import Kind
 _ENTRIES = 200_000
 """Kept, the newest ones: some 60 MB. A network has some hundreds of different regions a device."""
 
-_FORMAT = 3
+_FORMAT = 4
 """Raised when the meaning of an entry changes, so that older ones are measured anew."""
 
 ALONE, CHAIN, LAUNCH = "alone", "chain", "launch"
