@@ -29,6 +29,7 @@ STAGES = (
 # Contracts between stages: plain data and protocols, which any stage may import.
 CONTRACTS = {
     "nestc",
+    "nestc.blobs",
     "nestc.cache",
     "nestc.errors",
     "nestc.evict",

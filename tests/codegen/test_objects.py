@@ -1,6 +1,8 @@
-"""The store of compiled objects: found again, never trusted blindly, never without bound."""
+"""Compiled objects and kernels are found again in the store, and never trusted blindly."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
@@ -16,37 +18,49 @@ TEXT = f'target triple = "{MACHINE.triple}"\ndefine i64 @answer() {{\n  ret i64 
 def folder(tmp_path, monkeypatch):
     """An empty store."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "nestc" / "objects"
+    return tmp_path / "nestc" / "blobs"
+
+
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def test_an_object_is_compiled_once(folder, monkeypatch):
     first = objects.cached_object(TEXT, MACHINE)
-    assert len(list(folder.rglob("*.o"))) == 1
+    assert len(files(folder)) == 1
     monkeypatch.setattr(objects, "compile_ir", None)  # would fail if it were called
     assert objects.cached_object(TEXT, MACHINE) == first
 
 
 def test_a_damaged_object_is_compiled_again(folder):
     first = objects.cached_object(TEXT, MACHINE)
-    stored = next(folder.rglob("*.o"))
+    (stored,) = files(folder)
     stored.write_bytes(stored.read_bytes()[:-1])
     assert objects.cached_object(TEXT, MACHINE) == first
+    assert stored.read_bytes().endswith(first)
 
 
-def test_other_code_has_another_key():
+def test_a_kernel_is_found_by_its_text_with_its_scratch_memory(folder):
+    key = objects.kernel_key("kernel k():", MACHINE)
+    assert objects.known_kernel(key) is None
+    code = objects.compile_kernel(TEXT, 640, MACHINE, key)
+    assert objects.known_kernel(key) == objects.KernelObject(code, 640)
+    assert objects.kernel_key("kernel k2():", MACHINE) != key
+
+
+@pytest.mark.parametrize("change", [{"cpu": "x86-64"}, {"l2_bytes": 1}, {"vector_registers": 5}, {"features": "+aes"}])
+def test_another_machine_has_another_key(change):
+    other = replace(MACHINE, **change)
+    assert objects.kernel_key("kernel k():", MACHINE) != objects.kernel_key("kernel k():", other)
+
+
+def test_other_code_has_another_key(monkeypatch):
     other = TEXT.replace("42", "43")
-    assert objects.object_key(TEXT, MACHINE) != objects.object_key(other, MACHINE)
-
-
-def test_a_full_folder_loses_its_oldest_objects(folder, monkeypatch):
-    monkeypatch.setattr(objects, "_CACHE_FILES", 2)
-    objects.cached_object(TEXT, MACHINE)
-    home = next(folder.rglob("*.o")).parent
-    for name in ("old", "older"):
-        (home / name).write_bytes(b"")
-    monkeypatch.setattr(objects, "object_key", lambda text, machine: home.name + "f" * 62)
-    objects.cached_object(TEXT, MACHINE)
-    assert len(list(home.iterdir())) == 3
+    before = objects.object_key(TEXT, MACHINE), objects.kernel_key(TEXT, MACHINE)
+    assert objects.object_key(other, MACHINE) not in before
+    monkeypatch.setattr(objects, "code_digest", lambda *parts: "another version")
+    assert objects.object_key(TEXT, MACHINE) not in before
+    assert objects.kernel_key(TEXT, MACHINE) not in before
 
 
 def test_a_store_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nestc.codegen.objects import compile_ir
+from nestc.codegen.objects import cached_object
 from nestc.codegen.schedule import PARALLEL, Alias, Schedule, Step, schedule
 from nestc.codegen.spmd import CONTEXT_BYTES, CONTEXT_SPINS, CONTEXT_THREADS, CONTEXT_TRACE, emit
 from nestc.graph.region import TensorType
@@ -107,7 +107,7 @@ def build_main(
             for item in plan.steps
         ],
     }
-    return Main(compile_ir(text, machine).code, text, plan, metadata)
+    return Main(cached_object(text, machine), text, plan, metadata)
 
 
 def _spec(name: str, type_: TensorType) -> dict[str, Any]:

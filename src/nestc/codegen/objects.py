@@ -1,22 +1,16 @@
-"""LLVM IR text to object code through llvmlite, and a content-addressed store of objects on disk."""
+"""LLVM IR text to object code through llvmlite, and objects from the user's store."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from nestc.cache import cache_folder
+from nestc.blobs import code_digest, key_of, user_store
 from nestc.errors import Error
 from nestc.kernels.api import CpuMachine
 
-_CODE_VERSION = "3"  # raise when the passes or the printed code change, so that cached objects are not reused
-_CACHE_FILES = 100  # kept in each of the store's 256 folders; a network needs some 50 in all
 _lock = threading.Lock()
 _ready = False
 
@@ -94,38 +88,49 @@ def optimise(module: llvm.ModuleRef, codegen: llvm.TargetMachine) -> None:
 
 
 def object_key(text: str, machine: CpuMachine) -> str:
-    """Content address of the object that `text` becomes on `machine`."""
-    tool = f"{llvm.llvm_version_info}|{_CODE_VERSION}|{machine.triple}|{machine.cpu}|{machine.features}"
-    return hashlib.sha256(f"{tool}|{text}".encode()).hexdigest()
+    """Content address of the object that LLVM IR becomes on `machine`."""
+    return key_of("object", text, _tools(machine))
 
 
 def cached_object(text: str, machine: CpuMachine) -> bytes:
-    """The object for `text`, from the store if it is there. Safe for concurrent processes; a full disk is no error."""
+    """The object for LLVM IR, from the user's store if it is there. Safe for concurrent processes."""
     key = object_key(text, machine)
-    path = cache_folder() / "objects" / key[:2] / f"{key}.o"
-    try:
-        stored = path.read_bytes()
-        if len(stored) > 32 and stored[:32] == hashlib.sha256(stored[32:]).digest():
-            return stored[32:]
-    except OSError:
-        pass  # not there, or not readable: compile
+    known = user_store().get(key)
+    if known is not None:
+        return known
     code = compile_ir(text, machine).code
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(temporary, path)
-        _prune(path.parent)
-    except OSError:
-        pass  # the store only saves time
+    user_store().put(key, code)
     return code
 
 
-def _prune(folder: Path) -> None:
-    """Remove the oldest objects of a folder that has become full."""
-    files = list(folder.iterdir())
-    if len(files) <= _CACHE_FILES:
-        return
-    for file in sorted(files, key=lambda each: each.stat().st_mtime)[: _CACHE_FILES // 2]:
-        file.unlink(missing_ok=True)
+@dataclass(frozen=True)
+class KernelObject:
+    """The object code of one kernel, and the bytes of scratch memory that each worker needs for it."""
+
+    code: bytes
+    scratch_bytes: int
+
+
+def kernel_key(text: str, machine: CpuMachine) -> str:
+    """Content address of what a kernel of this text (`tensor.text`) becomes: its object is found before its code is
+    made, or even verified, which takes most of the time of compiling it."""
+    return key_of("kernel", text, repr(machine), _tools(machine))
+
+
+def known_kernel(key: str) -> KernelObject | None:
+    """What `compile_kernel` has stored under `key`, in this process or another."""
+    found = user_store().get(key)
+    return None if found is None else KernelObject(found[8:], int.from_bytes(found[:8], "little"))
+
+
+def compile_kernel(text: str, scratch_bytes: int, machine: CpuMachine, key: str) -> bytes:
+    """The object for the LLVM IR of a kernel, which is then kept under `key`."""
+    code = compile_ir(text, machine).code
+    user_store().put(key, scratch_bytes.to_bytes(8, "little") + code)
+    return code
+
+
+def _tools(machine: CpuMachine) -> str:
+    """All that turns a text into an object, as text."""
+    version = ".".join(map(str, llvm.llvm_version_info))
+    return f"{version}|{code_digest('tensor', 'codegen')}|{machine.triple}|{machine.cpu}|{machine.features}"

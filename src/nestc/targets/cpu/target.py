@@ -14,7 +14,7 @@ from nestc.bundle.artifact import Artifact, Device
 from nestc.codegen.llvm import Code, print_kernel
 from nestc.codegen.llvm_types import width
 from nestc.codegen.main import build_main
-from nestc.codegen.objects import cached_object, compile_ir
+from nestc.codegen.objects import compile_ir, compile_kernel, kernel_key, known_kernel
 from nestc.codegen.schedule import Alias, Step
 from nestc.errors import UnsupportedOp
 from nestc.graph.region import Region, TensorType
@@ -256,10 +256,17 @@ class _Compiler:
         symbol = f"{re.sub(r'[^A-Za-z0-9_]', '_', kernel.name)}_{digest}"
         if symbol in self.objects:
             return symbol
+        key = kernel_key(text, self.machine)
+        known = known_kernel(key) if self.emit is None else None
+        if known is not None:
+            self.scratch = max(self.scratch, known.scratch_bytes)
+            self.objects[symbol] = Future()
+            self.objects[symbol].set_result(known.code)
+            return symbol
         verify(plain)
         code = print_kernel(expand(plain, self.machine), symbol, self.machine)
         self.scratch = max(self.scratch, code.scratch_bytes)
-        self.objects[symbol] = pool.submit(cached_object, code.text, self.machine)
+        self.objects[symbol] = pool.submit(compile_kernel, code.text, code.scratch_bytes, self.machine, key)
         if self.emit is not None:
             self.emit("tensor", symbol, kernel_text(kernel))
             self.emit("llvm", symbol, code.text)
