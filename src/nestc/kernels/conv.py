@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 import numpy as np
 
 from nestc.graph.region import Op, Region, TensorType
 from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered
-from nestc.kernels.conv_shape import ConvShape, Tile, conv_shape, cut_row, fold_pixels, register_tile
+from nestc.kernels.choices import CONV_BY_RULE, ConvChoice, below
+from nestc.kernels.conv_shape import ConvShape, Tile, conv_shape, cut_row, fold_pixels, register_tile, register_tiles
 from nestc.kernels.operands import Operands
 from nestc.kernels.tail import Tail, tail_refusal
 from nestc.tensor import index as ix
@@ -21,12 +22,19 @@ from nestc.tensor.vectorize import vectorize
 _CACHE_LINE = 64
 _ITEM_FLOPS = 1_000_000  # least work of one parallel item: some 10 us
 _LEAST_ITEMS = 16  # items that large weights leave for the workers to share
+_LONG_SUM = 512  # products of a sum that may be worth cutting, to be measured
+_OTHER_TILES = 3  # worth measuring
 
 
 class ConvFamily:
-    """Conv on floating-point tensors: dense, grouped with whole channel blocks a group, and depthwise."""
+    """Conv on floating-point tensors: dense, grouped with whole channel blocks a group, and depthwise.
 
-    name = "conv"
+    What `choice` leaves open goes by rule; depthwise kernels have no such parameters.
+    """
+
+    def __init__(self, choice: ConvChoice = CONV_BY_RULE) -> None:
+        self.choice = choice
+        self.name = f"conv{choice.text}"
 
     def refusal(self, region: Region) -> str | None:
         """Why this family does not lower `region`; None if it does."""
@@ -74,10 +82,10 @@ class ConvFamily:
 
             return lower_depthwise(region, op, shape, machine, layouts)
         if not _blocked_groups(shape, machine.lanes("float32")):
-            return _Direct(region, op, _merge_groups(shape), machine, layouts, shape.group).lower()
+            return _Direct(region, op, _merge_groups(shape), machine, layouts, shape.group, self.choice).lower()
         if _strided_pointwise(shape) and layouts[op.inputs[0]].block:
-            return _lower_strided(region, op, shape, machine, layouts)
-        return _Direct(region, op, shape, machine, layouts, 1).lower()
+            return _lower_strided(region, op, shape, machine, layouts, self.choice)
+        return _Direct(region, op, shape, machine, layouts, 1, self.choice).lower()
 
 
 def _strided_pointwise(shape: ConvShape) -> bool:
@@ -86,7 +94,12 @@ def _strided_pointwise(shape: ConvShape) -> bool:
 
 
 def _lower_strided(
-    region: Region, op: Op, shape: ConvShape, machine: CpuMachine, layouts: Mapping[str, Layout]
+    region: Region,
+    op: Op,
+    shape: ConvShape,
+    machine: CpuMachine,
+    layouts: Mapping[str, Layout],
+    choice: ConvChoice,
 ) -> Lowered:
     """The pixels that are read are copied together first: a plain 1x1 convolution has long rows, and the copy is read
     from the cache for every group of outputs."""
@@ -107,7 +120,7 @@ def _lower_strided(
     dense = Op(op.op_type, (picked, *op.inputs[1:]), op.outputs, {**op.attributes, "strides": None}, op.domain, op.name)
     ops = tuple(dense if each is op else each for each in region.ops)
     inner = Region(region.name, region.anchor, ops, region.inputs, region.outputs, types, region.constants)
-    rest = _Direct(inner, dense, conv_shape(dense, inner), machine, both, 1).lower()
+    rest = _Direct(inner, dense, conv_shape(dense, inner), machine, both, 1, choice).lower()
     temporaries = {picked: TensorType(dtype, target.shape)}
     return Lowered((first, *rest.launches), temporaries, rest.constants)
 
@@ -174,15 +187,18 @@ class _Direct:
         machine: CpuMachine,
         layouts: Mapping[str, Layout],
         zero_groups: int,
+        choice: ConvChoice,
     ) -> None:
         self.region = region
         self.op = op
         self.zero_groups = zero_groups
+        self.choice = choice
         self.machine = machine
         self.dtype = region.types[op.inputs[0]].dtype
         self.element = 4 if self.dtype == "float32" else 8
         self.lanes = machine.lanes("float32")
         registers = machine.tile_registers if self.dtype == "float32" else machine.tile_registers // 2
+        self.registers = registers
         group_vectors = ceil(shape.out_channels // shape.group / self.lanes)
         self.flat = shape.pointwise and len(shape.out) > 1
         self.original = shape
@@ -190,7 +206,7 @@ class _Direct:
         self.trailing = len(self.original.out) - len(shape.out)
         if self.flat:
             pixels = prod(shape.out)
-            mr, nr = register_tile(group_vectors, min(pixels, 96), registers)
+            mr, nr = self.register_tile(group_vectors, min(pixels, 96), registers)
             rows = fold_pixels(pixels, mr)
             self.shape = ConvShape(
                 shape.batch,
@@ -205,24 +221,38 @@ class _Direct:
                 (0, 0),
             )
             if rows[1] < mr:
-                mr, nr = register_tile(group_vectors, rows[1], registers)
+                mr, nr = self.register_tile(group_vectors, rows[1], registers)
         else:
             self.shape = shape
-            mr, nr = register_tile(group_vectors, shape.out[-1], registers)
+            mr, nr = self.register_tile(group_vectors, shape.out[-1], registers)
         self.mr, self.nr = mr, nr
+        self.group_chunks = ceil(group_vectors / nr)
+        self.in_per_group = shape.in_channels // shape.group
+        self.step = min(self.lanes, self.in_per_group)
+        self.blocks = ceil(self.in_per_group / self.step)
+        self.block_chunk = self.blocks_per_chunk()
+        self.row_chunk = self.rows_per_item(prod(self.shape.out[:-1]), self.shape.out[-1])
         self.builder = Builder("conv")
         self.operands = Operands(self.builder, region, layouts)
+
+    def register_tile(self, vectors: int, pixels: int, registers: int) -> tuple[int, int]:
+        """The tile that was chosen, no larger than what there is; else by rule."""
+        if self.choice.tile is None:
+            return register_tile(vectors, pixels, registers)
+        mr, nr = self.choice.tile
+        return min(mr, pixels, registers), min(nr, vectors)
+
+    def tiles_beside(self) -> list[tuple[int, int]]:
+        """Other register tiles than this one's, for each number of vectors the one with the least modelled cycles."""
+        vectors = ceil(self.shape.out_channels // self.shape.group / self.lanes)
+        tiles = register_tiles(vectors, min(self.shape.out[-1], 96), self.registers)
+        return [tile for tile in tiles if tile != (self.mr, self.nr)][:_OTHER_TILES]
 
     def lower(self) -> Lowered:
         """The launch and the packed weights."""
         s, k = self.shape, self.builder
         x, w = self.op.inputs[0], self.op.inputs[1]
         lanes, nr = self.lanes, self.nr
-        per_group = s.out_channels // s.group
-        self.group_chunks = ceil(ceil(per_group / lanes) / nr)
-        self.in_per_group = s.in_channels // s.group
-        self.step = min(lanes, self.in_per_group)
-        self.blocks = ceil(self.in_per_group / self.step)
         packed_name, bias_name = f"{w}.packed", f"{w}.bias"
         packed = self.pack_weights()
         self.operands.define(packed_name, TensorType(self.dtype, packed.shape))
@@ -239,7 +269,7 @@ class _Direct:
         self.tail.declare()
 
         rows, length = prod(s.out[:-1]), s.out[-1]
-        chunk = self.rows_per_item(rows, length)
+        chunk = self.row_chunk
         self.tiles = cut_row(
             length, s.size[-1], s.kernel[-1], s.strides[-1], s.dilations[-1], s.pads_begin[-1], self.mr
         )
@@ -248,7 +278,6 @@ class _Direct:
         self.acc = k.regs("acc", (max(t.width for t in self.tiles), nr), lanes, self.dtype)
         self.wreg = k.regs("w", (nr,), lanes, self.dtype)
         self.xreg = k.regs("x", (), lanes, self.dtype)
-        self.block_chunk = self.blocks_per_chunk()
         self.block_chunks = self.blocks // self.block_chunk
         if self.block_chunks > 1:
             self.partial = k.scratch("partial", (chunk, length, nr * lanes), self.dtype)
@@ -286,6 +315,8 @@ class _Direct:
         Weights that do not stay in L2 from item to item are read from memory by each: then an item takes all rows, as
         long as there are some items for every core.
         """
+        if self.choice.rows is not None:
+            return below(rows, self.choice.rows)
         s = self.shape
         outputs = self.nr * self.lanes
         taps = self.in_per_group * prod(s.kernel)
@@ -293,9 +324,7 @@ class _Direct:
         if outputs * taps * self.element > self.machine.l2_bytes // 2:
             groups = s.batch * s.group * self.group_chunks
             chunk = max(chunk, min(rows, rows * groups // _LEAST_ITEMS))
-        while rows % chunk and chunk > 1:
-            chunk -= 1
-        return chunk
+        return below(rows, chunk)
 
     def pack_weights(self) -> np.ndarray:
         """[O, I/group, *kernel] -> [groups * chunks][input block][*kernel][step][nr * lanes], zero-padded."""
@@ -325,12 +354,12 @@ class _Direct:
 
     def blocks_per_chunk(self) -> int:
         """Input blocks whose weights take half of L1: a divisor of their number."""
+        if self.choice.blocks is not None:
+            return below(self.blocks, self.choice.blocks) if self.in_per_group % self.step == 0 else self.blocks
         block_bytes = prod(self.shape.kernel) * self.step * self.nr * self.lanes * self.element
         if self.blocks * block_bytes <= self.machine.l1_bytes * 3 // 4 or self.in_per_group % self.step:
             return self.blocks
-        chunk = max(1, self.machine.l1_bytes // 2 // block_bytes)
-        while self.blocks % chunk:
-            chunk -= 1
+        chunk = below(self.blocks, self.machine.l1_bytes // 2 // block_bytes)
         # Partial sums are read and written once a chunk: not worth it for short sums.
         return chunk if chunk * self.step * prod(self.shape.kernel) >= 64 else self.blocks
 
@@ -483,3 +512,32 @@ def _spread_groups(weights: np.ndarray, groups: int) -> np.ndarray:
 
 
 CONV = ConvFamily()
+
+
+def conv_ways(region: Region, machine: CpuMachine, around: ConvFamily = CONV) -> tuple[ConvFamily, ...]:
+    """`around`, and families that differ from it in one parameter; the other register tiles by their modelled cycles.
+
+    Only `around` where there is nothing to choose: of a depthwise convolution, or of a region without Conv.
+    """
+    op = _anchor(region)
+    shape = None if op is None else conv_shape(op, region)
+    if op is None or shape is None or _depthwise(shape):
+        return (around,)
+    groups = 1
+    if not _blocked_groups(shape, machine.lanes("float32")):
+        groups, shape = shape.group, _merge_groups(shape)
+    if _strided_pointwise(shape):
+        shape = replace(shape, size=shape.out, strides=(1,) * len(shape.out))
+    given = around.choice
+    direct = _Direct(region, op, shape, machine, {}, groups, given)
+    rows, blocks = prod(direct.shape.out[:-1]), direct.blocks
+    choices = [replace(given, tile=tile) for tile in direct.tiles_beside() if given.tile is None]
+    for wanted in (2 * direct.row_chunk, direct.row_chunk // 2):
+        if below(rows, wanted) != direct.row_chunk:
+            choices.append(replace(given, rows=below(rows, wanted)))
+    chunks = (blocks, direct.block_chunk // 2, 2 * direct.block_chunk) if direct.in_per_group % direct.step == 0 else ()
+    if prod(shape.kernel) * direct.in_per_group >= _LONG_SUM:
+        for wanted in dict.fromkeys(below(blocks, most) for most in chunks):
+            if wanted != direct.block_chunk:
+                choices.append(replace(given, blocks=wanted))
+    return (around, *(ConvFamily(choice) for choice in choices))

@@ -146,9 +146,15 @@ def register_tile(lanes_out: int, pixels: int, registers: int) -> tuple[int, int
     A step over one input channel loads ``nr`` weights and broadcasts ``mr`` inputs (two loads a cycle) for ``mr * nr``
     multiply-adds (two a cycle, latency 4: fewer than 8 in flight stall), all of it in registers.
     """
-    best, best_cost = (1, 1), float("inf")
+    return register_tiles(lanes_out, pixels, registers)[0]
+
+
+def register_tiles(lanes_out: int, pixels: int, registers: int) -> list[tuple[int, int]]:
+    """For each number of vectors the tile with the least modelled cycles, the best of all first."""
+    found: list[tuple[float, tuple[int, int]]] = []
     for nr in range(1, min(8, lanes_out) + 1):
         groups = ceil(lanes_out / nr)
+        best, best_cost = (1, nr), float("inf")
         for mr in range(1, min(pixels, registers) + 1):
             if mr * nr + kept_weights(nr, registers) + 1 > registers:
                 break
@@ -157,7 +163,10 @@ def register_tile(lanes_out: int, pixels: int, registers: int) -> tuple[int, int
             cost = groups * (longer * _step_cycles(base + 1, nr) + (tiles - longer) * _step_cycles(base, nr))
             if cost < best_cost - 1e-9:
                 best, best_cost = (mr, nr), cost
-    return best
+        if best_cost < float("inf"):
+            found.append((best_cost, best))
+    # Of about equal ones that with fewer vectors, which comes first.
+    return [tile for _, tile in sorted(found, key=lambda each: round(each[0], 6))] or [(1, 1)]
 
 
 def kept_weights(vectors: int, registers: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from nestc.graph.region import Region
 from nestc.kernels.api import CpuMachine, Family
 from nestc.kernels.attention import ATTENTION
-from nestc.kernels.conv import CONV
+from nestc.kernels.conv import CONV, conv_ways
 from nestc.kernels.conv_int8 import CONV_INT8
 from nestc.kernels.conv_transpose import CONV_TRANSPOSE
 from nestc.kernels.depthwise_int8 import DEPTHWISE_INT8
@@ -26,6 +26,7 @@ from nestc.kernels.recurrent import RECURRENT
 from nestc.kernels.resize import RESIZE
 from nestc.kernels.softmax import SOFTMAX
 from nestc.kernels.weight_only import WEIGHT_ONLY
+from nestc.kernels.winograd import WINOGRAD
 
 GENERIC = Generic()
 
@@ -74,7 +75,18 @@ def alternatives(region: Region, machine: CpuMachine, exact: bool = False) -> tu
     Empty where nobody lowers the region.
     """
     plain = choose(region)[0]
-    return () if plain is None else (plain,)
+    if plain is None:
+        return ()
+    if exact or plain is not CONV:
+        return (plain,)
+    faster: list[tuple[float, Family]] = []
+    slower: list[tuple[float, Family]] = []
+    for family in WINOGRAD:
+        if family.refusal(region) is None:
+            took, direct = family.seconds(region, machine)
+            (faster if took < direct else slower).append((took, family))
+    before, after = ([family for _, family in sorted(ways, key=lambda way: way[0])] for ways in (faster, slower))
+    return (*before, plain, *after)
 
 
 DEQUANTIZE = DequantizeFamily(choose)
