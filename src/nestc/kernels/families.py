@@ -77,16 +77,19 @@ def alternatives(region: Region, machine: CpuMachine, exact: bool = False) -> tu
     plain = choose(region)[0]
     if plain is None:
         return ()
-    if exact or plain is not CONV:
+    if plain is not CONV:
         return (plain,)
+    direct = conv_ways(region, machine)
+    if exact:
+        return direct
     faster: list[tuple[float, Family]] = []
     slower: list[tuple[float, Family]] = []
     for family in WINOGRAD:
         if family.refusal(region) is None:
-            took, direct = family.seconds(region, machine)
-            (faster if took < direct else slower).append((took, family))
+            took, limit = family.seconds(region, machine)
+            (faster if took < limit else slower).append((took, family))
     before, after = ([family for _, family in sorted(ways, key=lambda way: way[0])] for ways in (faster, slower))
-    return (*before, plain, *after)
+    return (*before, plain, *after, *direct[1:])
 
 
 DEQUANTIZE = DequantizeFamily(choose)
