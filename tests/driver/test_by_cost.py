@@ -19,6 +19,7 @@ from nestc.driver import build, with_fallbacks
 from nestc.errors import TargetError
 from nestc.graph.region import Region
 from nestc.partition import measure
+from nestc.partition.costs import Chain
 from nestc.partition.store import Entry
 from nestc.runtime import devices
 from nestc.targets.api import Artifact, Partition, Target
@@ -53,6 +54,10 @@ class ScriptedMeter:
         self, given: Sequence[tuple[Target, Sequence[Region]]], submodel: object, network: int = 0
     ) -> list[dict[str, Entry]]:
         return [self.chain(target, regions, submodel) for target, regions in given]
+
+    def compare(self, chains: Sequence[Chain]) -> list[Entry]:
+        entries = [self.chain(each.target, each.regions, each.submodel).values() for each in chains]
+        return [Entry(seconds := sum(one.seconds for one in each), joules=seconds) for each in entries]
 
     def launch(self, target: Target, network: int = 0) -> Entry:
         return Entry(1e-6)

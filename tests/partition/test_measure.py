@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import ANY
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from nestc.errors import TargetError, UnsupportedOp
 from nestc.graph import pipeline
 from nestc.graph.region import Op, Region, TensorType
 from nestc.graph.regions import form, regions, submodel
+from nestc.partition.costs import Chain
 from nestc.partition.draw import CannotDraw, draw
 from nestc.partition.match import takes
 from nestc.partition.measure import Meter, attribute
@@ -576,3 +578,26 @@ def test_a_simulator_has_no_caches_to_be_evicted(tmp_path: Path) -> None:
     measured = meter(tmp_path)
     found = [measured.region(target, NEG, models(NEG), network) for network in (0, 1 << 20, 1 << 30)]
     assert found[0] == found[1] == found[2] and target._compiled == [("Neg",)]
+
+
+def test_partitions_of_several_plans_take_turns(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def told(name: str) -> Iterator[float]:
+        while True:
+            order.append(name)
+            yield {"n": 2 * US, "r": 4 * US}[name]
+
+    target = Scripted({"Neg": told("n"), "Relu": told("r"), "Abs": US})
+    chains = [Chain(target, CHAIN[:1], models(*CHAIN), 0), Chain(target, CHAIN[1:], models(*CHAIN), 0)]
+    measured = meter(tmp_path)
+    found = measured.compare(chains)
+    assert [each.seconds for each in found] == pytest.approx([4 * US, 2 * US])
+    turns = "".join(order)
+    assert "rn" in turns and "nr" in turns
+    assert [each.seconds for each in measured.chain(target, CHAIN[:1], models(*CHAIN)).values()] == [4 * US]
+    order.clear()
+    assert meter(tmp_path).compare(chains) == [replace(each, at=ANY, version=ANY) for each in found]  # from the store
+    assert order == []
+    meter(tmp_path).compare(chains[:1])  # beside others it is another measurement
+    assert order

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 
 from nestc.errors import PlanError
 from nestc.partition.evaluate import evaluate
 from nestc.partition.problem import Cost, Crossing, Edge, Problem, Solution, Stage, Task, Unit
-from nestc.partition.refine import corrected, refine
+from nestc.partition.refine import Actual, Actuals, corrected, refine
 
 UNITS = (Unit("cpu", "cpu", launch=0.25), Unit("npu", "npu", launch=0.5))
+
+
+def actuals(*seconds: float | None) -> Actuals:
+    return [None if each is None else Actual(each) for each in seconds]
 
 
 def chain(*costs: tuple[float, float], work: float = 1.0) -> Problem:
@@ -39,21 +44,21 @@ CPU = (Stage("cpu", ("t0", "t1", "t2")),)
 def test_stages_take_what_was_measured(seconds: tuple[float | None, ...]) -> None:
     problem = chain((2, 9), (9, 3), (2, 9))
     assert latency(problem, *MIXED) == (0.25 + 2 + 1) + 0.125 + (0.5 + 1 + 3 + 1) + 0.125 + (0.25 + 1 + 2)
-    found = evaluate(corrected(problem, MIXED, seconds), MIXED).times
+    found = evaluate(corrected(problem, MIXED, actuals(*seconds)), MIXED).times
     spent = [timed.end - timed.begin - launch for timed, launch in zip(found, (0.25, 0.5, 0.25), strict=True)]
     assert spent == pytest.approx([3.0 if each is None else each for each in seconds])
 
 
 def test_what_a_stage_takes_longer_is_put_on_its_borders_so_that_other_stages_cost_the_same() -> None:
     problem = chain((2, 9), (9, 3), (2, 9))
-    learned = corrected(problem, MIXED, (3.0, 7.0, 3.0))
+    learned = corrected(problem, MIXED, actuals(3.0, 7.0, 3.0))
     assert latency(learned, *CPU) == latency(problem, *CPU)
     assert learned.tasks == problem.tasks
 
 
 def test_a_stage_without_borders_changes_its_tasks() -> None:
     problem = chain((2, 9), (6, 3), (2, 9))
-    learned = corrected(problem, CPU, (5.0,))
+    learned = corrected(problem, CPU, actuals(5.0))
     assert [task.costs["cpu"].seconds for task in learned.tasks] == pytest.approx([1.0, 3.0, 1.0])
     assert [task.costs["npu"].seconds for task in learned.tasks] == [9, 3, 9]
 
@@ -64,7 +69,7 @@ def test_a_tensor_that_several_tasks_of_a_stage_take_counts_once() -> None:
     problem = Problem(UNITS, tasks, edges)
     stages = (Stage("cpu", ("t0",)), Stage("npu", ("t1", "t2")))
     for seconds in ((3.0, 4.0), (1.25, 2.0), (1.0, 1.0)):
-        times = evaluate(corrected(problem, stages, seconds), stages).times
+        times = evaluate(corrected(problem, stages, actuals(*seconds)), stages).times
         assert times[0].end - times[0].begin - 0.25 == pytest.approx(seconds[0])
         assert times[1].end - times[1].begin - 0.5 == pytest.approx(seconds[1])
 
@@ -79,7 +84,7 @@ def test_a_plan_that_disappoints_gives_way_to_what_is_solved_next() -> None:
         return solution(learned, *CPU, bound=11.0)
 
     measured = {MIXED: [3.0, 9.0, 3.0], CPU: [13.0]}
-    found = refine(problem, promising, solve, lambda plan: measured[plan.stages], [], rounds=3)
+    found = refine(problem, promising, solve, lambda plan: actuals(*measured[plan.stages]), [], rounds=3)
     assert found.solution.stages == CPU
     assert found.solution.value == 13.25
     assert found.solution.lower_bound == 11.0
@@ -97,7 +102,9 @@ def test_single_devices_are_measured_too_and_win_where_they_are_best() -> None:
     def again(learned: Problem) -> Solution:
         return solution(learned, *MIXED, bound=8.0)
 
-    found = refine(problem, again(problem), again, lambda plan: measured[plan.stages], [solution(problem, *CPU)])
+    found = refine(
+        problem, again(problem), again, lambda plan: actuals(*measured[plan.stages]), [solution(problem, *CPU)]
+    )
     assert found.solution.stages == CPU
     assert found.solution.value == pytest.approx(10.25)
     assert [each.latency for each in found.others if each is not None] == pytest.approx([10.25])
@@ -111,11 +118,14 @@ def test_stages_that_a_unit_refuses_are_no_plan() -> None:
     def next_plan(learned: Problem) -> Solution:
         return solution(learned, *next(plans))
 
-    found = refine(problem, solution(problem, *MIXED), next_plan, lambda plan: measured[plan.stages])
+    found = refine(problem, solution(problem, *MIXED), next_plan, lambda plan: actuals(*measured[plan.stages]))
     assert found.solution.stages == CPU
     with pytest.raises(PlanError, match="no device takes the stages"):
         refine(
-            problem, solution(problem, *MIXED), lambda learned: solution(learned, *MIXED), lambda plan: [math.inf] * 3
+            problem,
+            solution(problem, *MIXED),
+            lambda learned: solution(learned, *MIXED),
+            lambda plan: actuals(*[math.inf] * 3),
         )
 
 
@@ -131,7 +141,46 @@ def test_libraries_of_one_processor_are_mixed_only_for_a_gain_that_is_sure() -> 
             problem,
             solution(problem, *mixed),
             lambda learned: solution(learned, *mixed),
-            lambda plan, measured=measured: measured[plan.stages],
+            lambda plan, measured=measured: actuals(*measured[plan.stages]),
             [solution(problem, *alone)],
         )
         assert found.solution.stages == wanted
+
+
+def test_plans_that_are_about_as_good_are_measured_again_in_turns() -> None:
+    problem = chain((2, 9), (9, 3), (2, 9))
+    others = [solution(problem, *CPU), solution(problem, Stage("npu", ("t0", "t1", "t2")))]
+    measured = {MIXED: [3.0, 5.0, 3.0], CPU: [12.5], others[1].stages: [30.0]}
+    later = {MIXED: [4.0, 5.0, 3.0], CPU: [12.0]}  # the machine was slower when the CPU alone was measured
+    asked: list[tuple[Stage, ...]] = []
+
+    def compare(plans: Sequence[Solution]) -> list[Actuals]:
+        asked.extend(plan.stages for plan in plans)
+        return [actuals(*later[plan.stages]) for plan in plans]
+
+    found = refine(
+        problem,
+        solution(problem, *MIXED),
+        lambda learned: solution(learned, *MIXED),
+        lambda plan: actuals(*measured[plan.stages]),
+        others,
+        compare=compare,
+    )
+    assert asked == [MIXED, CPU]  # the best first; the other one is out of question
+    assert found.solution.stages == CPU and found.solution.value == pytest.approx(12.25)
+    assert [each.latency for each in found.others if each is not None] == pytest.approx([12.25, 30.5])
+    asked.clear()
+    refine(problem, others[0], lambda learned: others[0], lambda plan: actuals(12.5), compare=compare)
+    assert asked == []  # nothing to compare it with
+
+
+def test_the_energy_of_a_stage_is_what_was_measured_of_the_whole() -> None:
+    tasks = tuple(Task(f"t{n}", {"npu": Cost(1.0, joules, "modelled")}) for n, joules in enumerate((1.0, 3.0)))
+    edges = (Edge("x", None, "t0"), Edge("v", "t0", "t1", gains={"npu": 0.5}), Edge("y", "t1", None))
+    problem = Problem(UNITS, tasks, edges)
+    stages = (Stage("npu", ("t0", "t1")),)
+    assert evaluate(problem, stages).joules == 4.0
+    learned = corrected(problem, stages, [Actual(1.25, 3.0)])
+    assert evaluate(learned, stages).joules == pytest.approx(3.0)
+    assert evaluate(learned, stages).latency == pytest.approx(1.75)
+    assert [task.costs["npu"].joules for task in learned.tasks] == pytest.approx([0.75, 2.25])

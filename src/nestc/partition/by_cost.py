@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nestc.errors import PlanError
@@ -12,19 +12,21 @@ from nestc.graph.region import Region
 from nestc.graph.regions import form, regions, submodel
 from nestc.partition.arrange import arrange
 from nestc.partition.baselines import single
-from nestc.partition.costs import Costed, Meter, measure_costs, number_of
+from nestc.partition.costs import Chain, Costed, Meter, Submodel, measure_costs, number_of
 from nestc.partition.cut import find_cuts
 from nestc.partition.evaluate import evaluate
+from nestc.partition.fingerprint import is_modelled
 from nestc.partition.group import order
 from nestc.partition.heft import heft
 from nestc.partition.match import unknown_at_compile_time
 from nestc.partition.place import Placed, assemble
 from nestc.partition.plan import Alternative, PlannedRegion, PlannedSplit, Transfer
 from nestc.partition.problem import HOST, Edge, Evaluation, Objective, Problem, Solution, Task, stage_of
-from nestc.partition.refine import corrected, refine
+from nestc.partition.refine import Actual, corrected, refine
 from nestc.partition.sizes import constant_bytes
 from nestc.partition.solve import solve
 from nestc.partition.split import Split, propose, split
+from nestc.partition.store import Entry
 from nestc.targets.api import Partition, Target
 
 SPLIT_GAIN = 0.02
@@ -124,17 +126,44 @@ def _place(
         parted = tuple(PlannedSplit(s.node, s.channels) for s in splits)
         return replace(placed, plan=replace(placed.plan, splits=parted, single_device_ms=singles))
 
-    def measure(solution: Solution) -> list[float | None]:
+    def stages(solution: Solution) -> list[tuple[Partition, Chain]]:
         placed = describe(solution, costed, {})
-        progress(f"measure the {len(placed.partitions)} partitions of a plan", 1.0)
         # Only what runs on the same resource goes through the same caches.
         shared: dict[str, int] = {}
         for each in placed.partitions:
             resource = resources[each.device]
             shared[resource] = shared.get(resource, 0) + constant_bytes(each.regions)
         return [
-            _measure_stage(each, placed.formed, by_name[each.device], meter, shared[resources[each.device]])
+            (each, Chain(by_name[each.device], each.regions, _models(placed.formed), shared[resources[each.device]]))
             for each in placed.partitions
+        ]
+
+    def measure(solution: Solution) -> list[Actual | None]:
+        found = stages(solution)
+        progress(f"measure the {len(found)} partitions of a plan", 1.0)
+        return [_measure_stage(partition, chain, meter) for partition, chain in found]
+
+    def compare(solutions: Sequence[Solution]) -> list[list[Actual | None]]:
+        progress(f"compare {len(solutions)} plans", 1.0)
+        found = [stages(solution) for solution in solutions]
+        first = [[_measure_stage(partition, chain, meter) for partition, chain in each] for each in found]
+        varying = [
+            [
+                actual is not None and not is_modelled(chain.target)
+                for (_, chain), actual in zip(each, actuals, strict=True)
+            ]
+            for each, actuals in zip(found, first, strict=True)
+        ]
+        chains = [
+            chain
+            for each, vary in zip(found, varying, strict=True)
+            for (_, chain), again in zip(each, vary, strict=True)
+            if again
+        ]
+        entries = iter(meter.compare(chains))
+        return [
+            [_actual([next(entries)]) if again else actual for actual, again in zip(actuals, vary, strict=True)]
+            for actuals, vary in zip(first, varying, strict=True)
         ]
 
     def solved(problem: Problem) -> Solution:
@@ -142,12 +171,12 @@ def _place(
         return solve(problem, objective, time_limit=time_limit / ROUNDS)
 
     def evaluated(solution: Solution) -> Evaluation | None:
-        seconds = measure(solution)
-        if math.inf in seconds:
+        actuals = measure(solution)
+        if any(actual is not None and actual.seconds == math.inf for actual in actuals):
             return None
-        return evaluate(corrected(costed.problem, solution.stages, seconds), solution.stages)
+        return evaluate(corrected(costed.problem, solution.stages, actuals), solution.stages)
 
-    found = refine(costed.problem, solved(costed.problem), solved, measure, list(others.values()), ROUNDS)
+    found = refine(costed.problem, solved(costed.problem), solved, measure, list(others.values()), ROUNDS, compare)
     final = replace(costed, problem=found.problem)
     singles = {
         name: _milliseconds(objective, each)
@@ -173,14 +202,25 @@ def _assigned(problem: Problem, units: Mapping[str, str], objective: Objective) 
         return None
 
 
-def _measure_stage(partition: Partition, formed: Model, target: Target, meter: Meter, network: int) -> float | None:
-    """What a partition takes as it is, without its launch: see `refine.Seconds`."""
+def _models(formed: Model) -> Submodel:
+    return lambda names: submodel(formed, names)
+
+
+def _measure_stage(partition: Partition, chain: Chain, meter: Meter) -> Actual | None:
+    """What a partition takes as it is, without its launch."""
     if any(unknown_at_compile_time(region) is not None for region in partition.regions):
         return None
-    entries = meter.chain(target, partition.regions, lambda names: submodel(formed, names), network).values()
+    return _actual(meter.chain(chain.target, chain.regions, chain.submodel, chain.network).values())
+
+
+def _actual(entries: Collection[Entry]) -> Actual | None:
     if any(entry.refusal is not None for entry in entries):
-        return math.inf
-    return None if any(entry.kind == "estimated" for entry in entries) else sum(entry.seconds for entry in entries)
+        return Actual(math.inf)
+    if any(entry.kind == "estimated" for entry in entries):
+        return None
+    joules = [entry.joules for entry in entries if entry.joules is not None]
+    known = sum(joules) if len(joules) == len(entries) else None
+    return Actual(sum(entry.seconds for entry in entries), known)
 
 
 def _joined(node: str, pieces: Sequence[Region], solution: Solution, costed: Costed) -> bool:

@@ -28,6 +28,16 @@ if TYPE_CHECKING:
 Submodel = Callable[[Sequence[str]], "ir.Model"]
 
 
+@dataclass(frozen=True)
+class Chain:
+    """Regions to be measured as one partition; ``network``: bytes of the constants of all on the same resource."""
+
+    target: Target
+    regions: Sequence[Region]
+    submodel: Submodel
+    network: int
+
+
 class Meter(Protocol):
     """What measures (`measure.Meter`)."""
 
@@ -42,6 +52,8 @@ class Meter(Protocol):
     def chain(
         self, target: Target, regions: Sequence[Region], submodel: Submodel, network: int = 0
     ) -> Mapping[str, Entry]: ...
+
+    def compare(self, chains: Sequence[Chain]) -> Sequence[Entry]: ...
 
     def launch(self, target: Target, network: int = 0) -> Entry: ...
 

@@ -95,6 +95,11 @@ def chain_hash(hashes: Sequence[str], regions: Sequence[Region], outputs: Iterab
     return _digest([listed, sorted(number(outputs))])
 
 
+def is_modelled(target: Target) -> bool:
+    """Whether a simulator tells what a target takes, the same every time."""
+    return target.machine.facts.get(MODELLED) == "modelled"
+
+
 def device_fingerprint(target: Target, threads: int) -> str:
     """A hash of what a time on `target` depends on besides the region.
 
@@ -120,7 +125,7 @@ def device_fingerprint(target: Target, threads: int) -> str:
         "nestc": __version__,
         "code": _code_of(_modules_of(target)),
     }
-    if target.machine.facts.get(MODELLED) != "modelled":
+    if not is_modelled(target):
         about |= {"host": host_facts(), "threads": threads}
     return _digest(about)
 

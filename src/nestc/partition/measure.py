@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import threading
 import time
@@ -16,13 +17,14 @@ import onnx_ir as ir
 from nestc.errors import TargetError, UnsupportedOp
 from nestc.evict import evict, evicting
 from nestc.graph.region import Op, Region, TensorType
+from nestc.partition.costs import Chain
 from nestc.partition.draw import CannotDraw, draw
-from nestc.partition.fingerprint import MODELLED, chain_hash, device_fingerprint, region_hash
+from nestc.partition.fingerprint import chain_hash, device_fingerprint, is_modelled, region_hash
 from nestc.partition.group import partitions
 from nestc.partition.match import ask, takes
 from nestc.partition.repeat import LEAST_SECONDS, Effort, Timed, together
 from nestc.partition.sizes import constant_bytes
-from nestc.partition.store import ALONE, CHAIN, LAUNCH, Entry, Key, ProfileStore, stamped
+from nestc.partition.store import ALONE, CHAIN, COMPARED, LAUNCH, Entry, Key, ProfileStore, stamped
 from nestc.targets.api import Artifact, Elapsed, Offer, Partition, Program, Target
 
 Submodel = Callable[[Sequence[str]], ir.Model]
@@ -168,7 +170,7 @@ class Meter:
         if missing:
             self._say(f"measure {region.name} on {', '.join(target.name for target in missing.values())}")
             works = [_Work(target, (region,), region.outputs, beside[target.name]) for target in missing.values()]
-            wholes = self._wholes(works, submodel, self.effort)
+            wholes = self._wholes(works, [submodel] * len(works), self.effort)
             self._keep({key: whole.entry for key, whole in zip(missing, wholes, strict=True)})
         return {target.name: _powered(target, self._known[keys[target.name]]) for target in targets}
 
@@ -201,7 +203,7 @@ class Meter:
             first, *_, last = chain.keys
             self._say(f"measure {first} to {last} on {chain.work.target.name}")
         effort = Effort(self.effort.runs, CHAIN_TIMES * self.effort.seconds, CHAIN_TIMES * self.effort.longest)
-        wholes = self._wholes([chain.work for chain in missing.values()], submodel, effort)
+        wholes = self._wholes([chain.work for chain in missing.values()], [submodel] * len(missing), effort)
         for (total, chain), whole in zip(missing.items(), wholes, strict=True):
             shares = self._shared(chain.work, whole, submodel, network)
             self._keep({total: whole.entry, **{chain.keys[name]: entry for name, entry in shares.items()}})
@@ -226,6 +228,25 @@ class Meter:
             return {regions[0].name: self.region(target, regions[0], submodel, network)}
         return {name: _powered(target, self._known[key]) for name, key in chain.keys.items()}
 
+    def compare(self, chains: Sequence[Chain]) -> list[Entry]:
+        """What each of some chains takes as a whole, all measured in turns, so that the times can be compared.
+
+        Only what is measured at all: what a simulator tells is what `chain` says.
+        """
+        parts = [self._chain(each.target, each.regions, each.submodel, each.network) for each in chains]
+        every = "\n".join(sorted({str(part.total) for part in parts}))
+        turn = hashlib.sha256(every.encode()).hexdigest()[:16]
+        keys = [part.total._replace(context=f"{part.total.context}:{COMPARED}:{turn}") for part in parts]
+        missing = {key: n for n, key in enumerate(keys) if self._recall(key) is None}
+        if missing:
+            works = [parts[n].work for n in missing.values()]
+            models = [chains[n].submodel for n in missing.values()]
+            self._say(f"measure {len(works)} partitions of different plans in turns")
+            effort = Effort(self.effort.runs, CHAIN_TIMES * self.effort.seconds, CHAIN_TIMES * self.effort.longest)
+            wholes = self._wholes(works, models, effort, shares=False)
+            self._keep({key: whole.entry for key, whole in zip(missing, wholes, strict=True)})
+        return [_powered(each.target, self._known[key]) for each, key in zip(chains, keys, strict=True)]
+
     def launch(self, target: Target, network: int = 0) -> Entry:
         """What starting a partition takes beyond what its program counts as its own time: the call from Python.
 
@@ -235,7 +256,7 @@ class Meter:
         link = target.machine.link
         stated = Entry(link.launch_seconds, "estimated" if link.kind == "measured" else link.kind)
         region, submodel = _smallest()
-        if target.machine.facts.get(MODELLED) == "modelled" or not takes(target, region):
+        if is_modelled(target) or not takes(target, region):
             return stated
         beside = _beside(target, (region,), network)
         key = Key(region_hash(region), self._fingerprint(target), _context(LAUNCH, beside))
@@ -285,11 +306,13 @@ class Meter:
         if self._tell is not None:
             self._tell(what)
 
-    def _wholes(self, works: Sequence[_Work], submodel: Submodel, effort: Effort) -> list[_Whole]:
-        """Compile each as a partition, and find out what they take, one beside the other."""
+    def _wholes(
+        self, works: Sequence[_Work], submodels: Sequence[Submodel], effort: Effort, shares: bool = True
+    ) -> list[_Whole]:
+        """Compile each as a partition, and find out what they take, one beside the other; `shares`: of each region."""
         with _one_at_a_time, ExitStack() as loaded_programs:
             opened: list[_Loaded | Entry] = []
-            for work in works:
+            for work, submodel in zip(works, submodels, strict=True):
                 opened.append(self._load(work, submodel))
                 if isinstance(loaded := opened[-1], _Loaded):
                     loaded_programs.callback(loaded.program.close)
@@ -302,7 +325,7 @@ class Meter:
             ]
             timed = dict(zip(map(id, varying), together([loaded.run for loaded in varying], effort), strict=True))
             return [
-                _Whole(each) if isinstance(each, Entry) else _told(work, each, timed.get(id(each)))
+                _Whole(each) if isinstance(each, Entry) else _told(work, each, timed.get(id(each)), shares)
                 for work, each in zip(works, opened, strict=True)
             ]
 
@@ -382,13 +405,13 @@ class Meter:
         }
 
 
-def _told(work: _Work, loaded: _Loaded, timed: Timed | None) -> _Whole:
+def _told(work: _Work, loaded: _Loaded, timed: Timed | None, shares: bool) -> _Whole:
     """What repeated runs (None: there was only the first) and the program's profile tell of a partition."""
     if timed is None:
         seconds, kind = max(loaded.first.seconds, LEAST_SECONDS), loaded.first.kind
         return _Whole(Entry(seconds, kind, runs=1, bytes=loaded.bytes))
     entry = Entry(timed.seconds, spread=timed.spread, runs=timed.runs, bytes=loaded.bytes)
-    if len(work.regions) == 1 or not isinstance(loaded.program, _Profiled):
+    if not shares or len(work.regions) == 1 or not isinstance(loaded.program, _Profiled):
         return _Whole(entry)
     return _Whole(entry, attribute(loaded.program.profile(loaded.inputs, PROFILE_RUNS), work.regions))
 
@@ -454,7 +477,7 @@ def _powered(target: Target, entry: Entry) -> Entry:
 
 def _beside(target: Target, regions: Sequence[Region], network: int) -> int:
     """Bytes that the rest of a network drives through the caches between two runs; a simulator's time has none."""
-    if target.machine.facts.get(MODELLED) == "modelled":
+    if is_modelled(target):
         return 0
     return evicting(network - constant_bytes(regions))
 

@@ -29,8 +29,23 @@ which are not surer than this: one that promised 6 % on three libraries of a CPU
 LEAST = 1e-9
 """Seconds below which a difference is none."""
 
-Seconds = Sequence[float | None]
-"""What each stage of a solution takes without its launch; None: not known, infinite: its unit refuses it as a whole."""
+CLOSE = 0.25
+FINALISTS = 4
+"""At most so many of the plans that are no worse than the best by this part are measured once more, in turns: what was
+measured at different times differs by how busy the machine was."""
+
+
+@dataclass(frozen=True)
+class Actual:
+    """What a stage takes as a whole: ``seconds`` without its launch, infinite if its unit refuses it; ``joules``, None
+    where they are not known."""
+
+    seconds: float
+    joules: float | None = None
+
+
+Actuals = Sequence[Actual | None]
+"""What each stage of a solution takes; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +64,30 @@ def refine(
     problem: Problem,
     first: Solution,
     solve: Callable[[Problem], Solution],
-    measure: Callable[[Solution], Seconds],
+    measure: Callable[[Solution], Actuals],
     others: Sequence[Solution] = (),
     rounds: int = ROUNDS,
+    compare: Callable[[Sequence[Solution]], Sequence[Actuals]] | None = None,
 ) -> Refined:
     """Measure `first` and what `solve` finds after it, and `others`; the best by what was measured.
 
-    Its lower bound is that of the last problem solved, with all that was learned in it. Raises PlanError if no plan
-    can run.
+    Where several are about as good they are measured once more by `compare`, if there is one. The lower bound is that
+    of the last problem solved, with all that was learned in it. Raises PlanError if no plan can run.
     """
     learned = problem
     tried: dict[tuple[Stage, ...], tuple[Problem, Solution] | None] = {}
 
+    def note(solution: Solution, actuals: Actuals) -> None:
+        tried[solution.stages] = None
+        if not any(actual is not None and actual.seconds == math.inf for actual in actuals):
+            own = corrected(problem, solution.stages, actuals)
+            tried[solution.stages] = own, replace(solution, evaluation=evaluate(own, solution.stages))
+
     def attempt(solution: Solution) -> None:
         nonlocal learned
-        seconds = measure(solution)
-        tried[solution.stages] = None
-        if math.inf not in seconds:
-            own = corrected(problem, solution.stages, seconds)
-            tried[solution.stages] = own, replace(solution, evaluation=evaluate(own, solution.stages))
-        learned = corrected(learned, solution.stages, seconds)
+        actuals = measure(solution)
+        note(solution, actuals)
+        learned = corrected(learned, solution.stages, actuals)
 
     for other in others:
         if other.stages not in tried:
@@ -82,6 +101,11 @@ def refine(
     runnable = [each for each in tried.values() if each is not None]
     if not runnable:
         raise PlanError("no device takes the stages that it was given as a whole; compile for fewer devices")
+    close = _close([each for _, each in runnable])
+    if compare is not None and len(close) > 1:
+        for each, actuals in zip(close, compare(close), strict=True):
+            note(each, actuals)
+        runnable = [each for each in tried.values() if each is not None]
     own, best = _surest(problem, runnable)
     bound = min(solution.lower_bound, best.value)
     done = replace(
@@ -94,6 +118,12 @@ def refine(
     return Refined(own, done, tuple(None if each is None else each[1].evaluation for each in evaluations))
 
 
+def _close(solutions: Sequence[Solution]) -> list[Solution]:
+    """The best of some solutions and those about as good, the best first."""
+    by_value = sorted(solutions, key=lambda each: each.value)
+    return [each for each in by_value if each.value <= (1 + CLOSE) * by_value[0].value][:FINALISTS]
+
+
 def _surest(problem: Problem, runnable: Sequence[tuple[Problem, Solution]]) -> tuple[Problem, Solution]:
     """The best of some solutions; where nothing runs at the same time, one of few stages that is about as good."""
     best = min(runnable, key=lambda each: each[1].value)
@@ -104,21 +134,26 @@ def _surest(problem: Problem, runnable: Sequence[tuple[Problem, Solution]]) -> t
     return min(good, key=lambda each: (len(each[1].stages), each[1].value))
 
 
-def corrected(problem: Problem, stages: Sequence[Stage], seconds: Seconds) -> Problem:
-    """The problem in which these stages take these seconds.
+def corrected(problem: Problem, stages: Sequence[Stage], actuals: Actuals) -> Problem:
+    """The problem in which these stages take these seconds, and joules where they are known.
 
     What a stage takes longer than its tasks say is put on the tensors that cross its borders from and to other units,
-    by their bytes, or where there are none on its tasks. What it takes less is taken off the borders first.
+    by their bytes, or where there are none on its tasks. What it takes less is taken off the borders first. Its energy
+    is shared among its tasks as theirs was.
     """
     predicted = _stage_seconds(problem, stages)
     unit_of = {task: stage.unit for stage in stages for task in stage.tasks}
     number = stage_of(stages)
     border: dict[tuple[int, str, str | None], float] = {}  # seconds more, by stage, tensor and its source
     factor: dict[str, float] = {}
-    for index, (stage, actual) in enumerate(zip(stages, seconds, strict=True)):
+    energy: dict[str, float] = {}
+    for index, (stage, actual) in enumerate(zip(stages, actuals, strict=True)):
         if actual is None:
             continue
-        more = _LARGE if actual == math.inf else actual - predicted[index]
+        known = sum(_cost(problem, task, stage.unit).joules for task in stage.tasks)
+        if actual.joules is not None and known > 0:
+            energy |= dict.fromkeys(stage.tasks, actual.joules / known)
+        more = _LARGE if actual.seconds == math.inf else actual.seconds - predicted[index]
         if abs(more) < LEAST:
             continue
         crossing = _borders(problem, stage, index, number, unit_of)
@@ -137,7 +172,7 @@ def corrected(problem: Problem, stages: Sequence[Stage], seconds: Seconds) -> Pr
         if abs(more) >= LEAST and inside > 0:
             factor |= dict.fromkeys(stage.tasks, max(0.0, 1 + more / inside))
     tasks = tuple(
-        task if task.name not in factor else _with_cost(task, unit_of[task.name], factor[task.name])
+        _with_cost(task, unit_of[task.name], factor.get(task.name, 1.0), energy.get(task.name))
         for task in problem.tasks
     )
     return replace(problem, tasks=tasks, edges=tuple(_moved(edge, border, number, unit_of) for edge in problem.edges))
@@ -182,11 +217,14 @@ def _cost(problem: Problem, task: str, unit: str) -> Cost:
     return next(each for each in problem.tasks if each.name == task).costs[unit]
 
 
-def _with_cost(task: Task, unit: str, factor: float) -> Task:
-    """A task that takes other seconds on a unit; the energy of a measured time is in proportion to it."""
+def _with_cost(task: Task, unit: str, seconds: float, joules: float | None) -> Task:
+    """A task whose seconds and joules on a unit are multiplied; the energy of a measured time follows it if nothing
+    else is known."""
     cost = task.costs[unit]
-    joules = cost.joules * factor if cost.kind == "measured" else cost.joules
-    return replace(task, costs={**task.costs, unit: replace(cost, seconds=cost.seconds * factor, joules=joules)})
+    if joules is None:
+        joules = seconds if cost.kind == "measured" else 1.0
+    changed = replace(cost, seconds=cost.seconds * seconds, joules=cost.joules * joules)
+    return task if changed == cost else replace(task, costs={**task.costs, unit: changed})
 
 
 def _moved(

@@ -21,8 +21,9 @@ _ENTRIES = 200_000
 _FORMAT = 4
 """Raised when the meaning of an entry changes, so that older ones are measured anew."""
 
-ALONE, CHAIN, LAUNCH = "alone", "chain", "launch"
-"""Contexts: a region as a partition of its own, inside a chain of regions, and what starting any partition takes."""
+ALONE, CHAIN, LAUNCH, COMPARED = "alone", "chain", "launch", "compared"
+"""Contexts: a region as a partition of its own, inside a chain of regions, what starting any partition takes, and a
+chain that took turns with those of other plans."""
 
 
 def store_path() -> Path:
