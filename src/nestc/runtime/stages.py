@@ -360,11 +360,11 @@ def stage_mark(stage: Stage, begin: float, end: float, kind: Kind, request: int,
 def crossing(
     tensor: str, nbytes: int, ends: tuple[DeviceSpec | None, DeviceSpec | None], begin: float, request: int
 ) -> Mark | None:
-    """A tensor's way from one device to another (None: the host's memory); None if it takes no time."""
+    """A tensor's way from one device to another (None: the host's memory); None if it takes neither time nor energy."""
     first, second = ends
     if first is not None and second is not None and first.name == second.name:
         return None
-    links = [end for end in ends if end is not None and end.seconds(nbytes) > 0]
+    links = [end for end in ends if end is not None and (end.seconds(nbytes) > 0 or end.joules_per_byte > 0)]
     if not links:
         return None
     seconds = sum(link.seconds(nbytes) for link in links)
