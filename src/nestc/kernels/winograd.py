@@ -20,6 +20,7 @@ from nestc.tensor.build import Builder, binary, clamp, constant, load, splat, wi
 from nestc.tensor.ir import Binary, Buffer, Expr, Fma, Load, Var
 from nestc.tensor.vectorize import vectorize
 
+_CACHE_LINE = 64
 _LEAST_CHANNELS = 16  # of inputs and of outputs: below that the transforms cost more than they save
 
 
@@ -125,6 +126,7 @@ class _Winograd:
             (axis[0], axis[1]) if self.rank == 2 else (lone, axis[0])
             for axis, lone in ((self.shape.size, 1), (self.shape.out, 1), (self.shape.pads_begin, 0))
         )
+        self.slack = 16
         self.chunks = ceil(tiling.groups(cut) / cut.groups)
 
     def lower(self) -> Lowered:
@@ -154,8 +156,7 @@ class _Winograd:
         source = operands.buffer(x if cut.fused else v_name)
         tail = Tail(operands, self.op)
         tail.declare()
-        products = _odd_lines(cut.columns * cut.groups * cut.mr * cut.nr * lanes)
-        m = k.scratch("m", (self.positions, products))
+        m = k.scratch("m", (cut.columns, cut.groups * cut.mr, self.positions * cut.nr * lanes + self.slack))
         v = k.scratch("v", (self.positions, _odd_lines(cut.groups * block))) if cut.fused else source
         code = Transforms(k, lanes)
         steps = self.tiling.steps(cut)
@@ -224,7 +225,6 @@ class _Winograd:
         cut, lanes = self.cut, self.lanes
         rows, columns = self.vertical, self.horizontal
         half = k.stack("half", (rows.n, columns.n, lanes))
-        patch = k.regs("d", (rows.n,), lanes)
         last = ix.const(self.tiling.groups(cut) - 1)
         with k.loop("q", cut.groups) as q, k.loop("j", cut.mr) as j:
             group = ix.add(ix.mul(chunk, cut.groups), q)
@@ -232,11 +232,7 @@ class _Winograd:
                 group = binary("min", group, last)
                 n, top, left = self.corner(group, j)
                 h, w = ix.add(ix.mul(top, rows.m), -self.pads[0]), ix.add(ix.mul(left, columns.m), -self.pads[1])
-                with k.loop("b", columns.n) as b:
-                    self.load_column(k, x, patch, n, block, h, ix.add(w, b))
-                    d = [load(patch, i, 0, lanes=lanes) for i in range(rows.n)]
-                    for i, value in enumerate(code.inputs(rows, d)):
-                        k.store(half, (i, b, 0), value)
+                self.load_tile(k, code, x, half, n, block, h, w)
                 place = ix.add(ix.mul(q if local else group, self.tiling.blocks), block)
                 offset = ix.mul(ix.add(ix.mul(place, cut.mr), j), lanes)
                 with k.loop("a", rows.n) as a:
@@ -247,38 +243,50 @@ class _Winograd:
     def corner(self, group: Expr, j: Expr) -> tuple[Expr, Expr, Expr]:
         """Image, tile row and tile column of a tile; of tiles past the last one, that one."""
         t = self.tiling
-        number = binary("min", ix.add(ix.mul(group, self.cut.mr), j), ix.const(t.count - 1))
+        number = ix.mod(ix.add(ix.mul(group, self.cut.mr), j), t.count)
         n, top, left = ix.unflatten(number, (self.shape.batch, *t.grid))
         return n, top, left
 
-    def load_column(self, k: Builder, x: Buffer, patch: Buffer, n: Expr, block: Expr, h: Expr, w: Expr) -> None:
-        """One column of a tile of inputs; zeros outside the map."""
-        rows, lanes = self.vertical.n, self.lanes
+    def load_tile(
+        self, k: Builder, code: Transforms, x: Buffer, half: Buffer, n: Expr, block: Expr, h: Expr, w: Expr
+    ) -> None:
+        """A tile of inputs, zeros outside the map, transformed along its columns."""
+        rows, columns, lanes = self.vertical.n, self.horizontal.n, self.lanes
         height, width = self.size
-        rows_inside = binary("and", binary("ge", h, ix.const(0)), binary("le", h, ix.const(height - rows)))
-        inside = binary("and", rows_inside, within(w, width))
 
-        def plainly() -> None:
-            # Both are as they were; limited, they are known to lie inside.
-            top, left = clamp(h, 0, height - rows), clamp(w, 0, width - 1)
-            for i in range(rows):
-                place = self.pixel(ix.add(top, i), left)
-                k.store(patch, (i, 0), load(x, n, block, *place, 0, lanes=lanes))
+        def transformed(b: Expr, d: list[Expr]) -> None:
+            for i, value in enumerate(code.inputs(self.vertical, [code.name(each) for each in d])):
+                k.store(half, (i, b, 0), value)
 
-        def masked() -> None:
-            for i in range(rows):
-                y = ix.add(h, i)
-                mask = binary("and", within(y, height), within(w, width))
-                k.store(patch, (i, 0), load(x, n, block, *self.pixel(y, w), 0, lanes=lanes, mask=mask))
+        def ragged() -> None:
+            with k.loop("b", columns) as b:
+                across = ix.add(w, b)
+                places = [
+                    (ix.add(h, i), binary("and", within(ix.add(h, i), height), within(across, width)))
+                    for i in range(rows)
+                ]
+                transformed(
+                    b, [load(x, n, block, *self.pixel(y, across), 0, lanes=lanes, mask=mask) for y, mask in places]
+                )
 
-        if height < rows:
-            masked()
+        if height < rows or width < columns:
+            ragged()
             return
+        inside = binary("and", _between(h, 0, height - rows), _between(w, 0, width - columns))
         with k.when(inside):
-            plainly()
+            # Both are as they were; limited, they are known to lie inside.
+            top, left = clamp(h, 0, height - rows), clamp(w, 0, width - columns)
+            with k.loop("b", columns) as b:
+                transformed(
+                    b,
+                    [
+                        load(x, n, block, *self.pixel(ix.add(top, i), ix.add(left, b)), 0, lanes=lanes)
+                        for i in range(rows)
+                    ],
+                )
         if not _known(inside):
             with k.otherwise():
-                masked()
+                ragged()
 
     def pixel(self, h: Expr, w: Expr) -> tuple[Expr, ...]:
         """Spatial index of a pixel in the tensor's own axes."""
@@ -301,6 +309,7 @@ class _Winograd:
                     for i in range(cut.nr):
                         k.store(acc, (j, i, 0), constant(0.0, "float32", lanes))
                 with k.loop("c", t.blocks) as block:
+                    self.prefetch(k, u, o, p, g, block, q)
                     place = ix.mul(ix.add(first, block), cut.mr * lanes)
                     with k.unroll("l", lanes) as c:
                         for i in range(cut.nr):
@@ -316,16 +325,19 @@ class _Winograd:
                                 )
                                 k.store(acc, (j, i, 0), product)
                 for j in range(cut.mr):
-                    offset = self.product(g, q, ix.const(j))
                     for i in range(cut.nr):
-                        value = load(acc, j, i, 0, lanes=lanes)
-                        k.store(m, (p, ix.add(offset, i * lanes)), value)
+                        place = ix.add(ix.mul(p, cut.nr * lanes), i * lanes)
+                        k.store(m, (g, ix.add(ix.mul(q, cut.mr), j), place), load(acc, j, i, 0, lanes=lanes))
 
-    def product(self, g: Expr, q: Expr, j: Expr) -> Expr:
-        """Place in a position of M of a register column's outputs of one tile."""
-        cut = self.cut
-        tile = ix.add(ix.mul(ix.add(ix.mul(g, cut.groups), q), cut.mr), j)
-        return ix.mul(tile, cut.nr * self.lanes)
+    def prefetch(self, k: Builder, u: Buffer, o: Expr, p: Expr, g: Expr, block: Expr, q: Expr) -> None:
+        """Ask for the weights of the next register column, or position, while these are used: each group of tiles for
+        its share of the cache lines."""
+        line = _CACHE_LINE // 4
+        lines = self.lanes * self.cut.nr * self.lanes // line
+        share = ceil(lines / self.cut.groups)
+        for each in range(share):
+            number = ix.mod(ix.add(ix.mul(q, share), each), lines)
+            k.prefetch(u, o, p, ix.add(g, 1), block, 0, ix.mul(number, line))
 
     # -- the output transform
 
@@ -342,8 +354,8 @@ class _Winograd:
                 with k.loop("q", cut.groups) as q, k.loop("j", cut.mr) as j:
                     group = ix.add(ix.mul(chunk, cut.groups), q)
                     with k.when(binary("lt", ix.add(ix.mul(group, cut.mr), j), ix.const(t.count))):
-                        offset = ix.add(self.product(g, q, j), ix.mul(i, self.lanes))
-                        self.output_tile(k, code, m, bias, tail, vector, self.corner(group, j), offset)
+                        tile = (g, ix.add(ix.mul(q, cut.mr), j))
+                        self.output_tile(k, code, m, bias, tail, vector, self.corner(group, j), tile, i)
 
     def output_tile(
         self,
@@ -354,14 +366,19 @@ class _Winograd:
         tail: Tail,
         vector: Expr,
         corner: tuple[Expr, Expr, Expr],
-        offset: Expr,
+        tile: tuple[Expr, Expr],
+        within_column: Expr,
     ) -> None:
         """One vector of output channels of one tile."""
         rows, columns, lanes = self.vertical, self.horizontal, self.lanes
         n, top, left = corner
         half = k.stack("back", (rows.m, columns.n, lanes))
         with k.loop("b", columns.n) as b:
-            found = [code.name(load(m, ix.add(b, i * columns.n), offset, lanes=lanes)) for i in range(rows.n)]
+            places = [
+                ix.add(ix.mul(ix.add(b, i * columns.n), self.cut.nr * lanes), ix.mul(within_column, lanes))
+                for i in range(rows.n)
+            ]
+            found = [code.name(load(m, *tile, place, lanes=lanes)) for place in places]
             for i, value in enumerate(code.outputs(rows, found)):
                 k.store(half, (i, b, 0), value)
         h, w = ix.mul(top, rows.m), ix.mul(left, columns.m)
@@ -404,6 +421,11 @@ class _Winograd:
         lane = Var(f"lane{i}", self.lanes)
         index = (n, ix.add(ix.mul(vector, self.lanes), lane), *self.pixel(row, column))
         k.emit(vectorize(tail.stores(index, Load(result, (ix.const(i), lane))), lane, ix.const(0), self.lanes))
+
+
+def _between(i: Expr, low: int, high: int) -> Expr:
+    """low <= i <= high, decided now where intervals allow."""
+    return binary("and", binary("ge", i, ix.const(low)), binary("le", i, ix.const(high)))
 
 
 def _known(condition: Expr) -> bool:
