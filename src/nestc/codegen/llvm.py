@@ -41,6 +41,7 @@ from nestc.tensor.ir import (
 )
 
 _CACHE_LINE = 64
+_HOISTED = {"int64": frozenset("lt le gt ge eq ne min max".split()), "bool": frozenset(("and", "or"))}  # of scalars
 
 
 @dataclass(frozen=True)
@@ -436,6 +437,8 @@ class _Printer(Arithmetic):
                 return self.total(c, parts)
         if isinstance(e, Load):
             return self.load(e)
+        if isinstance(e, Binary) and e.lanes == 1 and e.op in _HOISTED.get(e.a.dtype, ()):
+            return self.hoisted(e)
         if isinstance(e, Binary):
             return self.binary(e)
         if isinstance(e, Unary):
@@ -479,6 +482,21 @@ class _Printer(Arithmetic):
         if isinstance(e, PairSum):
             return self.pair_sum(e)
         raise Error(f"kernel {self.kernel.name}: cannot print {type(e).__name__}")
+
+    def hoisted(self, e: Binary) -> str:
+        """A comparison, limit or condition of indices, in the outermost scope it can be."""
+        a, b = self.value(e.a), self.value(e.b)
+        key = (e.op, a, b)
+        known = self.known(key)
+        if known is not None:
+            return known
+        at = self.level(a, b)
+        if e.a.dtype == "bool":
+            return self.remember(key, self.emit(f"{e.op} i1 {a}, {b}", at))
+        if e.op not in ("min", "max"):
+            return self.remember(key, self.emit(f"icmp {'' if e.op in ('eq', 'ne') else 's'}{e.op} i64 {a}, {b}", at))
+        chosen = self.emit(f"icmp s{'lt' if e.op == 'min' else 'gt'} i64 {a}, {b}", at)
+        return self.remember(key, self.emit(f"select i1 {chosen}, i64 {a}, i64 {b}", at))
 
     def is_sum(self, e: Binary) -> bool:
         """Whether linear form makes progress on `e` (else it would be its own only term)."""
