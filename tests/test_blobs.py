@@ -68,7 +68,7 @@ def test_the_bound_holds_without_anybody_asking(tmp_path):
 
 def test_one_that_would_fill_the_store_is_not_kept(tmp_path):
     store = BlobStore(tmp_path, limit=1000)
-    store.put(KEY, bytes(500))
+    store.put(KEY, bytes(501))
     assert store.get(KEY) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import tempfile
 import time
@@ -36,22 +37,29 @@ class BlobStore:
 
     def get(self, key: str) -> bytes | None:
         """What was put under `key`, or None. That it is asked for counts as use."""
+        found = self.view(key)
+        return None if found is None else bytes(found)
+
+    def view(self, key: str) -> memoryview | None:
+        """The same as the mapped file, for large contents; it stays what it is when the store loses or replaces it."""
         path = self.path(key)
         try:
             with open(path, "rb") as file:
-                head, content = file.read(_HEADER), file.read()
-            if head != _header(hashlib.sha256(content).digest()):
+                if os.fstat(file.fileno()).st_size < _HEADER:
+                    return None
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            if bytes(data[:_HEADER]) != _header(hashlib.sha256(data[_HEADER:]).digest()):
                 return None
             os.utime(path)
         except OSError:
             return None
-        return content
+        return data[_HEADER:]
 
-    def put(self, key: str, content: bytes) -> None:
+    def put(self, key: str, content: bytes | memoryview) -> None:
         """Keep `content` under `key`; the file appears when it is complete."""
         path = self.path(key)
-        if len(content) > self.limit // 4:
-            return  # a few of these would be all that the store holds
+        if len(content) > self.limit // 2:
+            return  # it would take the place of nearly all else
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nestc import compiled
 from nestc.commands import common, quantize
 from nestc.errors import Error
 
@@ -73,6 +74,10 @@ SUFFIX = {
 }
 
 
+_NOT_IN_KEY = frozenset({"model", "output", "target", "json", "verbose", "debug"})
+"""Parameters that do not decide what is in the bundle, or are in the key of a kept one anyway."""
+
+
 def compile_(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")],
     output: Annotated[
@@ -116,6 +121,7 @@ def compile_(
 
     Quantized: `nestc compile m.onnx --calibrate images --preprocess imagenet --quantize int8`
     """
+    options = {name: value for name, value in locals().items() if name not in _NOT_IN_KEY}
     started = time.perf_counter()
     common.require_file(model)
     if common.is_bundle(model):
@@ -125,6 +131,13 @@ def compile_(
         reason = "is a folder" if destination.is_dir() else "is in a folder that does not exist"
         raise Error(f"cannot write {destination}: it {reason}")
     levels = emit or []
+    asked = None if verbose else _request(model, target or ["cpu"], options)
+    kept = None if asked is None else compiled.find(asked)
+    if kept is not None:
+        report, content = kept
+        compiled.write(content, destination)
+        _tell({**report, "bundle": str(destination), "seconds": _since(started)}, json)
+        return
     sink = Sink(emit_dir or Path("emit"), levels) if levels else None
 
     from nestc.driver import compile as compile_model
@@ -155,16 +168,39 @@ def compile_(
         sink.model(executable)
     if sink is not None and Level.commands in levels:
         sink.commands(executable, chosen)
-    report = summary(executable, destination, time.perf_counter() - started)
+    report = summary(executable)
+    taking = {partition["device"] for partition in report["partitions"]}
+    idle = [each.name for each in chosen if each.name not in taking]
+    if asked is not None and not idle:
+        compiled.keep(asked, destination, report)
+    report |= {"bundle": str(destination), "seconds": _since(started)}
     if told is not None:
         report["quantized"] = told
-    if json:
-        common.print_json(report)
-        return
-    show(report, sink)
-    taking = {partition["device"] for partition in report["partitions"]}
-    for name in (each.name for each in chosen if each.name not in taking):
+    _tell(report, json, sink)
+    for name in [] if json else idle:
         print(f"  {name} takes nothing: nestc explain {model} --target {name} says why")
+
+
+def _request(model: Path, targets: Sequence[str], options: Mapping[str, Any]) -> compiled.Request | None:
+    """The request under which the bundle may have been kept; None where files or measurements decide, too, or more than
+    the bundle is wanted."""
+    files = any(isinstance(value, Path) for value in options.values())
+    if files or options["emit"] or options["scheme"] is not None or options["placement"] is PlaceBy.cost:
+        return None
+    return compiled.request(model, targets, {name: repr(value) for name, value in options.items()})
+
+
+def _since(started: float) -> float:
+    return round(time.perf_counter() - started, 3)
+
+
+def _tell(report: Mapping[str, Any], json: bool, sink: Sink | None = None) -> None:
+    """Print the summary, for people or as one JSON object."""
+    ordered = {name: report[name] for name in ("bundle", "seconds", *report)}
+    if json:
+        common.print_json(ordered)
+    else:
+        show(ordered, sink)
 
 
 def planned_source(
@@ -203,13 +239,11 @@ def planned_source(
     return source, {}, {}, told
 
 
-def summary(executable: Executable | Specialised, destination: Path, seconds: float) -> dict[str, Any]:
-    """The JSON object of ``nestc compile --json``."""
+def summary(executable: Executable | Specialised) -> dict[str, Any]:
+    """What ``nestc compile --json`` says of a bundle."""
     plan, stats = executable.plan, executable.stats()
     simulated = {part.name: part.artifact.metadata.get("timing") for part in executable.bundle.partitions}
     return {
-        "bundle": str(destination),
-        "seconds": round(seconds, 3),
         "regions": len(plan.regions),
         "partitions": [
             {
@@ -227,7 +261,7 @@ def summary(executable: Executable | Specialised, destination: Path, seconds: fl
     }
 
 
-def show(report: dict[str, Any], sink: Sink | None) -> None:
+def show(report: Mapping[str, Any], sink: Sink | None) -> None:
     """Print the summary for people."""
     print(f"{report['bundle']}: {report['regions']} regions compiled in {report['seconds']:.2f} s")
     for partition in report["partitions"]:
