@@ -601,3 +601,14 @@ def test_partitions_of_several_plans_take_turns(tmp_path: Path) -> None:
     assert order == []
     meter(tmp_path).compare(chains[:1])  # beside others it is another measurement
     assert order
+
+
+def test_of_several_rounds_the_fastest_counts() -> None:
+    def program(times: Sequence[float]) -> Callable[[], float]:
+        left = iter(times)
+        return lambda: next(left)
+
+    # Each round begins with a run that warms up.
+    times = [9.0, 5.0, 5.0, 5.0, 9.0, 3.0, 3.0, 3.0, 9.0, 4.0, 4.0, 4.0]
+    (found,) = together([program(times)], Effort(runs=3, seconds=0.0, rounds=3))
+    assert (found.seconds, found.runs) == (3.0, 3)

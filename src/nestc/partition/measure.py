@@ -44,7 +44,8 @@ PROFILE_RUNS = 9
 _ABSENT = "the device is not here"
 
 CHAIN_TIMES = 3
-"""A chain is measured so much longer than a region: there are few, and all shares are scaled to it."""
+CHAIN_ROUNDS = 3
+"""A chain is measured so much longer than a region, and so often: there are few, and all shares are scaled to it."""
 
 
 class _Step(Protocol):
@@ -138,6 +139,8 @@ class Meter:
         self.store = store or ProfileStore()
         self.threads = threads
         self.effort = effort or Effort()
+        longer = CHAIN_TIMES * self.effort.seconds, CHAIN_TIMES * self.effort.longest
+        self._chain_effort = Effort(self.effort.runs, *longer, rounds=CHAIN_ROUNDS)
         self._tell = progress
         self._known: dict[Key, Entry] = {}
         self._fingerprints: dict[int, tuple[Target, str]] = {}
@@ -202,8 +205,8 @@ class Meter:
         for chain in missing.values():
             first, *_, last = chain.keys
             self._say(f"measure {first} to {last} on {chain.work.target.name}")
-        effort = Effort(self.effort.runs, CHAIN_TIMES * self.effort.seconds, CHAIN_TIMES * self.effort.longest)
-        wholes = self._wholes([chain.work for chain in missing.values()], [submodel] * len(missing), effort)
+        works = [chain.work for chain in missing.values()]
+        wholes = self._wholes(works, [submodel] * len(works), self._chain_effort)
         for (total, chain), whole in zip(missing.items(), wholes, strict=True):
             shares = self._shared(chain.work, whole, submodel, network)
             self._keep({total: whole.entry, **{chain.keys[name]: entry for name, entry in shares.items()}})
@@ -242,8 +245,7 @@ class Meter:
             works = [parts[n].work for n in missing.values()]
             models = [chains[n].submodel for n in missing.values()]
             self._say(f"measure {len(works)} partitions of different plans in turns")
-            effort = Effort(self.effort.runs, CHAIN_TIMES * self.effort.seconds, CHAIN_TIMES * self.effort.longest)
-            wholes = self._wholes(works, models, effort, shares=False)
+            wholes = self._wholes(works, models, self._chain_effort, shares=False)
             self._keep({key: whole.entry for key, whole in zip(missing, wholes, strict=True)})
         return [_powered(each.target, self._known[key]) for each, key in zip(chains, keys, strict=True)]
 
