@@ -86,7 +86,7 @@ def alternatives(region: Region, machine: CpuMachine, exact: bool = False) -> tu
     slower: list[tuple[float, Family]] = []
     for family in WINOGRAD:
         if family.refusal(region) is None:
-            took, limit = family.seconds(region, machine)
+            took, limit = family.cycles(region, machine)
             (faster if took < limit else slower).append((took, family))
     before, after = ([family for _, family in sorted(ways, key=lambda way: way[0])] for ways in (faster, slower))
     return (*before, plain, *after, *direct[1:])

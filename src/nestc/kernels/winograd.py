@@ -13,7 +13,7 @@ from nestc.kernels.conv_shape import ConvShape, conv_shape
 from nestc.kernels.operands import Operands
 from nestc.kernels.tail import Tail, tail_refusal
 from nestc.kernels.winograd_matrices import transform
-from nestc.kernels.winograd_plan import Plan, Tiling, direct_seconds, plan, seconds
+from nestc.kernels.winograd_plan import Plan, Tiling, cycles, direct_cycles, plan
 from nestc.kernels.winograd_transform import Transforms
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, clamp, constant, load, splat, within
@@ -77,10 +77,10 @@ class WinogradFamily:
         both = axes if len(axes) == 2 else (transform(1, 1), *axes)
         return Tiling(shape, (both[0], both[1]), machine)
 
-    def seconds(self, region: Region, machine: CpuMachine) -> tuple[float, float]:
-        """Modelled seconds of this way, and of the direct kernel on the same terms."""
+    def cycles(self, region: Region, machine: CpuMachine) -> tuple[float, float]:
+        """Modelled cycles of this way, and of the direct kernel on the same terms."""
         tiling = self.tiling(region, machine)
-        return seconds(tiling), direct_seconds(tiling)
+        return cycles(tiling, plan(tiling)), direct_cycles(tiling)
 
     def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
         """One or two kernels; the weights are transformed and packed in the order in which they are read."""
