@@ -1,4 +1,4 @@
-"""Parameters of direct convolutions that a measurement may choose: every one computes the same, and names them."""
+"""Parameters of direct convolutions and products that a measurement may choose: every one computes the same, and names them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from nestc.kernels.api import Layout
 from nestc.kernels.checking import by_onnxruntime
 from nestc.kernels.choices import ConvChoice, GemmChoice, below, conv_choice, gemm_choice
 from nestc.kernels.conv import CONV, ConvFamily, conv_ways
+from nestc.kernels.families import GENERIC
+from nestc.kernels.gemm import GEMM, gemm_ways
 from nestc.kernels.testing import host_machine, region_of, run_lowered
+from nestc.kernels.ways import around, named
 
 MACHINE = host_machine()
 BLOCK = Layout(MACHINE.lanes("float32"))
@@ -100,3 +103,51 @@ def test_other_names_are_none_of_a_convolution(name) -> None:
 
 def test_below() -> None:
     assert [below(12, most) for most in (0, 1, 2, 5, 7, 11, 12, 99)] == [1, 1, 2, 4, 6, 6, 12, 12]
+
+
+def product(a, b, tail=False):
+    """Region, feeds and expected output of a seeded MatMul with constant weights, and a heavy tail if asked for."""
+    random = np.random.default_rng(6)
+    feeds = {"a": random.standard_normal(a).astype(np.float32), "b": random.standard_normal(b).astype(np.float32)}
+    feeds["b"] /= np.sqrt(b[0])
+    nodes = [helper.make_node("MatMul", ["a", "b"], ["y"], name="product")]
+    if tail:
+        nodes.append(helper.make_node("Tanh", ["y"], ["z"]))
+    values = by_onnxruntime(nodes, feeds)
+    output = nodes[-1].output[0]
+    return region_of(nodes, {**feeds, **values}, [output], ["b"]), feeds, values[output]
+
+
+@pytest.mark.parametrize(
+    "shape", [((31, 64), (64, 72)), ((2, 24, 1024), (1024, 40)), ((100, 520), (520, 33), True), ((1, 600), (600, 64))]
+)
+def test_every_way_of_a_product_computes_the_same(shape) -> None:
+    region, feeds, expected = product(*shape)
+    ways = gemm_ways(region, MACHINE)
+    assert ways[0] is GEMM and len(ways) > 2
+    assert len({way.name for way in ways}) == len(ways)
+    for way in [*ways, *around(ways[1], region, MACHINE)]:
+        assert named(way.name, region) is not None
+        layouts = way.layouts(region, MACHINE, {})
+        (found,) = run_lowered(region, way.lower(region, MACHINE, layouts), feeds, MACHINE, layouts).values()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=4e-6 * float(np.abs(expected).max()), err_msg=way.name)
+
+
+@pytest.mark.parametrize("name", ["gemm_99x9", "gemm_0x0_i0x0_k0", "gemm_i999x999", "gemm_k999", "gemm_16x1_k7"])
+def test_a_choice_of_another_product_does_no_harm(name) -> None:
+    region, feeds, expected = product((7, 36), (36, 20))
+    family = named(name, region)
+    assert family is not None
+    (found,) = run_lowered(region, family.lower(region, MACHINE, {}), feeds, MACHINE, {}).values()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=4e-6 * float(np.abs(expected).max()))
+
+
+def test_names_of_others_are_nothing() -> None:
+    region, _, _ = product((7, 36), (36, 20))
+    assert named("conv_6x2", region) is None and named("winograd4", region) is None
+    assert around(GENERIC, region, MACHINE) == ()
+
+
+def test_products_with_a_vector_leave_nothing_to_choose() -> None:
+    region, _, _ = product((1, 4096), (4096, 1))
+    assert gemm_ways(region, MACHINE) == (GEMM,)

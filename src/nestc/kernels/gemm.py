@@ -14,17 +14,21 @@ import numpy as np
 
 from nestc.graph.region import Op, Region, TensorType
 from nestc.kernels.api import PLAIN, CpuMachine, Launch, Layout, Lowered
+from nestc.kernels.choices import GEMM_BY_RULE, GemmChoice, below
 from nestc.kernels.gemm_pack import pack_constant, pack_launch
 from nestc.kernels.gemm_shape import (
     Blocks,
     Product,
+    Tile,
     accumulation_dtype,
     choose_blocks,
     choose_parts,
     choose_tile,
+    choose_tiles,
     lanes_below,
     product_of,
     scaled_stores,
+    split_of,
 )
 from nestc.kernels.gemv import dot_refusal, lower_dot
 from nestc.kernels.operands import Operands
@@ -38,13 +42,20 @@ from nestc.tensor.vectorize import vectorize
 _FLOATS = frozenset({"float32", "float64", "float16", "bfloat16"})
 _INTEGERS = frozenset({"int32", "int64", "uint32", "uint64"})
 _UNROLL = 8  # steps of k written out in the inner loop where k has that many factors; half as many else
+_LONG_SUM = 512  # products of a sum that may be worth cutting, to be measured
+_OTHER_TILES = 3  # worth measuring
 _HEAVY = frozenset("Celu Cos Elu Erf Exp Gelu Log Mish Pow Selu Sigmoid Sin Softplus Swish Tanh".split())
 
 
 class GemmFamily:
-    """MatMul and Gemm of any rank and broadcasting, on floats (half types computed in float32) and wide integers."""
+    """MatMul and Gemm of any rank and broadcasting, on floats (half types computed in float32) and wide integers.
 
-    name = "gemm"
+    What `choice` leaves open goes by rule; products with a vector have no such parameters.
+    """
+
+    def __init__(self, choice: GemmChoice = GEMM_BY_RULE) -> None:
+        self.choice = choice
+        self.name = f"gemm{choice.text}"
 
     def refusal(self, region: Region) -> str | None:
         """Why this family does not lower `region`; None if it does."""
@@ -71,7 +82,7 @@ class GemmFamily:
         product = product_of(op, region)
         if dot_refusal(product, region, machine) is None:
             return lower_dot(region, op, product, machine)
-        return _Gemm(region, op, product, machine).lower()
+        return _Gemm(region, op, product, machine, self.choice).lower()
 
 
 def _anchor(region: Region) -> Op | None:
@@ -102,20 +113,46 @@ class _Gemm:
     worker finds its panels in L2.
     """
 
-    def __init__(self, region: Region, op: Op, product: Product, machine: CpuMachine) -> None:
+    def __init__(
+        self, region: Region, op: Op, product: Product, machine: CpuMachine, choice: GemmChoice = GEMM_BY_RULE
+    ) -> None:
         self.region, self.op, self.product, self.machine = region, op, product, machine
         self.dtype = accumulation_dtype(region.types[product.a].dtype)
         self.lanes = machine.lanes(self.dtype)
         self.size = {"float64": 8, "int64": 8, "uint64": 8}.get(self.dtype, 4)
         self.heavy = any(op.op_type in _HEAVY for op in region.ops) or len(region.ops) > 5
-        self.tile = choose_tile(product.m, product.n, self.lanes, _beside_constants(machine) if self.heavy else machine)
+        self.roomy = _beside_constants(machine) if self.heavy else machine
+        self.tile = self.register_tile(choice)
         self.width = self.tile.vectors * self.lanes
         self.panels = ceil(product.n / self.width)
-        self.blocks: Blocks = choose_blocks(product, self.tile, self.lanes, self.size, machine)
+        self.blocks = self.item_blocks(choice)
         self.direct = self.reads_b_directly()
-        self.parts = 1 if product.m <= 2 * self.tile.rows else choose_parts(product.k, _UNROLL // 2)
+        self.parts = self.parts_of_k(choice)
         self.k = Builder("gemm")
         self.operands = Operands(self.k, region, {})
+
+    def register_tile(self, choice: GemmChoice) -> Tile:
+        """The tile that was chosen, no larger than what there is; else by rule."""
+        p, machine = self.product, self.roomy
+        if choice.tile is None:
+            return choose_tile(p.m, p.n, self.lanes, machine)
+        rows, vectors = min(choice.tile[0], p.m, machine.tile_registers), min(choice.tile[1], ceil(p.n / self.lanes))
+        return Tile(rows, vectors, split_of(rows, vectors, machine))
+
+    def item_blocks(self, choice: GemmChoice) -> Blocks:
+        """Tiles and panels of a parallel item."""
+        p = self.product
+        if choice.items is None:
+            return choose_blocks(p, self.tile, self.lanes, self.size, self.machine)
+        return Blocks(below(max(1, p.m // self.tile.rows), choice.items[0]), below(self.panels, choice.items[1]))
+
+    def parts_of_k(self, choice: GemmChoice) -> int:
+        """How many parts k is summed in, each of whole steps."""
+        p, step = self.product, _UNROLL // 2
+        if choice.parts is None:
+            return 1 if p.m <= 2 * self.tile.rows else choose_parts(p.k, step)
+        fitting = (d for d in range(min(p.k, choice.parts), 1, -1) if p.k % d == 0 and p.k // d % step == 0)
+        return next(fitting, 1)
 
     def reads_b_directly(self) -> bool:
         """Whether the rows of a `b` that is not constant are read where they lie.
@@ -319,3 +356,32 @@ class _Gemm:
 
 
 GEMM = GemmFamily()
+
+
+def gemm_ways(region: Region, machine: CpuMachine, around: GemmFamily = GEMM) -> tuple[GemmFamily, ...]:
+    """`around`, and families that differ from it in one parameter; the other register tiles by their modelled cycles.
+
+    Only `around` where there is nothing to choose: of a product with a vector, or of a region without product.
+    """
+    op = _anchor(region)
+    product = None if op is None else product_of(op, region)
+    if op is None or product is None or dot_refusal(product, region, machine) is None:
+        return (around,)
+    given = around.choice
+    gemm = _Gemm(region, op, product, machine, given)
+    choices: list[GemmChoice] = []
+    if given.tile is None:
+        tiles = choose_tiles(product.m, product.n, gemm.lanes, gemm.roomy)
+        other = [(tile.rows, tile.vectors) for tile in tiles if tile != gemm.tile]
+        choices += [replace(given, tile=tile) for tile in other[:_OTHER_TILES]]
+    down, across = gemm.blocks.tiles, gemm.blocks.panels
+    rows = max(1, product.m // gemm.tile.rows)
+    for wanted in ((2 * down, across), (down // 2, across), (down, 2 * across), (down, across // 2)):
+        items = (below(rows, wanted[0]), below(gemm.panels, wanted[1]))
+        if items != (down, across):
+            choices.append(replace(given, items=items))
+    for parts in (1, 2 * gemm.parts) if product.k >= _LONG_SUM else ():
+        fitting = gemm.parts_of_k(replace(given, parts=parts))
+        if fitting != gemm.parts:
+            choices.append(replace(given, parts=fitting))
+    return (around, *(GemmFamily(choice) for choice in dict.fromkeys(choices)))

@@ -128,8 +128,13 @@ def choose_tile(m: int, n: int, lanes: int, machine: CpuMachine) -> Tile:
     For each k a tile of r x v accumulators issues r * v multiply-adds (two a cycle) and r + v loads (two a cycle), and
     it cannot be faster than the latency of one multiply-add (4 cycles). Vectors of `b` weigh more: they come from L2.
     """
+    return choose_tiles(m, n, lanes, machine)[0]
+
+
+def choose_tiles(m: int, n: int, lanes: int, machine: CpuMachine) -> list[Tile]:
+    """For each number of vectors the tile with the least modelled cycles, the best of all first."""
     vectors = ceil(n / lanes)
-    best: tuple[float, int, Tile] | None = None
+    found: list[tuple[float, int, Tile]] = []
     registers = machine.tile_registers
     for rows in range(1, min(m, registers) + 1):
         for wide in range(1, min(vectors, 8) + 1):
@@ -140,11 +145,9 @@ def choose_tile(m: int, n: int, lanes: int, machine: CpuMachine) -> Tile:
             cycles = ceil(vectors / wide) * (
                 full * _step_cycles(rows, wide) + (_step_cycles(rest, wide) if rest else 0)
             )
-            key = (cycles, -rows * wide, Tile(rows, wide, _split(rows, wide, machine)))
-            if best is None or key[:2] < best[:2]:
-                best = key
-    assert best is not None
-    return best[2]
+            found.append((cycles, -rows * wide, Tile(rows, wide, split_of(rows, wide, machine))))
+    ranked = [tile for _, _, tile in sorted(found, key=lambda each: each[:2])]
+    return [tile for index, tile in enumerate(ranked) if all(tile.vectors != each.vectors for each in ranked[:index])]
 
 
 def _step_cycles(rows: int, vectors: int) -> float:
@@ -152,7 +155,7 @@ def _step_cycles(rows: int, vectors: int) -> float:
     return max(work, 2.0 if rows == 1 else 4.0) + 0.05 * rows + 0.15 * vectors
 
 
-def _split(rows: int, vectors: int, machine: CpuMachine) -> int:
+def split_of(rows: int, vectors: int, machine: CpuMachine) -> int:
     """Sets of accumulators: enough chains to hide the latency when a tile is small."""
     split = 1
     while rows * vectors * split < 8 and (rows * vectors * 2 * split + 3) <= machine.vector_registers and split < 4:
