@@ -27,7 +27,7 @@ from nestc.partition.sizes import constant_bytes
 from nestc.partition.solve import solve
 from nestc.partition.split import Split, propose, split
 from nestc.partition.store import Entry
-from nestc.targets.api import Partition, Target
+from nestc.targets.api import Target
 
 SPLIT_GAIN = 0.02
 """Operators are split over devices for a gain of so much at least: it makes a plan harder to read."""
@@ -35,9 +35,6 @@ SPLIT_GAIN = 0.02
 
 HEFT = "by HEFT"
 """Names the solution that is measured beside those of single devices."""
-
-ROUNDS = 3
-"""Solutions whose partitions are measured: a chain takes other than its regions together do."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ def _place(
         parted = tuple(PlannedSplit(s.node, s.channels) for s in splits)
         return replace(placed, plan=replace(placed.plan, splits=parted, single_device_ms=singles))
 
-    def stages(solution: Solution) -> list[tuple[Partition, Chain]]:
+    def stages(solution: Solution) -> list[Chain]:
         placed = describe(solution, costed, {})
         # Only what runs on the same resource goes through the same caches.
         shared: dict[str, int] = {}
@@ -134,41 +131,29 @@ def _place(
             resource = resources[each.device]
             shared[resource] = shared.get(resource, 0) + constant_bytes(each.regions)
         return [
-            (each, Chain(by_name[each.device], each.regions, _models(placed.formed), shared[resources[each.device]]))
+            Chain(by_name[each.device], each.regions, _models(placed.formed), shared[resources[each.device]])
             for each in placed.partitions
         ]
 
     def measure(solution: Solution) -> list[Actual | None]:
         found = stages(solution)
         progress(f"measure the {len(found)} partitions of a plan", 1.0)
-        return [_measure_stage(partition, chain, meter) for partition, chain in found]
+        return _measure_stages(found, meter)
 
     def compare(solutions: Sequence[Solution]) -> list[list[Actual | None]]:
         progress(f"compare {len(solutions)} plans", 1.0)
-        found = [stages(solution) for solution in solutions]
-        first = [[_measure_stage(partition, chain, meter) for partition, chain in each] for each in found]
-        varying = [
-            [
-                actual is not None and not is_modelled(chain.target)
-                for (_, chain), actual in zip(each, actuals, strict=True)
-            ]
-            for each, actuals in zip(found, first, strict=True)
-        ]
-        chains = [
-            chain
-            for each, vary in zip(found, varying, strict=True)
-            for (_, chain), again in zip(each, vary, strict=True)
-            if again
-        ]
-        entries = iter(meter.compare(chains))
+        plans = [stages(solution) for solution in solutions]
+        first = [_measure_stages(plan, meter) for plan in plans]
+        pairs = [list(zip(plan, actuals, strict=True)) for plan, actuals in zip(plans, first, strict=True)]
+        chains = [chain for plan in pairs for chain, actual in plan if _varies(chain, actual)]
+        again = iter(meter.compare(chains))
         return [
-            [_actual([next(entries)]) if again else actual for actual, again in zip(actuals, vary, strict=True)]
-            for actuals, vary in zip(first, varying, strict=True)
+            [_actual([next(again)]) if _varies(chain, actual) else actual for chain, actual in plan] for plan in pairs
         ]
 
     def solved(problem: Problem) -> Solution:
         progress("solve", 1.0)
-        return solve(problem, objective, time_limit=time_limit / ROUNDS)
+        return solve(problem, objective, time_limit=time_limit / 3)
 
     def evaluated(solution: Solution) -> Evaluation | None:
         actuals = measure(solution)
@@ -176,7 +161,7 @@ def _place(
             return None
         return evaluate(corrected(costed.problem, solution.stages, actuals), solution.stages)
 
-    found = refine(costed.problem, solved(costed.problem), solved, measure, list(others.values()), ROUNDS, compare)
+    found = refine(costed.problem, solved(costed.problem), solved, measure, list(others.values()), compare=compare)
     final = replace(costed, problem=found.problem)
     singles = {
         name: _milliseconds(objective, each)
@@ -206,11 +191,23 @@ def _models(formed: Model) -> Submodel:
     return lambda names: submodel(formed, names)
 
 
-def _measure_stage(partition: Partition, chain: Chain, meter: Meter) -> Actual | None:
-    """What a partition takes as it is, without its launch."""
-    if any(unknown_at_compile_time(region) is not None for region in partition.regions):
-        return None
-    return _actual(meter.chain(chain.target, chain.regions, chain.submodel, chain.network).values())
+def _measure_stages(plan: Sequence[Chain], meter: Meter) -> list[Actual | None]:
+    """What the partitions of a plan take as they are, without their launches; those of one resource in turns."""
+    found: list[Actual | None] = [None] * len(plan)
+    beside: dict[int, list[int]] = {}
+    for index, chain in enumerate(plan):
+        if all(unknown_at_compile_time(region) is None for region in chain.regions):
+            beside.setdefault(chain.network, []).append(index)
+    for network, members in beside.items():
+        given = [(plan[index].target, plan[index].regions) for index in members]
+        for index, entries in zip(members, meter.chains(given, plan[members[0]].submodel, network), strict=True):
+            found[index] = _actual(entries.values())
+    return found
+
+
+def _varies(chain: Chain, actual: Actual | None) -> bool:
+    """Whether another measurement may give another time; what a simulator tells is the same every time."""
+    return actual is not None and actual.seconds < math.inf and not is_modelled(chain.target)
 
 
 def _actual(entries: Collection[Entry]) -> Actual | None:

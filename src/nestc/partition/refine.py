@@ -16,8 +16,11 @@ from nestc.errors import PlanError
 from nestc.partition.evaluate import evaluate
 from nestc.partition.problem import HOST, Cost, Crossing, Edge, Evaluation, Problem, Solution, Stage, Task, stage_of
 
-ROUNDS = 4
+ROUNDS = 8
 """Solutions that are measured, at most; each costs a compilation of its new stages."""
+
+ENOUGH = 0.01
+"""What promises less than this is not measured any more."""
 
 PROVEN = 1e-6
 """A value within this part of its bound is called optimal, as by the solver."""
@@ -94,7 +97,8 @@ def refine(
             attempt(other)
     solution = first
     for _ in range(rounds):
-        if solution.stages in tried:
+        values = [each[1].value for each in tried.values() if each is not None]
+        if solution.stages in tried or (values and solution.lower_bound >= (1 - ENOUGH) * min(values)):
             break
         attempt(solution)
         solution = solve(learned)
