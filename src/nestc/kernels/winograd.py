@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import ceil
 
 import numpy as np
@@ -17,7 +18,7 @@ from nestc.kernels.winograd_plan import Plan, Tiling, cycles, direct_cycles, pla
 from nestc.kernels.winograd_transform import Transforms
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, clamp, constant, load, splat, within
-from nestc.tensor.ir import Binary, Buffer, Expr, Fma, Load, Var
+from nestc.tensor.ir import Binary, Buffer, Const, Expr, Fma, Load, Var
 from nestc.tensor.vectorize import vectorize
 
 _CACHE_LINE = 64
@@ -284,9 +285,8 @@ class _Winograd:
                         for i in range(rows)
                     ],
                 )
-        if not _known(inside):
-            with k.otherwise():
-                ragged()
+        with _otherwise(k, inside):
+            ragged()
 
     def pixel(self, h: Expr, w: Expr) -> tuple[Expr, ...]:
         """Spatial index of a pixel in the tensor's own axes."""
@@ -392,18 +392,13 @@ class _Winograd:
                     if bias is not None:
                         value = Binary("add", value, load(bias, vector, 0, lanes=lanes))
                     k.store(result, (i, 0), value)
+                # An output row narrower than a tile has no whole tiles; as it is, `whole` is then known to be false.
                 whole = binary("le", w, ix.const(self.out[1] - columns.m))
-                if self.out[1] >= columns.m:
-                    with k.when(whole):
-                        start = binary("min", w, ix.const(self.out[1] - columns.m))
-                        for i in range(columns.m):
-                            self.finish(k, tail, result, i, n, vector, row, ix.add(start, i))
-                if _known(whole):
-                    return
-                if self.out[1] >= columns.m:
-                    with k.otherwise():
-                        self.ragged(k, tail, result, n, vector, row, w)
-                else:
+                with k.when(whole):
+                    start = binary("min", w, ix.const(max(0, self.out[1] - columns.m)))
+                    for i in range(columns.m):
+                        self.finish(k, tail, result, i, n, vector, row, ix.add(start, i))
+                with _otherwise(k, whole):
                     self.ragged(k, tail, result, n, vector, row, w)
 
     def ragged(self, k: Builder, tail: Tail, result: Buffer, n: Expr, vector: Expr, row: Expr, w: Expr) -> None:
@@ -428,9 +423,11 @@ def _between(i: Expr, low: int, high: int) -> Expr:
     return binary("and", binary("ge", i, ix.const(low)), binary("le", i, ix.const(high)))
 
 
-def _known(condition: Expr) -> bool:
-    """Whether a condition is a constant."""
-    return not condition.children()
+@contextmanager
+def _otherwise(k: Builder, condition: Expr) -> Iterator[None]:
+    """Statements for where the condition of the `when` just closed does not hold."""
+    with k.when(Const(not condition.value, "bool")) if isinstance(condition, Const) else k.otherwise():
+        yield
 
 
 def _odd_lines(elements: int) -> int:
