@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from nestc.codegen import narrow
@@ -307,7 +307,10 @@ class _Printer(Arithmetic):
 
     def sum(self, e: Expr) -> tuple[int, list[tuple[str, int]]]:
         """An index as a constant plus SSA terms with coefficients, unrolled variables folded in."""
-        c, terms = ix.linear(e)
+        return self.known_terms(*ix.linear(e))
+
+    def known_terms(self, c: int, terms: Mapping[Expr, int]) -> tuple[int, list[tuple[str, int]]]:
+        """The same of a linear form."""
         parts: list[tuple[str, int]] = []
         for term, coefficient in terms.items():
             value = self.atom(term)
@@ -381,7 +384,7 @@ class _Printer(Arithmetic):
         """Pointer to an element: a base moved once in each loop that it depends on, then a constant offset."""
         if buffer.memory == "regs":
             return self.register(buffer, index)
-        c, parts = self.sum(ix.flatten(index, buffer.shape))
+        c, parts = self.known_terms(*ix.position(index, buffer.shape))
         place = self.bases[buffer.name]
         kind = memory_type(buffer.dtype)
         levels = sorted({self.level(name) for name, _ in parts})
@@ -414,7 +417,7 @@ class _Printer(Arithmetic):
 
     def register(self, buffer: Buffer, index: tuple[Expr, ...]) -> str:
         lanes = buffer.shape[-1]
-        c, parts = self.sum(ix.flatten(index, buffer.shape))
+        c, parts = self.known_terms(*ix.position(index, buffer.shape))
         if parts or c % lanes:
             raise Error(f"kernel {self.kernel.name}: registers {buffer.name} need constant indices")
         return f"%r.{buffer.name}.{c // lanes}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from math import prod
 
 from nestc.tensor.ir import Binary, Bitcast, Buffer, Cast, Const, Expr, Fma, Load, Ramp, Select, Unary, Var
@@ -24,7 +25,11 @@ _WIDE = (-(1 << 63), (1 << 63) - 1)
 
 def const(value: int) -> Const:
     """An index constant."""
-    return Const(value, "int64")
+    return _CONSTANTS.get(value) or Const(int(value), "int64")
+
+
+_CONSTANTS = {value: Const(value, "int64") for value in range(-256, 4097)}
+"""The ones that occur again and again."""
 
 
 def linear(e: Expr) -> Linear:
@@ -34,8 +39,7 @@ def linear(e: Expr) -> Linear:
     cached: Linear | None = e.__dict__.get("_linear")
     if cached is not None:
         return cached
-    result = _linear(e)
-    object.__setattr__(e, "_linear", result)
+    result = e.__dict__["_linear"] = _linear(e)
     return result
 
 
@@ -53,10 +57,10 @@ def _linear(e: Expr) -> Linear:
     return 0, {e: 1}
 
 
-def _merged(c: int, terms: Mapping[Expr, int], more: Mapping[Expr, int], sign: int) -> Linear:
+def _merged(c: int, terms: Mapping[Expr, int], more: Mapping[Expr, int], factor: int) -> Linear:
     result = dict(terms)
     for term, coefficient in more.items():
-        value = result.get(term, 0) + sign * coefficient
+        value = result.get(term, 0) + factor * coefficient
         if value:
             result[term] = value
         else:
@@ -66,13 +70,12 @@ def _merged(c: int, terms: Mapping[Expr, int], more: Mapping[Expr, int], sign: i
 
 def _rejoin(constant: int, terms: dict[Expr, int]) -> Linear:
     """k * (x // k) + x % k becomes x (and so for multiples of both)."""
-    for mod_term, coefficient in list(terms.items()):
-        if not (isinstance(mod_term, Binary) and mod_term.op == "mod" and isinstance(mod_term.b, Const)):
-            continue
-        if terms.get(mod_term) != coefficient:
+    for mod_term in [term for term in terms if isinstance(term, Binary) and term.op == "mod"]:
+        coefficient = terms.get(mod_term)
+        if coefficient is None or not isinstance(mod_term.b, Const):
             continue
         k = int(mod_term.b.value)
-        quotient = floordiv(mod_term.a, k)
+        quotient = _quotient(mod_term, k)
         if terms.get(quotient) != coefficient * k:
             continue
         del terms[mod_term], terms[quotient]
@@ -87,6 +90,14 @@ def _rejoin(constant: int, terms: dict[Expr, int]) -> Linear:
     return constant, terms
 
 
+def _quotient(mod_term: Binary, k: int) -> Expr:
+    """x // k for x % k."""
+    known: Expr | None = mod_term.__dict__.get("_quotient")
+    if known is None:
+        known = mod_term.__dict__["_quotient"] = floordiv(mod_term.a, k)
+    return known
+
+
 def build(c: int, terms: Mapping[Expr, int]) -> Expr:
     """The expression of a linear form."""
     result: Expr | None = None
@@ -98,7 +109,7 @@ def build(c: int, terms: Mapping[Expr, int]) -> Expr:
     if c:
         result = Binary("add", result, const(c))
     if "_linear" not in result.__dict__:
-        object.__setattr__(result, "_linear", (c, dict(terms)))
+        result.__dict__["_linear"] = c, dict(terms)
     return result
 
 
@@ -177,7 +188,24 @@ def mod(a: Expr | int, k: int) -> Expr:
 
 def flatten(index: tuple[Expr, ...], shape: tuple[int, ...]) -> Expr:
     """Row-major position of `index` in an array of `shape`."""
-    return add(*(mul(i, prod(shape[d + 1 :])) for d, i in enumerate(index)))
+    return build(*position(index, shape))
+
+
+def position(index: tuple[Expr, ...], shape: tuple[int, ...]) -> Linear:
+    """The same in linear form. Do not change it."""
+    c, terms = 0, {}
+    for i, stride in zip(index, _strides(shape)):
+        d, more = linear(i)
+        c += d * stride
+        if more and stride:
+            c, terms = _merged(c, terms, more, stride)
+    return c, terms
+
+
+@cache
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Elements from one index of each dimension to the next."""
+    return tuple(prod(shape[d + 1 :]) for d in range(len(shape)))
 
 
 def unflatten(position: Expr, shape: tuple[int, ...]) -> tuple[Expr, ...]:
@@ -196,8 +224,7 @@ def bounds(e: Expr) -> tuple[int, int]:
         return int(e.value), int(e.value)
     cached: tuple[int, int] | None = e.__dict__.get("_bounds")
     if cached is None:
-        cached = _bounds(e)
-        object.__setattr__(e, "_bounds", cached)
+        cached = e.__dict__["_bounds"] = _bounds(e)
     return cached
 
 
@@ -265,8 +292,8 @@ def variables(e: Expr) -> frozenset[Var]:
     """All loop variables that occur in `e`."""
     cached: frozenset[Var] | None = e.__dict__.get("_variables")
     if cached is None:
-        cached = frozenset({e}) if isinstance(e, Var) else frozenset().union(*(variables(c) for c in e.children()))
-        object.__setattr__(e, "_variables", cached)
+        cached = frozenset({e}) if isinstance(e, Var) else frozenset().union(*[variables(c) for c in e.children()])
+        e.__dict__["_variables"] = cached
     return cached
 
 

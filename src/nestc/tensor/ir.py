@@ -68,15 +68,19 @@ def _field_names(kind: type) -> tuple[str, ...]:
 class Node:
     """Frozen, compared by structure, with its hash computed once (expressions share subtrees heavily)."""
 
+    _hash: int
+
     def _key(self) -> tuple[Any, ...]:
         return tuple([getattr(self, name) for name in _field_names(type(self))])
 
     def __hash__(self) -> int:
-        cached: int | None = self.__dict__.get("_hash")
-        if cached is None:
-            cached = hash((type(self).__name__, self._key()))
-            object.__setattr__(self, "_hash", cached)
-        return cached
+        # Asked for a million times in a network's compilation: what is known costs one look.
+        try:
+            return self._hash
+        except AttributeError:
+            value = hash((type(self).__name__, self._key()))
+            self.__dict__["_hash"] = value
+            return value
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -96,8 +100,8 @@ class Expr(Node):
 
 
 def _set(node: Expr, dtype: str, lanes: int) -> None:
-    object.__setattr__(node, "dtype", dtype)
-    object.__setattr__(node, "lanes", lanes)
+    node.__dict__["dtype"] = dtype
+    node.__dict__["lanes"] = lanes
 
 
 def _same(op: str, *values: Expr) -> None:
@@ -177,10 +181,15 @@ class Binary(Expr):
     b: Expr
 
     def __post_init__(self) -> None:
-        if self.op not in ARITHMETIC and self.op not in COMPARE:
+        a, b = self.a, self.b
+        if a.dtype != b.dtype or a.lanes != b.lanes:
+            _same(self.op, a, b)
+        if self.op in ARITHMETIC:
+            _set(self, a.dtype, a.lanes)
+        elif self.op in COMPARE:
+            _set(self, "bool", a.lanes)
+        else:
             raise TypeError(f"unknown binary operation {self.op!r}")
-        _same(self.op, self.a, self.b)
-        _set(self, "bool" if self.op in COMPARE else self.a.dtype, self.a.lanes)
 
     def children(self) -> tuple[Expr, ...]:
         return (self.a, self.b)
@@ -487,13 +496,21 @@ def statements(block: Block) -> Iterator[Stmt]:
 def loads(e: Expr) -> list[Load]:
     """Every load in an expression, inner before outer, each once."""
     found: list[Load] = []
-    if not isinstance(e, (Const, Var)):
-        _collect_loads(e, set(), found)
+    _collect_loads(e, set(), found)
     return found
 
 
+def _has_loads(e: Expr) -> bool:
+    """Whether there is a load in an expression; most indices have none, and are looked at again and again."""
+    known: bool | None = e.__dict__.get("_loads")
+    if known is None:
+        known = isinstance(e, Load) or any(map(_has_loads, e.children()))
+        e.__dict__["_loads"] = known
+    return known
+
+
 def _collect_loads(e: Expr, seen: set[int], found: list[Load]) -> None:
-    if isinstance(e, (Const, Var)) or id(e) in seen:
+    if not _has_loads(e) or id(e) in seen:
         return
     seen.add(id(e))
     for child in e.children():

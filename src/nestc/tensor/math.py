@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from nestc.kernels.api import CpuMachine
 from nestc.tensor.build import constant
-from nestc.tensor.ir import Binary, Bitcast, Cast, Expr, Fma, Kernel, Select, Unary
+from nestc.tensor.ir import Binary, Bitcast, Cast, Expr, Fma, Kernel, Select, Unary, expressions, statements
 from nestc.tensor.rewrite import map_statements, transform
 
 ERRORS = {"exp": 1.2e-7, "log": 1.2e-7, "tanh": 4e-7, "erf": 4e-7}
@@ -69,12 +69,27 @@ def expand(kernel: Kernel, machine: CpuMachine) -> Kernel:
 
     A machine without vector registers keeps its calls of libm.
     """
-    if machine.lanes("float32") == 1:
+    if machine.lanes("float32") == 1 or not _has_functions(kernel):
         return kernel
     # One memo for the whole kernel: equal operands give the identical tree, which keeps comparisons of trees cheap.
     memo: dict[Expr, Expr] = {}
     body = map_statements(kernel.body, lambda e: transform(e, _expand, memo))
     return Kernel(kernel.name, kernel.params, body, kernel.locals, kernel.origin)
+
+
+def _has_functions(kernel: Kernel) -> bool:
+    """Whether one of the functions occurs at all: most kernels have none."""
+    seen: set[int] = set()
+    waiting: list[Expr] = [e for s in statements(kernel.body) for e in expressions(s)]
+    while waiting:
+        e = waiting.pop()
+        if id(e) in seen:
+            continue
+        seen.add(id(e))
+        if isinstance(e, Unary) and e.op in _FUNCTIONS:
+            return True
+        waiting.extend(e.children())
+    return False
 
 
 def _expand(e: Expr) -> Expr | None:

@@ -153,7 +153,19 @@ def substitute(e: Expr, values: Mapping[Var, Expr]) -> Expr:
     """`e` with loop variables replaced."""
     if not values or ix.variables(e).isdisjoint(values):
         return e
-    return transform(e, lambda node: values.get(node) if isinstance(node, Var) else None)
+    return _substituted(e, values, {})
+
+
+def _substituted(e: Expr, values: Mapping[Var, Expr], memo: dict[int, Expr]) -> Expr:
+    """The same, without a walk through what holds none of the variables."""
+    if isinstance(e, Var):
+        return values.get(e, e)
+    if ix.variables(e).isdisjoint(values):
+        return e
+    done = memo.get(id(e))
+    if done is None:
+        done = memo[id(e)] = rebuild(e, tuple([_substituted(child, values, memo) for child in e.children()]))
+    return done
 
 
 def map_statements(block: Block, visit: Callable[[Expr], Expr]) -> Block:

@@ -34,6 +34,8 @@ from nestc.tensor.rewrite import substitute
 MOST_PLACES = 1 << 20
 """Stores of one iteration of a parallel loop that are looked at one by one where the ranges of indices overlap."""
 
+_MOST_MARKS = 1 << 26  # bytes of a table of places, above which sorting them is cheaper
+
 
 def verify(kernel: Kernel) -> None:
     """Raise nestc.Error with every violation found in `kernel`.
@@ -195,6 +197,9 @@ def _registers(block: Block, unrolled: frozenset[Var]) -> Iterator[str]:
                 yield f"registers {buffer.name} are indexed by a loop that is not unrolled"
 
 
+Boxes = dict[tuple[int, int], tuple[int, int]]  # the bounds of an index (its identity) in an iteration
+
+
 def _races(kernel: Kernel) -> Iterator[str]:
     var = kernel.parallel
     if var is None or var.extent < 2:
@@ -202,19 +207,23 @@ def _races(kernel: Kernel) -> Iterator[str]:
     # The first iterations, the border of a row where the loop is folded, the middle and the end.
     starts = {0, 1, var.extent // 2, var.extent - 2}
     picks = sorted({p + d for p in starts for d in (0, 1) if 0 <= p + d < var.extent})
+    known: Boxes = {}
     for s, conditions in _guarded_stores(kernel.body, ()):
         if s.buffer.memory != "param" or s.mask is not None:
             continue
         if any(i.lanes > 1 for i in s.index):
             continue  # a scatter: the lowering that makes one answers for it
+        run = [p for p in picks if not _excluded(conditions, var, p)]
+        if all(not _meet(_box(s, var, p, known), _box(s, var, q, known)) for p, q in pairwise(run)):
+            continue
         flat = ix.flatten(s.index, s.buffer.shape)
-        spans = [(p, _span(flat, s, var, p)) for p in picks if not _excluded(conditions, var, p)]
-        for (p, a), (q, b) in pairwise(spans):
-            # Flat positions that do not meet settle it, or one index that does not; else every single place decides.
-            if not _meet([a], [b]) or not _meet(_box(s, var, p), _box(s, var, q)):
+        for p, q in pairwise(run):
+            # One index that does not meet settles it, or flat positions that do not; else every single place decides.
+            if not _meet(_box(s, var, p, known), _box(s, var, q, known)):
                 continue
-            touched = [_places(flat, s, conditions, var, at) for at in (p, q)]
-            if touched[0] is None or touched[1] is None or np.intersect1d(touched[0], touched[1]).size:
+            if not _meet([_span(flat, s, var, p)], [_span(flat, s, var, q)]):
+                continue
+            if _share([_places(flat, s, conditions, var, at) for at in (p, q)]):
                 yield f"iterations {p} and {q} of {var.name} both write {s.buffer.name}"
                 break
 
@@ -258,7 +267,22 @@ def _places(flat: Expr, s: Store, conditions: tuple[Expr, ...], var: Var, at: in
     for c in known:
         held &= evaluate(c, values)
     places = np.broadcast_to(evaluate(here, values), (count,))[held]
-    return np.unique(places[:, None] + np.arange(s.value.lanes))
+    return (places[:, None] + np.arange(s.value.lanes)).reshape(-1)
+
+
+def _share(sets: list[np.ndarray | None]) -> bool:
+    """Whether two sets of places have one in common, or one of them is not known."""
+    known = [places for places in sets if places is not None]
+    if len(known) < len(sets):
+        return True
+    if any(not places.size for places in known):
+        return False
+    first, last = min(int(places.min()) for places in known), max(int(places.max()) for places in known)
+    if last - first > _MOST_MARKS:
+        return bool(np.intersect1d(*known).size)
+    taken = np.zeros(last - first + 1, bool)
+    taken[known[0] - first] = True
+    return bool(taken[known[1] - first].any())
 
 
 def _span(flat: Expr, s: Store, var: Var, at: int) -> tuple[int, int]:
@@ -267,9 +291,14 @@ def _span(flat: Expr, s: Store, var: Var, at: int) -> tuple[int, int]:
     return low, high + s.value.lanes - 1
 
 
-def _box(s: Store, var: Var, at: int) -> list[tuple[int, int]]:
-    """The range of each index of a store in one iteration of the parallel loop."""
-    box = [ix.bounds(substitute(i, {var: ix.const(at)})) for i in s.index]
+def _box(s: Store, var: Var, at: int, known: Boxes) -> list[tuple[int, int]]:
+    """The range of each index of a store in one iteration of the parallel loop; the stores of a tile share most."""
+    box: list[tuple[int, int]] = []
+    for i in s.index:
+        bounds = known.get((id(i), at))
+        if bounds is None:
+            bounds = known[id(i), at] = ix.bounds(substitute(i, {var: ix.const(at)}))
+        box.append(bounds)
     if box:
         low, high = box[-1]
         box[-1] = (low, high + s.value.lanes - 1)
