@@ -183,15 +183,18 @@ class _Winograd:
         s, cut, lanes = self.shape, self.cut, self.lanes
         weights = self.region.constant(self.op.inputs[1])
         assert weights is not None
-        kernel = weights.astype(np.float64).reshape(s.out_channels, s.in_channels, self.vertical.r, self.horizontal.r)
-        rows, columns = (np.array(t.g, np.float64) for t in (self.vertical, self.horizontal))
-        u = np.einsum("ia,ocab,jb->ijoc", rows, kernel, columns, optimize=True).astype(np.float32)
-        u = u.reshape(self.positions, s.out_channels, s.in_channels)
         steps, blocks = self.tiling.steps(cut), self.tiling.blocks
-        padded = np.zeros((self.positions, steps * cut.columns * cut.nr * lanes, blocks * lanes), np.float32)
-        padded[:, : s.out_channels, : s.in_channels] = u
-        split = padded.reshape(self.positions, steps, cut.columns, cut.nr * lanes, blocks, lanes)
-        return np.ascontiguousarray(split.transpose(1, 0, 2, 4, 5, 3))
+        taps = self.vertical.r * self.horizontal.r
+        padded = np.zeros((steps * cut.columns * cut.nr * lanes, blocks * lanes, taps), np.float32)
+        padded[: s.out_channels, : s.in_channels] = weights.reshape(s.out_channels, s.in_channels, taps)
+        # In the order of the result first, while there is least of it; then it is one product a step.
+        split = padded.reshape(steps, cut.columns, cut.nr * lanes, blocks * lanes, taps).transpose(0, 4, 1, 3, 2)
+        both = np.kron(*(np.array(t.g, np.float64) for t in (self.vertical, self.horizontal)))
+        packed = np.empty((steps, self.positions, cut.columns, blocks, lanes, cut.nr * lanes), np.float32)
+        for target, source in zip(packed, split):
+            kernel = source.astype(np.float64, order="C").reshape(taps, -1)
+            target[...] = (both @ kernel).reshape(target.shape)
+        return packed
 
     def pack_bias(self) -> np.ndarray:
         """[O] -> [vectors of outputs][lanes], zero-padded."""

@@ -279,7 +279,7 @@ def _share(sets: list[np.ndarray | None]) -> bool:
         return False
     first, last = min(int(places.min()) for places in known), max(int(places.max()) for places in known)
     if last - first > _MOST_MARKS:
-        return bool(np.intersect1d(*known).size)
+        return bool(np.intersect1d(known[0], known[1]).size)
     taken = np.zeros(last - first + 1, bool)
     taken[known[0] - first] = True
     return bool(taken[known[1] - first].any())
