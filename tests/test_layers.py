@@ -47,7 +47,7 @@ ALLOWED = {("importers", f"nestc.graph.{name}") for name in ("bind", "infer_shap
 
 # Everything above the stages: the command line and the driver see all.
 TOP = {"driver", "cli", "commands", "specialise", "demo", "datasets", "images", "evaluation"}
-TOP |= {"quantization", "autoscheme", "compiled"}
+TOP |= {"quantization", "autoscheme", "compiled", "tuning"}
 
 # Helpers that compile and run one kernel for tests and benchmarks; no stage may import them.
 TOOLS = {"nestc.kernels.testing", "nestc.kernels.checking"}

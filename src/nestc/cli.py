@@ -24,6 +24,7 @@ from nestc.commands.quantize import quantize
 from nestc.commands.report import report
 from nestc.commands.run import run
 from nestc.commands.targets import targets
+from nestc.commands.tune import tune
 from nestc.errors import Error
 
 DONE, OUR_BUG, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -63,6 +64,7 @@ app.command("demo")(demo)
 app.command("explain")(explain)
 app.command("report")(report)
 app.command("targets")(targets)
+app.command("tune")(tune)
 
 
 def _show_version(wanted: bool) -> None:

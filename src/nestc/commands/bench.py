@@ -29,6 +29,7 @@ def bench(
     target: common.Targets = None,
     shape: common.Shapes = None,
     dim: common.Dims = None,
+    exact: common.Exact = False,
     json: common.Json = False,
     verbose: common.Verbose = False,
     debug: common.Debug = False,
@@ -43,7 +44,9 @@ def bench(
         common.require_file(model)
     started = time.perf_counter()
     # Inputs that are given say how large open dimensions are.
-    executable = common.open_or_compile(bundle, target or [], shape or [], dim or [], threads, bound=not input)
+    executable = common.open_or_compile(
+        bundle, target or [], shape or [], dim or [], threads, bound=not input, exact=exact
+    )
     elapsed_ms = (time.perf_counter() - started) * 1e3
     arrays = common.read_inputs(input or [], executable.inputs) or common.random_inputs(executable.inputs)
     executable.run(arrays)

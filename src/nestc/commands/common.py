@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nestc.errors import ModelError, ShapeError
+from nestc.errors import ModelError, ShapeError, TargetError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +54,13 @@ OnFailures = Annotated[
     typer.Option(
         "--on-failure",
         help="Where a device fails the CPU takes over what it runs; a bundle must have been compiled with this option.",
+    ),
+]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="On the CPU, no kernels that change the order of arithmetic more than a direct sum (no Winograd).",
     ),
 ]
 Shapes = Annotated[
@@ -136,6 +143,7 @@ def open_or_compile(
     threads: int | None,
     bound: bool = True,
     on_failure: Literal["cpu"] | None = None,
+    exact: bool = False,
 ) -> Executable | Specialised:
     """The executable of a bundle, or of a model compiled on the spot; with `bound` open dimensions are an error.
 
@@ -143,7 +151,7 @@ def open_or_compile(
     """
     require_file(path)
     if is_bundle(path):
-        for option, given in (("--target", targets), ("--shape", shapes), ("--dim", dims)):
+        for option, given in (("--target", targets), ("--shape", shapes), ("--dim", dims), ("--exact", exact)):
             if given:
                 raise ModelError(f"{option} is for a model; {path} is a bundle, which is compiled already")
         from nestc.runtime import open as open_bundle
@@ -155,7 +163,7 @@ def open_or_compile(
     with progress() as step:
         return compile_model(
             path,
-            targets=targets or ["cpu"],
+            targets=exact_targets(targets or ["cpu"], exact),
             threads=threads,
             shapes=bound_shapes,
             dims=bound_dims,
@@ -163,6 +171,18 @@ def open_or_compile(
             on_failure=on_failure,
             progress=step,
         )
+
+
+def exact_targets(targets: Sequence[str], exact: bool) -> list[str]:
+    """The texts of targets, with the CPU's option ``exact`` if so. Raises TargetError if it is not among them then."""
+    if not exact:
+        return list(targets)
+    if all(text.partition(":")[0] != "cpu" for text in targets):
+        raise TargetError(f"--exact is for the target cpu, which is not among the targets given ({', '.join(targets)})")
+    return [
+        f"{text}{',' if ':' in text else ':'}exact=true" if text.partition(":")[0] == "cpu" else text
+        for text in targets
+    ]
 
 
 def require_file(path: Path) -> None:

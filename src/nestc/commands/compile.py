@@ -100,6 +100,16 @@ def compile_(
     plan: PlanFile = None,
     placement: Placements = PlaceBy.auto,
     on_failure: common.OnFailures = None,
+    exact: common.Exact = False,
+    tune: Annotated[
+        float | None,
+        typer.Option(
+            "--tune",
+            min=0.0,
+            metavar="SECONDS",
+            help="Measure before, for so long, which kernels are fastest: nestc tune.",
+        ),
+    ] = None,
     emit: Annotated[
         list[Level] | None,
         typer.Option(
@@ -131,7 +141,8 @@ def compile_(
         reason = "is a folder" if destination.is_dir() else "is in a folder that does not exist"
         raise Error(f"cannot write {destination}: it {reason}")
     levels = emit or []
-    asked = None if verbose else _request(model, target or ["cpu"], options)
+    target = common.exact_targets(target or ["cpu"], exact)
+    asked = None if verbose or tune is not None else _request(model, target, options)
     kept = None if asked is None else compiled.find(asked)
     if kept is not None:
         report, content = kept
@@ -143,11 +154,17 @@ def compile_(
     from nestc.driver import compile as compile_model
     from nestc.targets import resolve
 
-    chosen = resolve(target or ["cpu"], {"threads": threads})
+    chosen = resolve(target, {"threads": threads})
     source, shapes, dims, told = planned_source(
         model, target, shape, dim, calibrate, scheme, accuracy_budget, overrides, tools, labels, split, preprocess,
         limit, threads,
     )  # fmt: skip
+    if tune is not None:
+        from nestc.tuning import cpu_for, tune_model
+
+        with common.progress() as step:
+            tune_model(source, cpu_for(chosen), seconds=tune, shapes=shapes, dims=dims, progress=step)
+        chosen = resolve(target, {"threads": threads})  # anew, since a target knows what was known when it was made
     with common.progress() as step:
         executable = compile_model(
             source,

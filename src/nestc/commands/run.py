@@ -30,6 +30,7 @@ def run(
     dim: common.Dims = None,
     threads: common.Threads = None,
     on_failure: common.OnFailures = None,
+    exact: common.Exact = False,
     json: common.Json = False,
     verbose: common.Verbose = False,
     debug: common.Debug = False,
@@ -44,7 +45,7 @@ def run(
 
     # Inputs that are given say how large open dimensions are.
     executable = common.open_or_compile(
-        bundle, target or [], shape or [], dim or [], threads, not input, None if on_failure is None else "cpu"
+        bundle, target or [], shape or [], dim or [], threads, not input, None if on_failure is None else "cpu", exact
     )
     inputs = common.read_inputs(input or [], executable.inputs) or common.random_inputs(executable.inputs)
     executable.run(inputs)  # the first run also touches memory and wakes the workers: it is not the latency shown

@@ -13,7 +13,7 @@ from nestc.kernels.conv_transpose import CONV_TRANSPOSE
 from nestc.kernels.depthwise_int8 import DEPTHWISE_INT8
 from nestc.kernels.dequantize import DequantizeFamily
 from nestc.kernels.dynamic_quantize import DYNAMIC_QUANTIZE
-from nestc.kernels.gemm import GEMM
+from nestc.kernels.gemm import GEMM, gemm_ways
 from nestc.kernels.gemm_int8 import GEMM_INT8
 from nestc.kernels.generic import Generic
 from nestc.kernels.lookup import LOOKUP
@@ -77,6 +77,8 @@ def alternatives(region: Region, machine: CpuMachine, exact: bool = False) -> tu
     plain = choose(region)[0]
     if plain is None:
         return ()
+    if plain is GEMM:
+        return gemm_ways(region, machine)
     if plain is not CONV:
         return (plain,)
     direct = conv_ways(region, machine)

@@ -7,18 +7,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from typing import Any, cast
 
 import numpy as np
 
 from nestc import __version__
+from nestc.blobs import code_digest
 from nestc.graph.region import Region
 from nestc.kernels.api import CpuMachine
-
-_DECIDES_SPEED = ("kernels", "codegen", "tensor")
-"""The folders whose code makes a kernel as fast as it is."""
 
 _FEW = 16
 """Integers of so many elements or fewer may be sizes, axes or places, which decide what is computed."""
@@ -63,24 +59,8 @@ def machine_key(machine: CpuMachine) -> str:
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """The version of nestc and a hash of the sources that make kernels; of the version alone where there are none."""
-    digest = hashlib.sha256(__version__.encode())
-    package = files("nestc")
-    for folder in _DECIDES_SPEED:
-        for path in _sources(package / folder):
-            digest.update(path.read_bytes())
-    return f"{__version__}-{digest.hexdigest()[:12]}"
-
-
-def _sources(folder: Traversable) -> list[Traversable]:
-    """All Python files of a folder and those in it, in a fixed order."""
-    found: list[Traversable] = []
-    for entry in sorted(folder.iterdir(), key=lambda each: each.name):
-        if entry.is_dir():
-            found += _sources(entry)
-        elif entry.name.endswith(".py"):
-            found.append(entry)
-    return found
+    """The version of nestc and a digest of the code that makes kernels as fast as they are."""
+    return f"{__version__}-{code_digest('kernels', 'codegen', 'tensor')[:12]}"
 
 
 def _contents(region: Region, name: str) -> Any:

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 from nestc.errors import Error
 from nestc.graph.region import Region
 from nestc.kernels.api import CpuMachine, Family
+from nestc.kernels.ways import named
 from nestc.targets.store import TuningStore
 from nestc.tune.key import code_version, machine_key, region_key
 
@@ -29,8 +30,6 @@ _FORMAT = 1
 """Raised when the meaning of an entry changes, so that older ones are measured anew."""
 
 _SHIPPED = "defaults.json"
-
-_Way = TypeVar("_Way", bound=Family)
 
 
 class Tuned:
@@ -48,13 +47,19 @@ class Tuned:
         """What is known of a region; empty if nothing is."""
         return self._times.get(region_key(region), {}) if self._times else {}
 
-    def pick(self, region: Region, ways: Sequence[_Way]) -> _Way:
+    def pick(self, region: Region, ways: Sequence[Family]) -> Family:
         """The way that measurements say is fastest; the first one (the default) where they say nothing, or too little.
 
-        Names that are not among `ways` are ignored: they may be of another version, or not allowed here.
+        Beside `ways` come those with other parameters that a name holds. Other names are ignored: they may be of
+        another version, or not allowed here.
         """
         times = self.times(region) if len(ways) > 1 else {}
-        return ways[fastest([way.name for way in ways], times)]
+        if not times:
+            return ways[0]
+        names = {way.name for way in ways}
+        others = (named(name, region) for name in times if name not in names)
+        known = [*ways, *(way for way in others if way is not None)]
+        return known[fastest([way.name for way in known], times)]
 
 
 def fastest(names: Sequence[str], times: Times) -> int:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
+from typing import NoReturn
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from nestc.kernels.small import storage
 from nestc.runtime.arrays import aligned
 from nestc.targets.api import Machine, Memory, Offer, Partition, constraint
 from nestc.targets.cpu.cost import seconds
-from nestc.targets.cpu.layout import VIEW, Convert, Lower, View, plan_layouts, stored
+from nestc.targets.cpu.layout import VIEW, Action, Convert, Lower, View, plan_layouts, stored
 from nestc.targets.cpu.machine import machine as machine_called
 from nestc.targets.power import available_cpus, cpu_watts
 from nestc.tensor.ir import Kernel, written
@@ -68,6 +69,7 @@ class CpuTarget:
         watts: float | None = None,
         exact: bool = False,
     ) -> None:
+        self.arch = arch
         self.cpu: CpuMachine = machine_called(arch)
         self.threads = threads or available_cpus()
         self.exact = exact
@@ -111,11 +113,38 @@ class CpuTarget:
         ways = alternatives(region, self.cpu, self.exact)
         return self._tuned.pick(region, ways) if ways else None
 
+    def borders(self, partition: Partition) -> dict[str, Mapping[str, Layout]]:
+        """The layouts in which the kernels of each region find their inputs and leave their outputs, by region name;
+        regions that need no kernel are left out."""
+        return _Compiler(self.cpu, partition, None, self.threads).borders(self.way)
+
+    def compile_alone(self, region: Region, way: Family, borders: Mapping[str, Layout]) -> Artifact:
+        """A program of one region whose inputs and outputs lie in the layouts of its `borders`, for measurements.
+
+        It includes conversions only where the way wants other layouts than that. Its inputs have physical shapes.
+        """
+        ends = (*region.inputs, *region.outputs)
+        values = {stored(name, borders.get(name, PLAIN)): name for name in ends}
+        types = {
+            end: TensorType(region.types[name].dtype, physical_shape(region.types[name], borders.get(name, PLAIN)))
+            for end, name in values.items()
+        }
+        inputs, outputs = (
+            tuple(end for end, name in values.items() if name in names) for names in (region.inputs, region.outputs)
+        )
+        alone = Partition("alone", self.name, (region,), inputs, outputs, types, no_model)
+        return _Compiler(self.cpu, alone, None, self.threads).run_alone(way, borders)
+
     def open(self) -> Device:
         """This machine's CPU."""
         from nestc.runtime.devices import device_for
 
         return device_for("cpu-native")
+
+
+def no_model() -> NoReturn:
+    """Stands for the ONNX model of a partition that is none."""
+    raise ValueError("a region that is measured alone is no model")
 
 
 # Operators that a family lowers although the generic lowering does not know them.
@@ -143,20 +172,16 @@ class _Compiler:
         self.scratch = 0
         self.codes: dict[str, Code] = {}
 
+    def borders(self, way: Callable[[Region], Family | None]) -> dict[str, Mapping[str, Layout]]:
+        """The layouts of the inputs and outputs of each region that is lowered, by its name."""
+        actions, _ = self.plan(way)
+        return {action.region.name: action.layouts for action in actions if isinstance(action, Lower)}
+
     def run(self, way: Callable[[Region], Family | None]) -> Artifact:
         """Lower every region the way that `way` says."""
+        actions, types = self.plan(way)
         p = self.partition
-        pairs: list[tuple[Region, Family | None]] = []
-        for region in p.regions:
-            family = None if _is_view(region) else way(region)
-            if family is None and not _is_view(region):
-                raise UnsupportedOp(f"region {region.name}: no CPU kernel for {', '.join(region.origin)}")
-            pairs.append((region, family))
-        types: dict[str, TensorType] = dict(p.types)
-        for region in p.regions:
-            types.update(region.types)
-        actions = plan_layouts(pairs, p.inputs, p.outputs, types, self.machine)
-        with ThreadPoolExecutor(max(1, min(self.threads, 8))) as pool:
+        with self.pool() as pool:
             for action in actions:
                 if isinstance(action, Lower):
                     self.add_region(action, pool)
@@ -164,7 +189,50 @@ class _Compiler:
                     self.add_conversion(action, types[action.value], pool)
                 else:
                     self.add_view(action, types, pool)
-            objects = {symbol: future.result() for symbol, future in self.objects.items()}
+        ways = {action.region.name: action.family.name for action in actions if isinstance(action, Lower)}
+        return self.program({name: types[name] for name in (*p.inputs, *p.outputs)}, ways)
+
+    def run_alone(self, family: Family, borders: Mapping[str, Layout]) -> Artifact:
+        """The partition's only region, between values in the layouts of its `borders`."""
+        p = self.partition
+        region = p.regions[0]
+        incoming = {name: borders.get(name, PLAIN) for name in region.inputs}
+        layouts = family.layouts(region, self.machine, incoming)
+        with self.pool() as pool:
+            for name, layout in incoming.items():
+                if layouts.get(name, PLAIN) != layout:
+                    self.add_conversion(Convert(name, layout, layouts.get(name, PLAIN)), region.types[name], pool)
+            self.add_region(Lower(region, family, layouts), pool)
+            for name in region.outputs:
+                made, wanted = layouts.get(name, PLAIN), borders.get(name, PLAIN)
+                if made != wanted:
+                    self.add_conversion(Convert(name, made, wanted), region.types[name], pool)
+        return self.program(p.types, {region.name: family.name})
+
+    def plan(self, way: Callable[[Region], Family | None]) -> tuple[list[Action], dict[str, TensorType]]:
+        """What is to be done for the regions, each computed the way that `way` says, and the types of all values.
+
+        Raises UnsupportedOp for a region that no family lowers.
+        """
+        p = self.partition
+        pairs: list[tuple[Region, Family | None]] = []
+        types: dict[str, TensorType] = dict(p.types)
+        for region in p.regions:
+            family = None if _is_view(region) else way(region)
+            if family is None and not _is_view(region):
+                raise UnsupportedOp(f"region {region.name}: no CPU kernel for {', '.join(region.origin)}")
+            pairs.append((region, family))
+            types.update(region.types)
+        return plan_layouts(pairs, p.inputs, p.outputs, types, self.machine), types
+
+    def pool(self) -> ThreadPoolExecutor:
+        """Threads that compile kernels."""
+        return ThreadPoolExecutor(max(1, min(self.threads, 8)))
+
+    def program(self, types: Mapping[str, TensorType], ways: Mapping[str, str]) -> Artifact:
+        """What the steps so far make, with border values of these `types`; `ways` go into the metadata."""
+        p = self.partition
+        objects = {symbol: future.result() for symbol, future in self.objects.items()}
         main = build_main(
             self.steps,
             inputs={name: types[name] for name in p.inputs},
@@ -179,8 +247,8 @@ class _Compiler:
         if self.emit is not None:
             self.emit("llvm", f"{p.name}_main", main.llvm)
         files = {f"{symbol}.o": code for symbol, code in objects.items()}
-        ways = {region.name: family.name for region, family in pairs if family is not None}
-        return Artifact("cpu-native", {**files, "main.o": main.object}, self.weights, {**main.metadata, "ways": ways})
+        metadata = {**main.metadata, "ways": dict(ways)}
+        return Artifact("cpu-native", {**files, "main.o": main.object}, self.weights, metadata)
 
     def add_region(self, action: Lower, pool: ThreadPoolExecutor) -> None:
         region, layouts = action.region, action.layouts
