@@ -80,6 +80,7 @@ _PRODUCTS = 8  # share of L2 that M may take, which is read soon after it was wr
 _TRANSFORM = 0.5  # cycles of an instruction of the transforms
 _TILE = 25.0  # cycles that a register tile takes beside its multiply-adds, and a tile beside its transform
 _MEMORY = 4.5  # bytes a cycle that weights come from memory with
+_L3 = 10.0  # bytes a cycle that V is written and read with where it does not stay in L2
 _EXPOSED = 0.25  # part of the shorter of two things that are done at once, and which is not hidden by the longer one
 _DIRECT = 0.85  # share of the peak that direct kernels reach
 
@@ -125,9 +126,11 @@ def cycles(t: Tiling, cut: Plan) -> float:
     into = columns.n * (2 * rows.n + _input_steps(rows)) + rows.n * (2 * columns.n + _input_steps(columns))
     back = columns.n * (rows.n + rows.m + _output_steps(rows))
     back += rows.m * (columns.n + 3 * columns.m + _output_steps(columns))
+    inputs = 4.0 * t.positions * t.groups(cut) * cut.mr * t.blocks * t.lanes
+    spilled = 0.0 if cut.fused or inputs <= t.machine.l2_bytes / 2 else 2 * inputs / _L3
     transforms = t.count * (t.blocks * (_TRANSFORM * into + _TILE) + t.vectors * (_TRANSFORM * back + _TILE))
     weights = 4.0 * t.positions * t.blocks * t.lanes * t.vectors * t.lanes / _MEMORY
-    return transforms + _together(products, weights)
+    return transforms + spilled + _together(products, weights)
 
 
 def direct_cycles(t: Tiling) -> float:
