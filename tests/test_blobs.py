@@ -42,6 +42,36 @@ def test_a_cut_or_altered_file_is_not_there_and_is_written_anew(store):
     assert store.path(KEY).read_bytes() == whole
 
 
+def test_a_copy_is_made_of_what_is_whole_only(store, tmp_path, monkeypatch):
+    content = bytes(range(256)) * 1000
+    target = tmp_path / "copy"
+    assert not store.copy(KEY, target)
+    store.put(KEY, content)
+    store.put(OTHER, b"")
+    for key, expected in ((KEY, content), (OTHER, b"")):
+        assert store.copy(key, target)
+        assert target.read_bytes() == expected
+    monkeypatch.delattr(os, "copy_file_range", raising=False)  # as where the system has no such call
+    assert store.copy(KEY, target)
+    assert target.read_bytes() == content
+    whole = store.path(KEY).read_bytes()
+    for damaged in (b"", whole[:10], whole[:-1], whole + b"x", whole[:-1] + b"x"):
+        store.path(KEY).write_bytes(damaged)
+        assert not store.copy(KEY, target)
+    assert target.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blobs", "copy"]
+
+
+def test_a_copy_that_cannot_be_written_is_an_error_and_leaves_nothing(store, tmp_path):
+    store.put(KEY, b"content")
+    with pytest.raises(FileNotFoundError):
+        store.copy(KEY, tmp_path / "no folder" / "copy")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        store.copy(KEY, tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blobs", "folder"]
+
+
 def test_what_was_used_longest_ago_is_removed_first(tmp_path):
     store = BlobStore(tmp_path, limit=1000)
     keys = [key_of(str(number)) for number in range(8)]

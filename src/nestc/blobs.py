@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from nestc.cache import cache_folder
 
 LIMIT = 2 << 30
 """Bytes that the store of a user may hold before what was used longest ago is removed."""
 
+_PIECE = 1 << 24
 _KEPT = 0.8  # of the limit that is left then, so that this is rare
 _MARK = b"nestc blob 1\n\0\0\0"
 _HEADER = 64  # bytes: the mark, the SHA-256 of the rest, zeros; so the content begins aligned for any vector
@@ -37,23 +42,39 @@ class BlobStore:
 
     def get(self, key: str) -> bytes | None:
         """What was put under `key`, or None. That it is asked for counts as use."""
-        found = self.view(key)
-        return None if found is None else bytes(found)
-
-    def view(self, key: str) -> memoryview | None:
-        """The same as the mapped file, for large contents; it stays what it is when the store loses or replaces it."""
-        path = self.path(key)
         try:
-            with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < _HEADER:
-                    return None
-                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            if bytes(data[:_HEADER]) != _header(hashlib.sha256(data[_HEADER:]).digest()):
-                return None
-            os.utime(path)
+            data = memoryview(self.path(key).read_bytes())
         except OSError:
             return None
-        return data[_HEADER:]
+        if not _whole(data):
+            return None
+        self._used(key)
+        return bytes(data[_HEADER:])
+
+    def copy(self, key: str, destination: Path) -> bool:
+        """Make `destination` a file with what was put under `key`; False, and no file, if that is not there or damaged.
+
+        The file appears when it is complete. Raises OSError if it cannot be written.
+        """
+        with ExitStack() as stack:
+            try:
+                source = stack.enter_context(open(self.path(key), "rb"))
+            except OSError:
+                return False
+            data = stack.enter_context(_mapped(source))
+            pool = stack.enter_context(ThreadPoolExecutor(1))
+            whole = pool.submit(_whole, data)  # beside the copying, which needs no processor to speak of
+            temporary = destination.with_name(f".{destination.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+            try:
+                with open(temporary, "xb") as target:
+                    _copy(source, target, len(data))
+                if not whole.result():
+                    return False
+                os.replace(temporary, destination)
+            finally:
+                temporary.unlink(missing_ok=True)
+        self._used(key)
+        return True
 
     def put(self, key: str, content: bytes | memoryview) -> None:
         """Keep `content` under `key`; the file appears when it is complete."""
@@ -74,6 +95,10 @@ class BlobStore:
             self._count(len(content))
         except OSError:
             return
+
+    def _used(self, key: str) -> None:
+        with suppress(OSError):  # a folder that is only read keeps no order
+            os.utime(self.path(key))
 
     def path(self, key: str) -> Path:
         """The file of a key."""
@@ -144,6 +169,36 @@ def code_digest(*parts: str) -> str:
             digest.update(f"{file.relative_to(root).as_posix()} {len(content)} ".encode())
             digest.update(content)
     return digest.hexdigest()
+
+
+def _whole(data: memoryview) -> bool:
+    """Whether the content of a file of the store is what was put there."""
+    return len(data) >= _HEADER and bytes(data[:_HEADER]) == _header(hashlib.sha256(data[_HEADER:]).digest())
+
+
+@contextmanager
+def _mapped(file: IO[bytes]) -> Iterator[memoryview]:
+    """A file's bytes; other threads can run while they are read."""
+    if not os.fstat(file.fileno()).st_size:
+        yield memoryview(b"")
+        return
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages, memoryview(pages) as data:
+        yield data
+
+
+def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
+    """Write all but the header of a file of the store to another file, in the kernel where it has a way."""
+    source.seek(_HEADER)
+    position = _HEADER
+    if hasattr(os, "copy_file_range"):
+        with suppress(OSError):  # not between these file systems
+            while position < size:
+                copied = os.copy_file_range(source.fileno(), target.fileno(), size - position, position)
+                if not copied:
+                    break
+                position += copied
+    source.seek(position)
+    shutil.copyfileobj(source, target, _PIECE)
 
 
 def _header(digest: bytes) -> bytes:

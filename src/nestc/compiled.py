@@ -56,10 +56,13 @@ def request(model: Path, targets: Iterable[str], options: Mapping[str, Any]) -> 
     return Request(model, key, tuning, began)
 
 
-def find(asked: Request) -> tuple[dict[str, Any], memoryview] | None:
-    """What was reported of the compilation, and the bundle's bytes; None if it is not there, or not whole."""
-    store = user_store()
-    entry = store.get(asked.key)
+def fetch(asked: Request, destination: Path) -> dict[str, Any] | None:
+    """Write the bundle that was kept for a request, and give what was reported of it; None if there is none.
+
+    The file appears when it is complete. It is not waited for until it is on the disk: what a loss of power takes is
+    noticed by its hashes, and made again as fast. Raises BundleError if it cannot be written.
+    """
+    entry = user_store().get(asked.key)
     if entry is None:
         return None
     told = json.loads(entry)
@@ -67,22 +70,8 @@ def find(asked: Request) -> tuple[dict[str, Any], memoryview] | None:
         digests = {name: _file_digest(asked.model.parent / name) for name in told["external"]}
     except OSError:
         return None  # compiling says what is wrong with the file
-    bundle = store.view(_bundle_key(asked, digests))
-    return None if bundle is None else (told["report"], bundle)
-
-
-def write(bundle: memoryview, destination: Path) -> None:
-    """Write a bundle's bytes; the file appears when it is complete. Raises BundleError if it cannot be written."""
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(bundle)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, destination)
-        finally:
-            temporary.unlink(missing_ok=True)
+        return told["report"] if user_store().copy(_bundle_key(asked, digests), destination) else None
     except OSError as error:
         raise BundleError(f"cannot write the bundle {destination}: {error.strerror or error}") from error
 

@@ -217,7 +217,7 @@ def test_a_bundle_that_cannot_be_written_is_one_sentence(nestc, tmp_path, cache,
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nestc.compiled.os.fsync", full)
+    monkeypatch.setattr("nestc.blobs._copy", full)
     result = nestc("compile", model, "-o", tmp_path / "n.nest")
     assert (result.status, result.err) == (
         2,

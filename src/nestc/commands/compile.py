@@ -6,6 +6,7 @@ import enum
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from nestc.commands import common, quantize
 from nestc.errors import Error
 
 if TYPE_CHECKING:
+    from nestc.bundle.artifact import Artifact
     from nestc.graph.model import Model
     from nestc.runtime import Executable
     from nestc.specialise import Specialised
@@ -143,11 +145,9 @@ def compile_(
     levels = emit or []
     target = common.exact_targets(target or ["cpu"], exact)
     asked = None if verbose or tune is not None else _request(model, target, options)
-    kept = None if asked is None else compiled.find(asked)
+    kept = None if asked is None else compiled.fetch(asked, destination)
     if kept is not None:
-        report, content = kept
-        compiled.write(content, destination)
-        _tell({**report, "bundle": str(destination), "seconds": _since(started)}, json)
+        _tell({**kept, "bundle": str(destination), "seconds": _since(started)}, json)
         return
     sink = Sink(emit_dir or Path("emit"), levels) if levels else None
 
@@ -272,10 +272,16 @@ def summary(executable: Executable | Specialised) -> dict[str, Any]:
             for partition in plan.partitions
         ],
         "fallback_ops": plan.fallback_ops,
+        "ways": dict(Counter(way for part in executable.bundle.partitions for way in ways_of(part.artifact).values())),
         "arena_bytes": stats["arena_bytes"],
         "weights_bytes": stats["weights_bytes"],
         "predicted_ms": plan.predicted_ms,
     }
+
+
+def ways_of(artifact: Artifact) -> Mapping[str, str]:
+    """The kernels of each region, by name, of an artifact that says so."""
+    return artifact.metadata.get("ways", {})
 
 
 def show(report: Mapping[str, Any], sink: Sink | None) -> None:
