@@ -83,7 +83,7 @@ def on_workers(client: Any, tasks: Sequence[Task], seconds: float) -> Iterator[F
 
     end = time.monotonic() + seconds
     waiting = list(tasks)
-    done: Any = as_completed(timeout=seconds + GRACE_SECONDS, raise_errors=False)
+    done: Any = as_completed(loop=client.loop, timeout=seconds + GRACE_SECONDS, raise_errors=False)
     futures: list[Any] = []
 
     def submit() -> None:
