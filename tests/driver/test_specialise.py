@@ -176,3 +176,22 @@ def test_several_threads_share_the_specialisations(doubled: onnx.ModelProto) -> 
         thread.join()
     assert wrong == []
     assert exe.specialisations == 2
+
+
+def test_calls_like_the_one_before_take_the_same_way(doubled: onnx.ModelProto, reshaped: onnx.ModelProto) -> None:
+    exe = compile(doubled)
+    for value in (1, 2, 3):
+        np.testing.assert_array_equal(exe(value * ones(2, 3)), 2 * value * ones(2, 3))
+    with pytest.raises(ShapeError, match="dtype"):
+        exe(np.ones((2, 3)))
+    with pytest.raises(ShapeError, match="2 were given"):
+        exe(ones(2, 3), ones(2, 3))
+    np.testing.assert_array_equal(exe(ones(1, 3)), 2 * ones(1, 3))
+    exe.close()
+    assert exe.specialisations == 0
+    np.testing.assert_array_equal(exe(ones(1, 3)), 2 * ones(1, 3))
+    assert exe.specialisations == 1
+    by_value = compile(reshaped)  # equal shapes, other values
+    x = np.arange(12, dtype=np.float32)
+    assert by_value(x, np.array([3, 4])).shape == (3, 4)
+    assert by_value(x, np.array([6, 2])).shape == (6, 2)

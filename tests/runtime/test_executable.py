@@ -47,13 +47,15 @@ def test_positional_calls_and_calls_by_name(executable: Executable):
     assert list(executable.outputs) == ["total", "product"]
 
 
-def test_one_output_is_an_array_and_outputs_are_new_and_aligned():
-    with Executable(chain(2, 24, 1)) as executable:
-        one, two = executable(X.reshape(-1)), executable(X.reshape(-1))
+@pytest.mark.parametrize("elements", [24, 4096])
+def test_one_output_is_an_array_and_outputs_are_new_and_large_ones_aligned(elements: int):
+    x = np.linspace(-1, 1, elements, dtype=np.float32)
+    with Executable(chain(2, elements, 1)) as executable:
+        one, two = executable(x), executable(x)
         assert not np.shares_memory(one, two)
-        assert one.ctypes.data % 64 == 0
+        assert elements == 24 or one.ctypes.data % 64 == two.ctypes.data % 64 == 0
         one[:] = 7
-        np.testing.assert_allclose(executable(X.reshape(-1)), two)
+        np.testing.assert_allclose(executable(x), two)
 
 
 def test_outputs_are_written_where_the_caller_wants(executable: Executable):
@@ -322,3 +324,26 @@ def test_addresses_and_alignment():
     assert arrays.aligned(probe).ctypes.data % 64 == 0
     np.testing.assert_array_equal(arrays.aligned(probe[::2]), probe[::2])
     assert set(OBJECTS) == {"add", "sub", "mul"}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_partition_whose_inputs_and_outputs_are_in_another_order_than_the_graphs(given: bool):
+    steps = [
+        Step("sub", ("b", "a", "less"), (False, False, True), 4, 8, 1e-4, ("Sub:s",)),
+        Step("add", ("a", "b", "more"), (False, False, True), 4, 8, 1e-4, ("Add:a",)),
+    ]
+    inner = native_bundle(steps, {"b": f32(4), "a": f32(4)}, {"less": f32(4), "more": f32(4)}, {})
+    unused = TensorSpec("unused", "float32", (1,))
+    named = {spec.name: spec for spec in (*inner.inputs, *inner.outputs, unused)}
+    whole = replace(
+        inner,
+        inputs=tuple(named[name] for name in ("a", "unused", "b")),
+        outputs=tuple(named[name] for name in ("more", "less")),
+    )
+    a, b = np.arange(4, dtype=np.float32), np.full(4, 10, np.float32)
+    with Executable(whole) as executable:
+        out = [np.empty(4, np.float32) for _ in range(2)] if given else None
+        more, less = executable(a, np.zeros(1, np.float32), b, out=out)
+        assert (more.tolist(), less.tolist()) == ((a + b).tolist(), (b - a).tolist())
+        assert out is None or (more is out[0] and less is out[1])
+        assert [row["region"] for row in executable.timeline()] == ["p0"]

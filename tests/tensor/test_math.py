@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from nestc.kernels.api import CpuMachine
+from nestc.kernels.compute import nodes
 from nestc.tensor import interp
 from nestc.tensor.build import Builder, load
-from nestc.tensor.ir import Binary, Expr, Fma, Kernel, Store, Unary, statements
+from nestc.tensor.ir import Binary, Buffer, Const, Expr, Fma, Kernel, Load, Store, Unary, statements
 from nestc.tensor.math import ERRORS, exp_below, expand
-from nestc.tensor.rewrite import map_statements, transform
+from nestc.tensor.rewrite import binary, map_statements, transform
 from nestc.tensor.verify import verify
 
 MACHINE = CpuMachine("test", "", "", "", 32, 16, True, 32 << 10, 512 << 10, 32 << 20)
@@ -147,3 +148,13 @@ def test_shared_operands_are_expanded_once() -> None:
 def test_what_is_left_to_the_c_library(dtype: str, vector_bytes: int) -> None:
     before = kernel("exp", 4, dtype)
     assert expand(before, dataclasses.replace(MACHINE, vector_bytes=vector_bytes)).body == before.body
+
+
+@pytest.mark.parametrize(("exponent", "products"), [(1.0, 0), (2.0, 1), (3.0, 2)])
+def test_small_powers_are_products(exponent: float, products: int) -> None:
+    x = Load(Buffer("x", "float32", (4,)), (Const(0, "int64"),))
+    power = binary("pow", x, Const(exponent))
+    assert sum(isinstance(node, Binary) and node.op == "mul" for node in nodes(power)) == products
+    assert not any(isinstance(node, Binary) and node.op == "pow" for node in nodes(power))
+    kept = binary("pow", x, Const(2.5))
+    assert isinstance(kept, Binary) and kept.op == "pow"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ from nestc.runtime.team import ContextLayout, Team
 KIND = "cpu-native"
 LAYOUT_VERSION = 1
 """The one version of table, context and metadata that this runtime reads (`codegen.main` writes it)."""
+
+SMALL_BYTES = 4096
+"""Outputs up to here need not be aligned: what vectors across cache lines cost is less than a microsecond."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,10 @@ class NativeProgram:
             cpu.check(metadata["triple"], metadata["cpu"], metadata["features"])
             self.inputs = tuple(_spec(item) for item in metadata["inputs"])
             self.outputs = tuple(_spec(item) for item in metadata["outputs"])
-            self._outputs = [(tuple(item["shape"]), numpy_dtype(item["dtype"])) for item in metadata["outputs"]]
+            self._outputs = [
+                (tuple(item["shape"]), numpy_dtype(item["dtype"]), _maker(_nbytes(item)))
+                for item in metadata["outputs"]
+            ]
             self._border_bytes = [_nbytes(item) for item in (*metadata["inputs"], *metadata["outputs"])]
             constants = [np.asarray(artifact.weights[name]) for name in metadata["constants"]]
             self._arena_bytes: int = metadata["arena_bytes"]
@@ -92,7 +98,8 @@ class NativeProgram:
         if functions is None:
             raise TargetError("this executable is closed")
         results = [
-            aligned_empty(*spec) if array is None else array for array, spec in zip(outputs, self._outputs, strict=True)
+            make(shape, dtype) if array is None else array
+            for array, (shape, dtype, make) in zip(outputs, self._outputs, strict=True)
         ]
         frame = self._take()
         table = frame.table
@@ -120,7 +127,7 @@ class NativeProgram:
         functions = self._functions
         if functions is None:
             raise TargetError("this executable is closed")
-        results = [aligned_empty(*spec) for spec in self._outputs]
+        results = [make(shape, dtype) for shape, dtype, make in self._outputs]
         frame = self._take()
         for slot, array in enumerate((*inputs, *results)):
             frame.table[slot] = address(array)
@@ -193,6 +200,11 @@ def _span(trace: np.ndarray) -> np.ndarray:
     busy = end - begin
     real = busy * 20 >= busy.max(axis=0, keepdims=True)
     return np.where(real, end, 0).max(axis=0) - np.where(real, begin, np.iinfo(np.int64).max).min(axis=0)
+
+
+def _maker(nbytes: int) -> Callable[[Sequence[int], np.dtype[Any]], np.ndarray]:
+    """Makes an output; of a small one nobody notices that it is not aligned, but the time that takes."""
+    return np.empty if nbytes <= SMALL_BYTES else aligned_empty
 
 
 def _nbytes(item: Mapping[str, Any]) -> int:

@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from nestc.bundle.artifact import Elapsed
+from nestc.bundle.artifact import Elapsed, Program
 from nestc.bundle.bundle import Bundle
 from nestc.bundle.schema import Kind
 from nestc.errors import TargetError
@@ -91,20 +92,26 @@ class Session:
     ) -> tuple[Sequence[np.ndarray], Last]:
         """Run once. Where an output is given it is written, else it is allocated."""
         only = self._only
-        if only is not None and only.program is not None:
-            begin = time.perf_counter()
-            try:
-                results, elapsed = only.program(inputs, outputs)
-                if not only.trusted:
-                    results = list(checked(only, results).values())
-            except Exception as error:  # a device may raise anything
-                failed = TargetError(CLOSED) if self._closed.is_set() else failure(only, error)
-                if only.fallback is None or self._closed.is_set():
-                    raise failed from error
+        if only is None or only.program is None:
+            return self._run_all(inputs, outputs)
+        stage, program, takes, gives = only.stage, only.program, only.takes, only.gives
+        begin = time.perf_counter()
+        try:
+            if takes is None:
+                results, elapsed = program(inputs, outputs)
             else:
-                return results, (only, time.perf_counter() - begin, elapsed)
-            return self._fallen(only, failed, inputs, outputs)
-        return self._run_all(inputs, outputs)
+                results, elapsed = program([inputs[n] for n in takes], [outputs[n] for n in gives])
+            if not stage.trusted:
+                results = list(checked(stage, results).values())
+            if takes is not None:
+                results = [result for _, result in sorted(zip(gives, results, strict=True), key=itemgetter(0))]
+        except Exception as error:  # a device may raise anything
+            failed = TargetError(CLOSED) if self._closed.is_set() else failure(stage, error)
+            if stage.fallback is None or self._closed.is_set():
+                raise failed from error
+        else:
+            return results, (stage, time.perf_counter() - begin, elapsed)
+        return self._fallen(stage, failed, inputs, outputs)
 
     def batch(self) -> Batch:
         """A timeline for several requests."""
@@ -249,15 +256,33 @@ def _row(mark: Mark) -> dict[str, Any]:
     return row
 
 
-def _only(flow: Flow) -> Stage | None:
+class _Only(NamedTuple):
+    """The one stage of a flow: which of the graph's inputs it takes, and which outputs it gives, in its own order.
+
+    ``takes`` is None where both are in the order of the graph.
+    """
+
+    stage: Stage
+    program: Program | None
+    takes: tuple[int, ...] | None
+    gives: tuple[int, ...]
+
+
+def _only(flow: Flow) -> _Only | None:
     """The one stage of a flow that is nothing else: no value to pass on, nothing to wait for."""
     if len(flow.stages) != 1:
         return None
     (stage,) = flow.stages
     device = stage.device
     free = not (device.launch_seconds or device.latency_seconds or device.bytes_per_second)
-    whole = stage.partition.inputs == flow.inputs and stage.outputs == flow.outputs
-    return stage if whole and (free or flow.modelled == [False]) else None
+    inputs, outputs = stage.partition.inputs, stage.outputs
+    whole = set(inputs) <= set(flow.inputs) and sorted(outputs) == sorted(flow.outputs)
+    if not whole or not (free or flow.modelled == [False]):
+        return None
+    gives = tuple(flow.outputs.index(name) for name in outputs)
+    if inputs == flow.inputs and outputs == flow.outputs:
+        return _Only(stage, stage.program, None, gives)
+    return _Only(stage, stage.program, tuple(flow.inputs.index(name) for name in inputs), gives)
 
 
 def _ours(executor: Conductor | Workers) -> bool:

@@ -70,7 +70,7 @@ def rebuild(e: Expr, children: tuple[Expr, ...]) -> Expr:
 
 
 def binary(op: str, a: Expr, b: Expr) -> Expr:
-    """A binary operation; scalar int64 sums, products, quotients and comparisons are simplified."""
+    """A binary operation; scalar int64 sums, products, quotients and comparisons, and small powers, are simplified."""
     if a.dtype == "int64" and b.dtype == "int64" and a.lanes == 1 and b.lanes == 1:
         if op == "add":
             return ix.add(a, b)
@@ -96,6 +96,11 @@ def binary(op: str, a: Expr, b: Expr) -> Expr:
         for x, y in ((a, b), (b, a)):
             if isinstance(x, Const) and x.lanes == y.lanes:
                 return y if bool(x.value) == (op == "and") else x
+    if op == "pow" and "float" in a.dtype and isinstance(b, Const) and b.value in (1, 2, 3):
+        power = a
+        for _ in range(int(b.value) - 1):
+            power = Binary("mul", power, a)
+        return power
     return Binary(op, a, b)
 
 
