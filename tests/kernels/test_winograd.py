@@ -228,7 +228,7 @@ def test_vectors_of_other_widths(bytes_):
 
 @given(st.integers(1, 300), st.integers(1, 64), st.sampled_from([16, 32]))
 def test_register_tiles_fit_the_registers(tiles, vectors, registers):
-    mr, nr = tile(tiles, vectors, registers)
+    mr, nr = tile(tiles, vectors, 64, registers)
     assert 1 <= mr <= tiles and 1 <= nr <= vectors and mr * nr + min(nr, 4) + 1 <= registers
 
 
@@ -270,6 +270,7 @@ def test_alternatives_have_names_of_their_own_and_none_if_exact():
     assert len(set(names)) == len(names)
     assert {"winograd2", "winograd4", "winograd6", "conv"} <= set(names)
     assert names[0] in ("winograd4", "winograd6")
+    assert names[4:7] == ["winograd2_split", "winograd4_split", "winograd6_split"]
     assert not any("winograd" in family.name for family in alternatives(region, MACHINE, exact=True))
 
 

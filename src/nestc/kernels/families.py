@@ -91,7 +91,8 @@ def alternatives(region: Region, machine: CpuMachine, exact: bool = False) -> tu
             took, limit = family.cycles(region, machine)
             (faster if took < limit else slower).append((took, family))
     before, after = ([family for _, family in sorted(ways, key=lambda way: way[0])] for ways in (faster, slower))
-    return (*before, plain, *after, *direct[1:])
+    others = [family.other(region, machine) for family in WINOGRAD if family.refusal(region) is None]
+    return (*before, plain, *after, *others, *direct[1:])
 
 
 DEQUANTIZE = DequantizeFamily(choose)

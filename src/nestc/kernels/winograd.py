@@ -29,9 +29,11 @@ class WinogradFamily:
     """Conv on float32 with stride 1, one group and kernels of 3, 5 or 7 (or 1) along one or two axes, computed in tiles
     of `m` outputs along each such axis."""
 
-    def __init__(self, m: int) -> None:
+    def __init__(self, m: int, fused: bool | None = None) -> None:
+        """`fused`: whether an item of the parallel loop transforms its inputs itself; None: as `plan` decides."""
         self.m = m
-        self.name = f"winograd{m}"
+        self.fused = fused
+        self.name = f"winograd{m}" + ("" if fused is None else "_fused" if fused else "_split")
 
     def refusal(self, region: Region) -> str | None:
         """Why this family does not lower `region`; None if it does."""
@@ -81,12 +83,15 @@ class WinogradFamily:
     def cycles(self, region: Region, machine: CpuMachine) -> tuple[float, float]:
         """Modelled cycles of this way, and of the direct kernel on the same terms."""
         tiling = self.tiling(region, machine)
-        return cycles(tiling, plan(tiling)), direct_cycles(tiling)
+        return cycles(tiling, plan(tiling, self.fused)), direct_cycles(tiling)
+
+    def other(self, region: Region, machine: CpuMachine) -> WinogradFamily:
+        """The same algorithm, the input transform in the kernel where this one has it apart, or the other way round."""
+        return WinogradFamily(self.m, not plan(self.tiling(region, machine), self.fused).fused)
 
     def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
         """One or two kernels; the weights are transformed and packed in the order in which they are read."""
-        tiling = self.tiling(region, machine)
-        return self.lower_with(region, machine, layouts, plan(tiling))
+        return self.lower_with(region, machine, layouts, plan(self.tiling(region, machine), self.fused))
 
     def lower_with(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout], cut: Plan) -> Lowered:
         """`lower` under a given plan."""
@@ -263,15 +268,20 @@ class _Winograd:
                 k.store(half, (i, b, 0), value)
 
         def ragged() -> None:
+            known = [within(ix.add(h, i), height) for i in range(rows)]
             with k.loop("b", columns) as b:
                 across = ix.add(w, b)
-                places = [
-                    (ix.add(h, i), binary("and", within(ix.add(h, i), height), within(across, width)))
-                    for i in range(rows)
-                ]
-                transformed(
-                    b, [load(x, n, block, *self.pixel(y, across), 0, lanes=lanes, mask=mask) for y, mask in places]
-                )
+                here = within(across, width)
+                with k.when(here):
+                    places = [self.pixel(ix.add(h, i), across) for i in range(rows)]
+                    # The mask says all that there is to say, since it stands alone where the column is inside.
+                    masks = [binary("and", row, here) if isinstance(row, Const) else row for row in known]
+                    transformed(
+                        b, [load(x, n, block, *at, 0, lanes=lanes, mask=mask) for at, mask in zip(places, masks)]
+                    )
+                with _otherwise(k, here):
+                    for i in range(rows):
+                        k.store(half, (i, b, 0), constant(0.0, "float32", lanes))
 
         if height < rows or width < columns:
             ragged()

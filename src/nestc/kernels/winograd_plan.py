@@ -73,7 +73,8 @@ class Tiling:
 
 
 _FUSED_TILES = 96  # tiles from which on there are enough items for each to transform its inputs itself
-_ITEM_TILES = 24  # tiles of an item: so often is a weight used that was read from L3 or memory
+_MOST_TILES = 42  # of an item: so often is a weight used that was read from L3 or memory
+_REUSE = 1.6  # share of the time that weights would take if each was used for one tile only
 _PRODUCTS = 8  # share of L2 that M may take, which is read soon after it was written: one part in so many
 
 # Of the cycles that the model counts (measured on a Zen 3 with layers of ResNet-18 and VGG16, one core).
@@ -85,29 +86,40 @@ _EXPOSED = 0.25  # part of the shorter of two things that are done at once, and 
 _DIRECT = 0.85  # share of the peak that direct kernels reach
 
 
-def plan(t: Tiling) -> Plan:
-    """A cut for `t` by sizes alone."""
-    mr, nr = tile(t.count, t.vectors, t.machine.tile_registers)
-    fused = t.count >= _FUSED_TILES
+def plan(t: Tiling, fused: bool | None = None) -> Plan:
+    """A cut for `t` by sizes alone; `fused` may be given."""
+    mr, nr = tile(t.count, t.vectors, t.blocks * t.lanes, t.machine.tile_registers)
+    fused = t.count >= _FUSED_TILES if fused is None else fused
     count = ceil(t.count / mr)
-    groups = max(1, min(count, round(_ITEM_TILES / mr)))
-    groups = ceil(count / ceil(count / groups))
     columns = ceil(t.vectors / nr)
+    groups = min(range(1, min(count, _MOST_TILES // mr or 1) + 1), key=lambda n: _item_cost(count, n, mr, fused))
     chunk = max(1, t.machine.l2_bytes // _PRODUCTS // (4 * t.positions * groups * mr * nr * t.lanes))
     while columns % chunk:
         chunk -= 1
     return Plan(mr, nr, groups, chunk, fused)
 
 
-def tile(tiles: int, vectors: int, registers: int) -> tuple[int, int]:
-    """Tiles and output vectors of a register tile; unlike in a direct convolution all are as wide, so that the
-    last one may be in part for nothing."""
+def _item_cost(count: int, groups: int, mr: int, fused: bool) -> float:
+    """Relative time of `count` groups of tiles in items of `groups`: weights are read once an item, and few items keep
+    two or four workers waiting for each other (unless they have outputs to share)."""
+    items = ceil(count / groups)
+    waiting = 1.0
+    if fused:
+        waiting = sum(weight * ceil(items / n) * groups * n / count for n, weight in ((1, 0.3), (2, 0.5), (4, 0.2)))
+    return (1 + _REUSE / (groups * mr)) * max(1.0, waiting) + 0.001 * (items * groups - count)
+
+
+def tile(tiles: int, vectors: int, channels: int, registers: int) -> tuple[int, int]:
+    """Tiles and output vectors of a register tile that sums over `channels`.
+
+    Unlike in a direct convolution all are as wide, so that the last one may be in part for nothing.
+    """
     best, best_cost = (1, 1), float("inf")
     for nr in range(1, min(4, vectors) + 1):
         for mr in range(1, min(tiles, registers) + 1):
             if mr * nr + kept_weights(nr, registers) + 1 > registers:
                 break
-            cost = ceil(tiles / mr) * ceil(vectors / nr) * step_cycles(mr, nr)
+            cost = ceil(tiles / mr) * ceil(vectors / nr) * (channels * step_cycles(mr, nr) + _TILE)
             if cost < best_cost - 1e-9:
                 best, best_cost = (mr, nr), cost
     return best
