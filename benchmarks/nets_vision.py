@@ -239,3 +239,19 @@ def inception_v3(batch: int = 1) -> onnx.ModelProto:
     x = block_b(block_a(block_a(block_a(x, 32), 64), 64))
     x = block_c(block_c(block_c(block_c(x, 128), 160), 160), 192)
     return _head(net, block_e(block_e(block_d(x))))
+
+
+def ds_cnn() -> onnx.ModelProto:
+    """DS-CNN of MLPerf Tiny's keyword spotting (Banbury et al. 2021, arXiv:2106.07597; Zhang et al. 2017,
+    arXiv:1711.07128), batch norms folded: input "input" [1, 1, 49, 10], output "output" [1, 12], probabilities.
+    """
+    net = NetBuilder("ds_cnn")
+    x = net.input("input", (1, 1, 49, 10))
+    # TensorFlow's "same" padding, which puts the odd row at the end.
+    x = net.conv(x, 64, (10, 4), 2, pads=(4, 1, 5, 1), activation="relu")
+    for _ in range(4):
+        x = net.conv(x, 64, 3, groups=64, activation="relu")
+        x = net.conv(x, 64, 1, activation="relu")
+    logits = net.gemm(net.flatten(net.global_pool(x)), 12, gain=2.0)
+    net.output(net.op("Softmax", [logits], logits.shape, axis=-1), "output")
+    return net.model()

@@ -22,12 +22,13 @@ from nestc.errors import Error
 
 SAMPLES = 16
 
-MODELS = ("resnet50", "mobilenetv2", "minilm")
+MODELS = ("resnet50", "mobilenetv2", "efficientnet_lite0", "minilm", "ppocr_rec")
 """What is measured in int8 where no models are named."""
 
 SCHEMES = {
     "nestc": "int8",
     "nestc-7": "int8:weight-bits=7",
+    "nestc-bf16": "bf16",
     "nestc-pow2": "int8-pow2",
     "nestc-pow2-tensor": "int8-pow2:granularity=tensor",
 }

@@ -190,6 +190,10 @@ MODELS: tuple[ZooModel, ...] = (
         ),
     ),
     ZooModel(
+        "ds_cnn", {"input": ((1, 1, 49, 10), _normal)}, "class", "ours (random weights)",
+        "keyword spotting of MLPerf Tiny: 49 frames of 10 coefficients, 12 words", build=nets_vision.ds_cnn,
+    ),
+    ZooModel(
         "magika", {"bytes": ((1, 2048), _bytes)}, "class", "Apache-2.0", "file type from bytes, 1-D convolution",
         file=PackageFile(
             "magika==1.0.3", "magika/models/standard_v3_3/model.onnx",

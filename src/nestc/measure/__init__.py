@@ -2,7 +2,7 @@
 
 from nestc.measure.bench import bench
 from nestc.measure.compare import Difference, difference
-from nestc.measure.engines import PEERS, Engine, NestcEngine, OnnxRuntimeEngine, open_peer
+from nestc.measure.engines import PEERS, Engine, NestcEngine, OnnxRuntimeEngine, OpenVinoEngine, open_peer
 from nestc.measure.machine import context, cpu_name, peak_rss_mb, pinned, usable_cores, versions
 from nestc.measure.timing import Timing, interleave
 
@@ -12,6 +12,7 @@ __all__ = [
     "Engine",
     "NestcEngine",
     "OnnxRuntimeEngine",
+    "OpenVinoEngine",
     "Timing",
     "bench",
     "context",

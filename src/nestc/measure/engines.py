@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 import onnx
 
 from nestc.errors import Error
+from nestc.measure.mobile import MnnEngine, NcnnEngine
+from nestc.measure.packages import package
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -71,7 +72,7 @@ class OnnxRuntimeEngine:
     name = "onnxruntime"
 
     def __init__(self, model: Path, inputs: Arrays, threads: int, exact: bool = False) -> None:
-        ort = _package("onnxruntime")
+        ort = package("onnxruntime")
         self.version: str = ort.__version__
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -96,12 +97,15 @@ class OnnxRuntimeEngine:
 
 
 class OpenVinoEngine:
-    """openvino: float32 asked for, latency hint, one infer request used again, tensors shared without a copy."""
+    """openvino: latency hint, one infer request used again, tensors shared without a copy.
+
+    ``precision``: what it is asked to compute in, ``f32`` or ``bf16``.
+    """
 
     name = "openvino"
 
-    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
-        ov = _package("openvino")
+    def __init__(self, model: Path, inputs: Arrays, threads: int, precision: str = "f32") -> None:
+        ov = package("openvino")
         self.version = importlib.metadata.version("openvino")
         core = ov.Core()
         network = core.read_model(str(model))
@@ -115,7 +119,7 @@ class OpenVinoEngine:
             shapes[port] = list(inputs[name].shape)
         network.reshape(shapes)
         settings = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
@@ -137,6 +141,8 @@ class OpenVinoEngine:
 PEERS: dict[str, Callable[[Path, Arrays, int], Engine]] = {
     OnnxRuntimeEngine.name: OnnxRuntimeEngine,
     OpenVinoEngine.name: OpenVinoEngine,
+    NcnnEngine.name: NcnnEngine,
+    MnnEngine.name: MnnEngine,
 }
 
 
@@ -162,10 +168,3 @@ def symbolic_sizes(model: Path, inputs: Arrays) -> dict[str, int]:
             if dim.dim_param:
                 sizes[dim.dim_param] = size
     return sizes
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Error(f"{name} is not installed; pip install 'nestc[bench]' brings it") from error

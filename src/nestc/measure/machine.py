@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-PACKAGES = ("nestc", "numpy", "onnx", "llvmlite", "onnxruntime", "openvino", "nncf", "ncnn")
+PACKAGES = ("nestc", "numpy", "onnx", "llvmlite", "onnxruntime", "openvino", "nncf", "ncnn", "pnnx", "mnn")
 
 
 def context(data: str, seed: int | None) -> dict[str, object]:
