@@ -3,6 +3,7 @@
     python benchmarks/kernels.py
     python benchmarks/kernels.py --models conv1x1,conv3x3 --threads 1
     python benchmarks/kernels.py --precision int8
+    python benchmarks/kernels.py --models conv3x3 --precision fp32 --ways conv,winograd2,winograd4,winograd6
 
 The peak is measured on the spot (`nestc.measure.peak`): once for the record, and again beside every reading, since
 shared machines change their speed from second to second; the share is the median of the readings' own. A layer is
@@ -29,8 +30,13 @@ from typing import Any
 import numpy as np
 
 from nestc.errors import Error
+from nestc.graph.region import Region
+from nestc.kernels.api import Family
+from nestc.kernels.families import alternatives
 from nestc.measure import context, pinned, usable_cores
 from nestc.measure.peak import Meter, meter_of, peaks
+from nestc.targets.api import Target
+from nestc.targets.cpu.target import CpuTarget
 from netbuilder import NetBuilder, Value, save
 
 _RUNS_A_READING = 5
@@ -82,6 +88,14 @@ LAYERS = (
     *(
         Layer("conv3x3", (width, size, size), width, 3, note=f"resnet50 {size}x{size}")
         for width, size in ((64, 56), (128, 28), (256, 14), (512, 7))
+    ),
+    *(
+        Layer("conv3x3", (inputs, size, size), outputs, 3, note=f"{model} {size}x{size}")
+        for inputs, outputs, size, model in (
+            (64, 64, 224, "vgg16"), (128, 128, 112, "vgg16"), (256, 256, 56, "vgg16"), (512, 512, 28, "vgg16"),
+            (512, 512, 14, "vgg16"), (64, 192, 56, "googlenet"), (160, 320, 14, "googlenet"),
+            (16, 64, 55, "squeezenet"), (64, 256, 13, "squeezenet"), (64, 64, 80, "nudenet"), (128, 128, 10, "nudenet"),
+        )
     ),
     *(
         Layer("conv3x3s2", (width, size, size), width, 3, 2, note=f"resnet50 {size}x{size}")
@@ -159,7 +173,26 @@ def quantized_layer(net: NetBuilder, layer: Layer, x: Value, pool: Callable[[Val
     return rounded(pool(rounded(y)))
 
 
-def measure(layer: Layer, threads: int, runs: int, meter: Meter | None, target: str = "cpu") -> dict[str, Any]:
+class WayTarget(CpuTarget):
+    """The CPU, computing every region in the way called `wanted` (see `nestc.kernels.families.alternatives`) if there
+    is one, else as ever."""
+
+    def __init__(self, wanted: str, threads: int) -> None:
+        super().__init__(threads=threads)
+        self.wanted = wanted
+
+    def way(self, region: Region) -> Family | None:
+        """The family that computes a region."""
+        found = (family for family in alternatives(region, self.cpu) if family.name == self.wanted)
+        return next(found, None) or super().way(region)
+
+
+def has_way(layer: Layer, way: str) -> bool:
+    """Whether a layer may be computed in a way; of products and other kernels only the default is shown."""
+    return way == "default" or (layer.precision == "fp32" and layer.family == "conv3x3")
+
+
+def measure(layer: Layer, threads: int, runs: int, meter: Meter | None, target: str | Target = "cpu") -> dict[str, Any]:
     """One row of the table. Raises nestc.Error where the layer does not compile to native code."""
     import nestc
 
@@ -209,6 +242,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
     parser.add_argument("--runs", type=int, default=30, help="runs, of which the median counts (default 30)")
     parser.add_argument("--target", default="cpu", help="target with options, e.g. cpu:option=value (default cpu)")
+    parser.add_argument(
+        "--ways",
+        default="default",
+        help="ways to compute 3x3 layers, e.g. conv,winograd4 (default: default)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args(arguments)
     wanted = [name.strip() for name in options.models.split(",")] if options.models else list(families)
@@ -233,10 +271,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if layer.family not in wanted:
                     continue
                 layer = replace(layer, precision=precision)
-                try:
-                    rows.append(measure(layer, options.threads, options.runs, meter, options.target))
-                except Error as error:
-                    print(f"error: {error}", file=sys.stderr)
+                for way in (way.strip() for way in options.ways.split(",")):
+                    if not has_way(layer, way):
+                        continue
+                    target = options.target if way == "default" else WayTarget(way, options.threads)
+                    try:
+                        row = measure(layer, options.threads, options.runs, meter, target)
+                    except Error as error:
+                        print(f"error: {error}", file=sys.stderr)
+                        continue
+                    rows.append({**row, "way": way})
     result = {
         "peak_gflops": peak,
         "kernels": rows,
@@ -247,11 +291,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(result))
         return 0
     print("peak: " + ", ".join(f"{kind} {'-' if v is None else f'{v:.1f}'}" for kind, v in peak.items()) + " GFLOP/s")
-    print(f"{'kernel':28}{'shape':26}{'ms':>9}{'GFLOP/s':>10}{'% of peak':>11}")
+    print(f"{'kernel':28}{'shape':26}{'way':12}{'ms':>9}{'GFLOP/s':>10}{'% of peak':>11}")
     for row in rows:
         share = "-" if row["percent_of_peak"] is None else f"{row['percent_of_peak']:.1f}"
         figures = f"{row['ms']:>9.4f}{row['gflops']:>10.1f}{share:>11}"
-        print(f"{row['name']:28}{row['shape']:26}{figures}")
+        print(f"{row['name']:28}{row['shape']:26}{row['way']:12}{figures}")
     return 0
 
 
