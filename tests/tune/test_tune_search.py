@@ -78,7 +78,7 @@ def test_parameters_are_searched_around_the_best(task: Task, target: CpuTarget) 
 
 def test_slow_algorithms_are_not_refined(task: Task, target: CpuTarget) -> None:
     found = search(task, lambda: 1, Fake({"conv": 5.0}))
-    assert found.done and all("_" not in name for name in found.times)
+    assert found.done and not any(name.startswith("conv_") for name in found.times)
 
 
 def test_luck_is_not_believed(task: Task, target: CpuTarget) -> None:
@@ -176,10 +176,11 @@ def test_tuning_goes_on_where_it_stopped(
 
     first = tune(target, partitions(net, target), 60, runner=half)
     assert len(asked) == len(first.rows) == 2 and len(first.left) == 1
-    assert first.before_seconds == 0 and first.predicted_seconds < first.default_seconds == first.network_seconds
+    assert first.predicted_seconds < first.default_seconds == first.network_seconds
+    target = CpuTarget(threads=1)  # which knows what the first tuning has found
     second = tune(target, partitions(net, target), 60, runner=half)
     assert asked[2:] == list(first.left) and second.left == ()
-    assert second.before_seconds > 0
+    assert second.predicted_seconds < second.network_seconds < second.default_seconds
     third = tune(target, partitions(net, target), 60, runner=half)
     assert len(asked) == 3 and third.left == ()
     tune(target, partitions(net, target), 60, runner=half, again=True)

@@ -35,8 +35,10 @@ Runner = Callable[[Sequence[Task], float], Iterator[Found]]
 class Row:
     """One region of the network, or several of one geometry.
 
-    ``default`` is the way that is taken without measurements, ``best`` the one that is taken now; seconds are of one
-    run of one such region. ``done``: whether all ways were measured.
+    ``default`` is the way that is taken without measurements, ``best`` the one that is taken now, ``before`` the one
+    that was taken when the tuning began; ``network_seconds`` is what all such regions took in the network then.
+    ``default_seconds`` and ``best_seconds`` are of one such region alone, measured side by side; of the network where
+    nothing was measured. ``done``: whether all that seems worth it was.
     """
 
     key: str
@@ -45,42 +47,43 @@ class Row:
     count: int
     default: str
     best: str
+    before: str
+    network_seconds: float
     default_seconds: float
     best_seconds: float
     times: Times
     done: bool
 
-    @property
-    def saved(self) -> float:
-        """Seconds that all such regions take less than by default."""
-        return self.count * (self.default_seconds - self.best_seconds)
+    def predicted(self, way: str) -> float:
+        """Seconds that all such regions take in the network if they are computed in that way."""
+        if way not in self.times or self.before not in self.times:
+            return self.network_seconds
+        return self.network_seconds * self.times[way] / self.times[self.before]
 
 
 @dataclass(frozen=True)
 class Report:
     """What is known of a network's regions after tuning, those that take longest first.
 
-    ``network_seconds``: the sum of its kernels' times, measured as it was compiled before this tuning;
-    ``before_seconds``: what of that had been saved by earlier tuning. ``left``: names of regions that the time was too
-    short for.
+    ``network_seconds``: the sum of its kernels' times, measured as it was compiled before this tuning. ``left``: names
+    of regions that the time was too short for.
     """
 
     machine: str
     threads: int
     network_seconds: float
-    before_seconds: float
     rows: Sequence[Row]
     left: Sequence[str] = field(default=())
 
     @property
     def default_seconds(self) -> float:
-        """What the network takes without any tuning: estimated, if it had been tuned before."""
-        return self.network_seconds + self.before_seconds
+        """What the network takes without any tuning: predicted, if it had been tuned before."""
+        return self.network_seconds + sum(row.predicted(row.default) - row.network_seconds for row in self.rows)
 
     @property
     def predicted_seconds(self) -> float:
         """What the network takes with what is known now."""
-        return self.default_seconds - sum(row.saved for row in self.rows)
+        return self.network_seconds + sum(row.predicted(row.best) - row.network_seconds for row in self.rows)
 
 
 def tune(
@@ -103,7 +106,6 @@ def tune(
     tell("time the network", 0.0)
     tasks, total = network_tasks(target, partitions)
     known = {task.key: kept.get(task.key, target.cpu, target.threads) for task in tasks}
-    before = sum(_row(task, target, known[task.key], True).saved for task in tasks)
     waiting = [task for task in tasks if again or unknown(task, target.cpu, known[task.key])]
     names = {task.key: task.region.name for task in tasks}
     finished: set[str] = set()
@@ -118,7 +120,7 @@ def tune(
     left = {task.key: task.region.name for task in waiting if task.key not in finished}
     now = {task.key: kept.get(task.key, target.cpu, target.threads) for task in tasks}
     rows = [_row(task, target, now[task.key], task.key not in left) for task in tasks]
-    return Report(machine_key(target.cpu), target.threads, total, before, rows, tuple(left.values()))
+    return Report(machine_key(target.cpu), target.threads, total, rows, tuple(left.values()))
 
 
 def one_by_one(tasks: Sequence[Task], seconds: float) -> Iterator[Found]:
@@ -177,6 +179,8 @@ def _row(task: Task, target: CpuTarget, times: Times, done: bool) -> Row:
     names += [name for name in times if name not in names]
     default, best = names[0], names[fastest(names, times)]
     alone = task.weight / task.count
+    taken = target.way(task.region)
+    assert taken is not None
     return Row(
         key=task.key,
         region=task.region.name,
@@ -184,6 +188,8 @@ def _row(task: Task, target: CpuTarget, times: Times, done: bool) -> Row:
         count=task.count,
         default=default,
         best=best,
+        before=taken.name,
+        network_seconds=task.weight,
         default_seconds=times.get(default, alone),
         best_seconds=times.get(best, alone),
         times=times,
@@ -206,6 +212,7 @@ def as_json(report: Report) -> Mapping[str, object]:
     return {
         "machine": report.machine,
         "threads": report.threads,
+        "network_ms": 1e3 * report.network_seconds,
         "default_ms": 1e3 * report.default_seconds,
         "predicted_ms": 1e3 * report.predicted_seconds,
         "regions": [
@@ -213,6 +220,7 @@ def as_json(report: Report) -> Mapping[str, object]:
                 "region": row.region,
                 "shape": row.shape,
                 "count": row.count,
+                "network_ms": 1e3 * row.network_seconds,
                 "default": row.default,
                 "best": row.best,
                 "default_ms": 1e3 * row.default_seconds,
