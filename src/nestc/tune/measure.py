@@ -14,12 +14,12 @@ from nestc.bundle.artifact import Artifact, Program
 from nestc.bundle.dtypes import numpy_dtype
 from nestc.errors import Error, TargetError
 from nestc.evict import evict
+from nestc.host import available_cpus
 from nestc.kernels.api import PLAIN, Family, to_layout
 from nestc.partition.draw import draw
 from nestc.runtime.arrays import aligned, aligned_empty
 from nestc.targets.api import Partition
 from nestc.targets.cpu.target import CpuTarget, no_model
-from nestc.targets.power import available_cpus
 from nestc.tune.key import code_version, machine_key
 from nestc.tune.task import Task, ways
 

@@ -58,7 +58,7 @@ class Row:
         """Seconds that all such regions take in the network if they are computed in that way."""
         if way not in self.times or self.before not in self.times:
             return self.network_seconds
-        return self.network_seconds * self.times[way] / self.times[self.before]
+        return self.network_seconds * (self.times[way] / self.times[self.before])
 
 
 @dataclass(frozen=True)
