@@ -41,6 +41,7 @@ from nestc.tensor.vectorize import vectorize
 
 _FLOATS = frozenset({"float32", "float64", "float16", "bfloat16"})
 _INTEGERS = frozenset({"int32", "int64", "uint32", "uint64"})
+_CACHE_LINE = 64
 _UNROLL = 8  # steps of k written out in the inner loop where k has that many factors; half as many else
 _LONG_SUM = 512  # products of a sum that may be worth cutting, to be measured
 _OTHER_TILES = 3  # worth measuring
@@ -101,6 +102,7 @@ class _Place:
 
     batch: tuple[Expr, ...]
     part: Expr
+    ib: Expr
     slot: Expr
     row: Expr
     rows: int
@@ -128,6 +130,7 @@ class _Gemm:
         self.blocks = self.item_blocks(choice)
         self.direct = self.reads_b_directly()
         self.parts = self.parts_of_k(choice)
+        self.ahead = self.reads_ahead()
         self.k = Builder("gemm")
         self.operands = Operands(self.k, region, {})
 
@@ -166,6 +169,12 @@ class _Gemm:
             return False
         small = p.n * self.size <= 1024 and p.n * p.k * self.size <= self.machine.l2_bytes // 2
         return small or p.m <= 2 * self.tile.rows
+
+    def reads_ahead(self) -> bool:
+        """Whether the next panels are asked for in time: where all of them do not fit L2, and are used often enough."""
+        p = self.product
+        constant_bytes = prod(p.b_batch) * p.n * p.k * self.size if p.b in self.region.constants else 0
+        return constant_bytes > self.machine.l2_bytes // 2 and p.m >= 4 * self.tile.rows
 
     def lower(self) -> Lowered:
         """The launches, the packed weights, and the temporary for panels packed while running."""
@@ -214,11 +223,11 @@ class _Gemm:
                 if full:
                     with k.loop("tile_row", down) as ti:
                         row = ix.mul(ix.add(ix.mul(ib, down), ti), t.rows)
-                        self.row_tile(_Place(batch, part, ti, row, t.rows), jb)
+                        self.row_tile(_Place(batch, part, ib, ti, row, t.rows), jb)
                 if rest:
                     with k.when(binary("eq", ib, ix.const(groups - 1))):
                         row = ix.const(full * t.rows)
-                        self.row_tile(_Place(batch, part, ix.const(down), row, rest), jb)
+                        self.row_tile(_Place(batch, part, ib, ix.const(down), row, rest), jb)
 
     def row_tile(self, at: _Place, jb: Expr) -> None:
         """The item's panels for one tile of rows; a panel that reaches past the last column has code of its own."""
@@ -272,6 +281,8 @@ class _Gemm:
             start = ix.add(first, ix.mul(p, step))
             for u in range(step):
                 self.step(at, panel, ix.add(start, u), u % t.split)
+            if self.ahead:
+                self.prefetch(at, panel, start, step)
         for u in range(depth - depth % step, depth):
             self.step(at, panel, ix.const(u), u % t.split)
         for s in range(1, t.split):
@@ -279,6 +290,20 @@ class _Gemm:
                 for c in range(t.vectors):
                     one, other = (load(self.acc, i, r, c, 0, lanes=self.lanes) for i in (0, s))
                     k.store(self.acc, (0, r, c, 0), Binary("add", one, other))
+
+    def prefetch(self, at: _Place, panel: Expr, start: Expr, step: int) -> None:
+        """Ask for a share of the cache lines of the panels that come next, so that their first tile does not wait.
+
+        The tiles of a panel divide what `step` rows of the next one hold among themselves.
+        """
+        line = _CACHE_LINE // self.size
+        lines = step * self.width // line
+        number = ix.add(ix.mul(at.ib, self.blocks.tiles), at.slot)
+        following = ix.mod(ix.add(panel, self.blocks.panels), self.panels)
+        share = ceil(lines / (self.product.m // self.tile.rows))
+        for s in range(share):
+            which = ix.mod(ix.add(ix.mul(number, share), s), lines)
+            self.k.prefetch(self.b, self.product.b_matrix(at.batch), following, start, ix.mul(which, line))
 
     def step(self, at: _Place, panel: Expr, depth: Expr, s: int) -> None:
         """One k: the shorter side of the tile is kept in registers, the longer one streams."""

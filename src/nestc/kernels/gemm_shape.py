@@ -152,7 +152,7 @@ def choose_tiles(m: int, n: int, lanes: int, machine: CpuMachine) -> list[Tile]:
 
 def _step_cycles(rows: int, vectors: int) -> float:
     work = max(rows * vectors / 2, (rows + vectors) / 2)
-    return max(work, 2.0 if rows == 1 else 4.0) + 0.05 * rows + 0.15 * vectors
+    return max(work, 2.0 if rows == 1 else 4.0) + 0.07 * rows + 0.12 * vectors
 
 
 def split_of(rows: int, vectors: int, machine: CpuMachine) -> int:
