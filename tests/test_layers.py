@@ -33,6 +33,7 @@ CONTRACTS = {
     "nestc.cache",
     "nestc.errors",
     "nestc.evict",
+    "nestc.host",
     "nestc.graph.model",
     "nestc.graph.region",
     "nestc.tensor.ir",

@@ -21,6 +21,11 @@ def cache_folder() -> Path:
     return Path(base) / "nestc"
 
 
+def tuning_path() -> Path:
+    """Where the tuning store lies, on whose content it depends what a model is compiled to."""
+    return cache_folder() / "tuning.sqlite"
+
+
 class TextStore:
     """Short texts by key in one file, the newest `entries` of them.
 

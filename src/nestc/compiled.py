@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nestc.blobs import code_digest, key_of, user_store
+from nestc.cache import tuning_path
 from nestc.errors import BundleError
 
 _CLOCK = 10_000_000
@@ -112,18 +113,15 @@ def _file_digest(path: Path) -> str:
 
 def _machine() -> str:
     """This machine, as the CPU target sees it."""
-    from nestc.targets.cpu.machine import host_machine
-    from nestc.targets.power import available_cpus
+    from nestc import host
 
-    return f"{host_machine()!r} {available_cpus()}"
+    return f"{host.host_cpu()!r} {host.available_cpus()}"
 
 
 def _tuning() -> str:
     """What is known of the speed of kernels here, which decides between them."""
-    from nestc.targets.store import store_path
-
     try:
-        return _file_digest(store_path())
+        return _file_digest(tuning_path())
     except OSError:
         return ""
 

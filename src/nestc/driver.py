@@ -17,6 +17,7 @@ from nestc.graph import pipeline
 from nestc.graph.bind import bind
 from nestc.graph.model import Model, require_static, skeleton, unbound_dims
 from nestc.graph.region import TensorType
+from nestc.host import available_cpus
 from nestc.importers.onnx import load
 from nestc.partition.cut import cut_in_order
 from nestc.partition.descend import claim_or_descend
@@ -377,11 +378,6 @@ def _specs(values: Mapping[str, tuple[str, tuple[int | str, ...]]]) -> tuple[Ten
 def _spec(name: str, type_: TensorType) -> TensorSpec:
     """A region's type with what is known only at run time (-1; an unknown rank is (-1,)) as None."""
     return TensorSpec(name, type_.dtype, tuple(None if size < 0 else size for size in type_.shape))
-
-
-def available_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _silent(what: str, fraction: float) -> None:

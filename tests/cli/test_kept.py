@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from nestc import compiled
+from nestc import compiled, host
 from nestc.errors import Error
 from nestc.runtime import open as open_bundle
 
@@ -252,14 +252,17 @@ def test_a_kernel_that_is_not_valid_is_refused_every_time(cache):
 
 
 def test_machines_differ_in_the_key(monkeypatch, tmp_path, cache):
-    from nestc.targets.cpu import machine
-
     model = write(tmp_path / "m.onnx", network())
-    here = machine.host_machine()
+    here = host.host_cpu()
     keys = [compiled.request(model, ["cpu"], {}).key]
-    monkeypatch.setattr(machine, "host_machine", lambda: replace(here, l2_bytes=here.l2_bytes * 2))
+    changes = ({"cache_bytes": (1 << 15, 1 << 20, 1 << 24)}, {"name": "other"}, {"features": {"avx2": False}})
+    for change in changes:
+        monkeypatch.setattr(host, "host_cpu", lambda change=change: replace(here, **change))
+        keys.append(compiled.request(model, ["cpu"], {}).key)
+    monkeypatch.setattr(host, "host_cpu", lambda: here)
+    monkeypatch.setattr(host, "available_cpus", lambda: 77)
     keys.append(compiled.request(model, ["cpu"], {}).key)
-    assert keys[0] != keys[1]
+    assert len(set(keys)) == 5
     assert compiled.request(model, ["cpu", "vta"], {}) is None
 
 

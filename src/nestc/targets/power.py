@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 
 from nestc.errors import TargetError
+from nestc.host import available_cpus
 
 WATTS_PER_THREAD = 10.0
 """Assumed. Server processors state 2 to 8 W a core as thermal design power and reach more with few cores busy; memory
@@ -25,8 +25,3 @@ def require_figure(value: float, option: str, target: str, above: bool = False) 
         least = "above 0" if above else "0 or more"
         raise TargetError(f"option {option!r} of target {target} is {value}; it must be {least}")
     return value
-
-
-def available_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

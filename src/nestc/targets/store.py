@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nestc.cache import TextStore, cache_folder
+from nestc.cache import TextStore, tuning_path
 
 _ENTRIES = 100_000  # kept; a network has some 30 layers of different geometry
 
 
 def store_path() -> Path:
     """Where the store lies: a file beside the other caches of nestc, in the user's cache folder."""
-    return cache_folder() / "tuning.sqlite"
+    return tuning_path()
 
 
 class TuningStore(TextStore):

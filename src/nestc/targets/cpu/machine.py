@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 
 import llvmlite.binding as llvm
 
 from nestc.errors import TargetError
+from nestc.host import host_cpu
 from nestc.kernels.api import CpuMachine
 from nestc.targets import suggestion
 
@@ -96,10 +95,9 @@ def machine(arch: str) -> CpuMachine:
 
 def host_machine() -> CpuMachine:
     """This machine, as LLVM and the operating system describe it."""
-    features = llvm.get_host_cpu_features()
-    triple = llvm.get_process_triple()
-    cpu = llvm.get_host_cpu_name()
-    l1, l2, l3 = _cache_bytes()
+    host = host_cpu()
+    triple, cpu, features, flat = host.triple, host.name, host.features, host.feature_text
+    l1, l2, l3 = host.cache_bytes
     if triple.startswith(("x86_64", "amd64")):
         wide = bool(features.get("avx512f") and features.get("avx512vl") and features.get("avx512bw"))
         vector = 64 if wide else 32 if features.get("avx2") else 16
@@ -107,7 +105,7 @@ def host_machine() -> CpuMachine:
             name=cpu,
             triple=triple,
             cpu=cpu,
-            features=features.flatten(),
+            features=flat,
             vector_bytes=vector,
             vector_registers=32 if wide else 16,
             fma=bool(features.get("fma")),
@@ -124,7 +122,7 @@ def host_machine() -> CpuMachine:
             name=cpu,
             triple=triple,
             cpu=cpu,
-            features=features.flatten(),
+            features=flat,
             vector_bytes=16,
             vector_registers=32,
             fma=True,
@@ -137,22 +135,4 @@ def host_machine() -> CpuMachine:
             dotprod=bool(features.get("dotprod")),
         )
     # Any other processor: vectors of 16 bytes, which LLVM splits where the machine has none.
-    return CpuMachine(cpu, triple, cpu, features.flatten(), 16, 16, False, l1, l2, l3)
-
-
-def _cache_bytes() -> tuple[int, int, int]:
-    """Data cache sizes of core 0 (L1, L2, L3) from Linux's sysfs; common values where it does not tell."""
-    sizes = {1: 32 << 10, 2: 512 << 10, 3: 8 << 20}
-    base = Path("/sys/devices/system/cpu/cpu0/cache")
-    if not base.is_dir():
-        return sizes[1], sizes[2], sizes[3]
-    for entry in sorted(os.listdir(base)):
-        try:
-            kind = (base / entry / "type").read_text().strip()
-            level = int((base / entry / "level").read_text())
-            text = (base / entry / "size").read_text().strip()
-        except (OSError, ValueError):
-            continue
-        if kind in ("Data", "Unified") and level in sizes and text[-1:] in "KM":
-            sizes[level] = int(text[:-1]) << (10 if text[-1] == "K" else 20)
-    return sizes[1], sizes[2], sizes[3]
+    return CpuMachine(cpu, triple, cpu, flat, 16, 16, False, l1, l2, l3)

@@ -19,6 +19,7 @@ from nestc.codegen.objects import compile_ir, compile_kernel, kernel_key, known_
 from nestc.codegen.schedule import Alias, Step
 from nestc.errors import UnsupportedOp
 from nestc.graph.region import Region, TensorType
+from nestc.host import available_cpus
 from nestc.kernels import generic
 from nestc.kernels.api import PLAIN, CpuMachine, Family, Layout, Lowered, physical_shape
 from nestc.kernels.elementwise import STORED
@@ -29,7 +30,7 @@ from nestc.targets.api import Machine, Memory, Offer, Partition, constraint
 from nestc.targets.cpu.cost import seconds
 from nestc.targets.cpu.layout import VIEW, Action, Convert, Lower, View, plan_layouts, stored
 from nestc.targets.cpu.machine import machine as machine_called
-from nestc.targets.power import available_cpus, cpu_watts
+from nestc.targets.power import cpu_watts
 from nestc.tensor.ir import Kernel, written
 from nestc.tensor.math import expand
 from nestc.tensor.text import kernel_text

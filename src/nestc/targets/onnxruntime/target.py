@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from nestc.host import available_cpus
 from nestc.runtime.vendors.onnxruntime import CPU, KIND, OnnxRuntimeDevice, provider_called, runtime, short
 from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partition
 from nestc.targets.cpu.machine import host_machine
 from nestc.targets.onnxruntime.kernels import BORDER, known_ops, offered, opset_of, sound
-from nestc.targets.power import available_cpus, cpu_watts
+from nestc.targets.power import cpu_watts
 from nestc.targets.vendors import artifact, known_forms, no_bodies
 
 

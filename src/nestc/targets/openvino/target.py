@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from nestc.host import available_cpus
 from nestc.runtime.vendors.common import package
 from nestc.runtime.vendors.openvino import KIND, OpenVinoDevice, core, device_called, require_precision
 from nestc.targets.api import Artifact, Device, Machine, Memory, Offer, Partition
 from nestc.targets.openvino.rules import BORDER, OPS, kept_types, sound
-from nestc.targets.power import available_cpus, cpu_watts
+from nestc.targets.power import cpu_watts
 from nestc.targets.vendors import OPSET, artifact, known_forms
 
 
