@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from nestc.kernels.api import CpuMachine
+from nestc.kernels.choices import below
 from nestc.kernels.conv_shape import ConvShape, kept_weights
 from nestc.kernels.winograd_matrices import Transform
 
@@ -73,15 +74,15 @@ class Tiling:
 
 
 _FUSED_TILES = 96  # tiles from which on there are enough items for each to transform its inputs itself
-_MOST_TILES = 42  # of an item: so often is a weight used that was read from L3 or memory
-_REUSE = 1.6  # share of the time that weights would take if each was used for one tile only
+_LEAST_TILES, _MOST_TILES = 10, 42  # of an item: so often is a weight used that was read from L3 or memory
+_REUSE = 0.1  # share of the time that an item takes to read its weights which nothing hides
 _PRODUCTS = 8  # share of L2 that M may take, which is read soon after it was written: one part in so many
 
 # Of the cycles that the model counts (measured on a Zen 3 with layers of ResNet-18 and VGG16, one core).
 _TRANSFORM = 0.5  # cycles of an instruction of the transforms
 _TILE = 25.0  # cycles that a register tile takes beside its multiply-adds, and a tile beside its transform
 _MEMORY = 4.5  # bytes a cycle that weights come from memory with
-_L3 = 10.0  # bytes a cycle that V is written and read with where it does not stay in L2
+_L2, _L3 = 32.0, 10.0  # bytes a cycle that weights come from there with, or V is written and read
 _EXPOSED = 0.25  # part of the shorter of two things that are done at once, and which is not hidden by the longer one
 _DIRECT = 0.85  # share of the peak that direct kernels reach
 
@@ -92,21 +93,26 @@ def plan(t: Tiling, fused: bool | None = None) -> Plan:
     fused = t.count >= _FUSED_TILES if fused is None else fused
     count = ceil(t.count / mr)
     columns = ceil(t.vectors / nr)
-    groups = min(range(1, min(count, _MOST_TILES // mr or 1) + 1), key=lambda n: _item_cost(count, n, mr, fused))
+    least, most = ceil(_LEAST_TILES / mr), max(1, _MOST_TILES // mr)
+    groups = min(
+        range(min(count, least), min(count, most) + 1), key=lambda groups: _item_cost(t, count, groups, mr, fused)
+    )
     chunk = max(1, t.machine.l2_bytes // _PRODUCTS // (4 * t.positions * groups * mr * nr * t.lanes))
-    while columns % chunk:
-        chunk -= 1
-    return Plan(mr, nr, groups, chunk, fused)
+    return Plan(mr, nr, groups, below(columns, chunk), fused)
 
 
-def _item_cost(count: int, groups: int, mr: int, fused: bool) -> float:
-    """Relative time of `count` groups of tiles in items of `groups`: weights are read once an item, and few items keep
-    two or four workers waiting for each other (unless they have outputs to share)."""
+def _item_cost(t: Tiling, count: int, groups: int, mr: int, fused: bool) -> float:
+    """Relative time of `count` groups of tiles in items of `groups`: weights are read once an item, and two or four
+    workers wait for the last one, which something may have held up (unless they have outputs to share)."""
     items = ceil(count / groups)
     waiting = 1.0
     if fused:
-        waiting = sum(weight * ceil(items / n) * groups * n / count for n, weight in ((1, 0.3), (2, 0.5), (4, 0.2)))
-    return (1 + _REUSE / (groups * mr)) * max(1.0, waiting) + 0.001 * (items * groups - count)
+        waiting = sum(share * (ceil(items / n) + 0.25) * n * groups / count for n, share in ((2, 0.7), (4, 0.3)))
+    weights = 4 * t.positions * t.blocks * t.lanes * t.vectors * t.lanes
+    rate = _L2 if weights <= t.machine.l2_bytes else _L3 if weights <= t.machine.l3_bytes / 2 else _MEMORY
+    # A vector of weights is used for as many multiply-adds as the item has tiles, two a cycle.
+    reading = _REUSE * 8 * t.lanes / (groups * mr) / rate
+    return (1 + reading) * waiting + 0.001 * (items * groups - count)
 
 
 def tile(tiles: int, vectors: int, channels: int, registers: int) -> tuple[int, int]:
