@@ -107,7 +107,7 @@ def _item_cost(t: Tiling, count: int, groups: int, mr: int, fused: bool) -> floa
     items = ceil(count / groups)
     waiting = 1.0
     if fused:
-        waiting = sum(share * (ceil(items / n) + 0.25) * n * groups / count for n, share in ((2, 0.7), (4, 0.3)))
+        waiting = sum(share * (ceil(items / n) + 0.5) * n * groups / count for n, share in ((2, 0.7), (4, 0.3)))
     weights = 4 * t.positions * t.blocks * t.lanes * t.vectors * t.lanes
     rate = _L2 if weights <= t.machine.l2_bytes else _L3 if weights <= t.machine.l3_bytes / 2 else _MEMORY
     # A vector of weights is used for as many multiply-adds as the item has tiles, two a cycle.
