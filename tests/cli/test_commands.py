@@ -28,7 +28,7 @@ def test_compile_reports_what_it_made(nestc, mlp: Path) -> None:
     report = json.loads(result.out)
     assert result.status == 0
     assert set(report) == {
-        "bundle", "seconds", "regions", "partitions", "fallback_ops", "arena_bytes", "weights_bytes", "predicted_ms",
+        "bundle", "seconds", "regions", "partitions", "fallback_ops", "ways", "arena_bytes", "weights_bytes", "predicted_ms",
     }  # fmt: skip
     assert Path(report["bundle"]).is_file()
     assert report["fallback_ops"] == {}

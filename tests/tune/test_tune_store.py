@@ -128,7 +128,7 @@ def test_processes_write_at_once(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(300)
         assert worker.exitcode == 0
     assert ChoiceStore(path).own(HOST, 1) == {str(number): {"conv": 1.0 + number} for number in range(40)}
 

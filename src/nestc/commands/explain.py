@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nestc.commands import common, quantize
-from nestc.commands.compile import Objective, PlaceBy, Placements
+from nestc.commands.compile import Objective, PlaceBy, Placements, ways_of
 from nestc.errors import Error
 
 
@@ -43,11 +44,14 @@ def explain(
     common.require_file(model)
     words: list[str] = []
     told: dict[str, Any] = {}
+    ways: dict[str, str] = {}
     if common.is_bundle(model):
         if scheme is not None:
             raise Error(f"{model} is a bundle, which is compiled already; --quantize takes a model (.onnx)")
-        plan = common.open_or_compile(model, target or [], shape or [], dim or [], None).plan
-        notes: list[str] = []
+        opened = common.open_or_compile(model, target or [], shape or [], dim or [], None)
+        plan, notes = opened.plan, list[str]()
+        for part in opened.bundle.partitions:
+            ways |= ways_of(part.artifact)
     else:
         from nestc.driver import explain as explain_model
         from nestc.graph.bind import bind, bind_batch
@@ -79,7 +83,8 @@ def explain(
             notes = [f"for one sample a call: {sizes}; --dim NAME=SIZE (or --shape) explains another size", *notes]
     if json:
         report = {**plan.to_json(), "fallback_ops": plan.fallback_ops, "passes": notes}
-        common.print_json({**report, "quantized": told} if told else report)
+        report |= {"quantized": told} if told else {}
+        common.print_json({**report, "ways": ways} if ways else report)
         return
     for line in words:
         print(line)
@@ -90,3 +95,5 @@ def explain(
     if notes:
         print()
     print(plan.explain())
+    if ways:
+        print("\nkernels of the CPU: " + ", ".join(f"{way} {count}" for way, count in Counter(ways.values()).items()))

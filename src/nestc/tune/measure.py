@@ -41,8 +41,11 @@ class _Ready:
     outputs: list[np.ndarray]
 
     def run(self, evicted: int) -> float:
-        """Run once after other data; the inputs are as fresh in the caches as the kernel before has left them."""
+        """Run once after other data; the inputs are as fresh in the caches as the kernel before has left them, and so
+        is the memory of the outputs, which the network uses over and over."""
         evict(evicted)
+        for place in self.outputs:
+            place.fill(0)
         for place, source in zip(self.inputs, self.sources, strict=True):
             np.copyto(place, source)
         return max(LEAST_SECONDS, self.program(self.inputs, self.outputs)[1].seconds)
