@@ -159,12 +159,20 @@ def _measured(regions: Sequence[Region], rows: Sequence[Mapping[str, Any]]) -> d
     at = 0
     for row in rows:
         nodes = frozenset(row.get("origin") or ())
-        # Kernels come in the order of their regions, so that of several regions with equal names the next one counts.
-        order = (*range(at, len(regions)), *range(at))
-        place = next((number for number in order if nodes and nodes <= origins[number]), None)
+        place = region_of(nodes, origins, at)
         if place is None:
             continue
         at = place
         took = row["us"] if row.get("team_us") is None else row["team_us"]
         spent[regions[place].name] = spent.get(regions[place].name, 0.0) + took / 1e3
     return {name: Spent(ms, "measured", about="its kernels, one by one") for name, ms in spent.items()}
+
+
+def region_of(nodes: frozenset[str], origins: Sequence[frozenset[str]], at: int) -> int | None:
+    """The place of the region (by the nodes of each) that a kernel of these nodes belongs to; None if there is none.
+
+    Kernels come in the order of their regions, so that of several regions with equal names the next one from `at`
+    counts.
+    """
+    order = (*range(at, len(origins)), *range(at))
+    return next((number for number in order if nodes and nodes <= origins[number]), None)

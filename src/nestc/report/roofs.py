@@ -22,12 +22,23 @@ READINGS = 25
 MEMORY_BYTES = 64 << 20
 """Of an array that is copied to measure memory: more than the last-level cache a core has for itself."""
 
+CACHED_BYTES = (256 << 10, 4 << 20)
+"""In use by copies that measure caches: about what a core's own cache holds, and a share of the last one."""
+
 
 @dataclass(frozen=True)
 class Ceiling:
     """Operations a second (a multiply-add counts two) in a number format."""
 
     numbers: str
+    per_second: float
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """Bytes a second, read and written, as long as no more than ``bytes`` are in use."""
+
+    bytes: int
     per_second: float
 
 
@@ -106,6 +117,24 @@ def memory_bytes_per_second(threads: int) -> float:
     pairs = [(np.zeros(MEMORY_BYTES, np.uint8), np.ones(MEMORY_BYTES, np.uint8)) for _ in range(threads)]
     readings = range(READINGS // 3)
     return max(2 * MEMORY_BYTES * threads / _together([_copier(*pair) for pair in pairs]) for _ in readings)
+
+
+@lru_cache(maxsize=4)
+def bandwidths(threads: int) -> tuple[Bandwidth, ...]:
+    """Bytes a second that copies of arrays which stay in caches read and write: one core's, measured now, times
+    `threads`, since the small caches belong to one core each and the large ones keep up."""
+    found: list[Bandwidth] = []
+    for size in CACHED_BYTES:
+        copy = _copier(np.zeros(size // 2, np.uint8), np.ones(size // 2, np.uint8))
+        turns = max(1, (1 << 22) // size)
+        best = float("inf")
+        for _ in range(READINGS):
+            begin = time.perf_counter()
+            for _ in range(turns):
+                copy()
+            best = min(best, time.perf_counter() - begin)
+        found.append(Bandwidth(size, threads * size * turns / best))
+    return tuple(found)
 
 
 def _copier(destination: np.ndarray, source: np.ndarray) -> Callable[[], None]:
