@@ -22,7 +22,7 @@ from nestc.runtime.devices import device_for
 
 log = logging.getLogger("nestc")
 
-CALLS = 3
+CALLS = 7
 """Calls of a measured stage beside simulators: these run long, and meanwhile the caches fill with other things and the
 system finds that it is somebody else's turn, which no real device would bring about."""
 
