@@ -193,6 +193,21 @@ def test_error_of_a_deep_sum_stays_small():
         check(m, np.maximum(x, 0), w, b, [1, 1, 1, 1])
 
 
+def test_error_does_not_grow_with_depth():
+    """Eight layers with Relu between them, which keep the scale of their input: far below 2e-4 of it."""
+    found, exact = None, None
+    for layer in range(8):
+        x, w, _ = tensors(layer, (1, 32, 14, 14), (32, 32, 3, 3))
+        found, exact = (x, x.astype(np.float64)) if found is None else (found, exact)
+        w *= np.sqrt(2, dtype=np.float32)
+        exact = np.maximum(direct(exact, w, np.zeros(32), [1, 1, 1, 1]), 0)
+        region, _ = region_and_values(found, w, None, [1, 1, 1, 1], ("Relu",))
+        layouts = WinogradFamily(6).layouts(region, MACHINE, {})
+        lowered = WinogradFamily(6).lower(region, MACHINE, layouts)
+        found = run_lowered(region, lowered, {"x": found}, MACHINE, layouts)[region.outputs[0]]
+    assert np.abs(found - exact).max() < 2e-5 * np.abs(exact).max()
+
+
 # -- machines
 
 
