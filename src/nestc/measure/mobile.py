@@ -45,7 +45,6 @@ class NcnnEngine:
         unknown = _unknown_layers(ncnn, files.param)
         if unknown:
             raise Error(f"ncnn has no layer for {', '.join(unknown)}, which pnnx left in {model.name}")
-        # The net frees what it allocated from the pools, so they must outlive it.
         self._pools = ncnn.UnlockedPoolAllocator(), ncnn.PoolAllocator()
         self._net = ncnn.Net()
         options = self._net.opt
@@ -66,6 +65,11 @@ class NcnnEngine:
                 self.run()
             except Error as error:
                 raise Error(f"{error}{said()}") from None
+
+    def __del__(self) -> None:
+        # The network gives its memory back to the pools, so it must go first.
+        if hasattr(self, "_net"):
+            del self._net
 
     def run(self) -> list[Any]:
         """One inference into matrices of ncnn's own."""
