@@ -21,13 +21,14 @@ _PAIRS: dict[int, tuple[Fraction, ...]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Transform:
     """``m`` outputs of a correlation with ``r`` taps from ``n = m + r - 1`` inputs: y = at ((g w) * (bt d)).
 
     ``at`` is [m][n], ``g`` [n][r], ``bt`` [n][n]. The points are 0, a, -a for each a of `pairs`, and infinity, in this
     order; of a pair, row 1 + 2 * i of ``bt`` belongs to a and the next one to -a. (Lavin and Gray, "Fast algorithms for
     convolutional neural networks", 2016, arXiv 1509.09308, section 4; without points it is the identity, r = m = 1.)
+    Compared by identity: `transform` makes each once.
     """
 
     m: int

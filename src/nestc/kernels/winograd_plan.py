@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, prod
 
 from nestc.kernels.api import CpuMachine
@@ -87,6 +88,7 @@ _EXPOSED = 0.25  # part of the shorter of two things that are done at once, and 
 _DIRECT = 0.85  # share of the peak that direct kernels reach
 
 
+@lru_cache(maxsize=1024)
 def plan(t: Tiling, fused: bool | None = None) -> Plan:
     """A cut for `t` by sizes alone; `fused` may be given."""
     mr, nr = tile(t.count, t.vectors, t.blocks * t.lanes, t.machine.tile_registers)
@@ -136,6 +138,7 @@ def step_cycles(mr: int, nr: int) -> float:
     return max(mr * nr / 2, (mr + nr) / 2, 4.0) + 0.1 * nr + 0.02 * mr
 
 
+@lru_cache(maxsize=1024)
 def cycles(t: Tiling, cut: Plan) -> float:
     """Modelled cycles on one core, its weights in memory; only comparisons with `direct_cycles` mean something."""
     rows, columns = t.axes
