@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nestc import compiled
 from nestc.commands import common, quantize
 from nestc.errors import Error
 
 if TYPE_CHECKING:
+    from nestc import compiled
     from nestc.bundle.artifact import Artifact
     from nestc.graph.model import Model
     from nestc.runtime import Executable
@@ -144,6 +144,8 @@ def compile_(
         raise Error(f"cannot write {destination}: it {reason}")
     levels = emit or []
     target = common.exact_targets(target or ["cpu"], exact)
+    from nestc import compiled
+
     asked = None if verbose or tune is not None else _request(model, target, options)
     kept = None if asked is None else compiled.fetch(asked, destination)
     if kept is not None:
@@ -204,6 +206,8 @@ def _request(model: Path, targets: Sequence[str], options: Mapping[str, Any]) ->
     files = any(isinstance(value, Path) for value in options.values())
     if files or options["emit"] or options["scheme"] is not None or options["placement"] is PlaceBy.cost:
         return None
+    from nestc import compiled
+
     return compiled.request(model, targets, {name: repr(value) for name, value in options.items()})
 
 
