@@ -26,6 +26,9 @@ compare."""
 WORTH = 0.97
 """A way replaces the default where it takes at most this part of its time; less is noise."""
 
+SHIPPED_WORTH = 0.95
+"""The same for what is shipped, which has to pay on other machines of the kind, too."""
+
 _FORMAT = 1
 """Raised when the meaning of an entry changes, so that older ones are measured anew."""
 
@@ -147,14 +150,14 @@ def _defaults() -> dict[str, dict[str, dict[str, Times]]]:
 
 
 def export(path: Path, times: Mapping[str, Times], machine: CpuMachine, threads: int) -> int:
-    """Add what differs from the defaults to a file in the format that nestc ships; how many regions that are.
+    """Add what is clearly better than the default to a file in the format that nestc ships; how many regions that are.
 
     Raises Error if the file cannot be read or written, or is something else.
     """
     kept = {
         key: {name: float(f"{seconds:.4g}") for name, seconds in ways.items()}
         for key, ways in sorted(times.items())
-        if ways and min(ways.values()) <= WORTH * next(iter(ways.values()))
+        if ways and min(ways.values()) <= SHIPPED_WORTH * next(iter(ways.values()))
     }
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
