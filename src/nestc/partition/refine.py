@@ -16,7 +16,7 @@ from nestc.errors import PlanError
 from nestc.partition.evaluate import evaluate
 from nestc.partition.problem import HOST, Cost, Crossing, Edge, Evaluation, Problem, Solution, Stage, Task, stage_of
 
-ROUNDS = 8
+ROUNDS = 5
 """Solutions that are measured, at most; each costs a compilation of its new stages."""
 
 ENOUGH = 0.01
