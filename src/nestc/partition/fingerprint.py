@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -16,13 +15,12 @@ from functools import lru_cache
 from math import prod
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
-
-import numpy as np
+from typing import Any
 
 from nestc import __version__
 from nestc.errors import TargetError
 from nestc.graph.region import Region
+from nestc.graph.structure import digest, plain, structure
 from nestc.targets.api import Target
 
 MODELLED = "times_and_energies"
@@ -54,29 +52,12 @@ def region_hash(region: Region, body: bytes = b"") -> str:
     layers of one geometry take one time. `body` stands for graphs inside control flow operators, which a Region does
     not hold.
     """
-    numbers: dict[str, int] = {}
-
-    def number(name: str) -> int:
-        return numbers.setdefault(name, len(numbers)) if name else -1
-
-    inputs = [number(name) for name in region.inputs]
-    ops = [
-        [
-            f"{op.domain}::{op.op_type}",
-            {key: _plain(value) for key, value in sorted(op.attributes.items())},
-            [number(name) for name in op.inputs],
-            [number(name) for name in op.outputs],
-        ]
-        for op in region.ops
-    ]
-    types = sorted((number(name), type_.dtype, type_.shape) for name, type_ in region.types.items())
     by_contents = _by_contents(region)
-    constants = sorted(
-        (number(name), _plain(read()) if name in by_contents else "parameter")
-        for name, read in region.constants.items()
-    )
-    outputs = [number(name) for name in region.outputs]
-    return _digest([region.anchor, inputs, ops, types, constants, outputs, hashlib.sha256(body).hexdigest()])
+
+    def contents(name: str) -> Any:
+        return plain(region.constants[name]()) if name in by_contents else "parameter"
+
+    return digest([*structure(region, contents), hashlib.sha256(body).hexdigest()])
 
 
 def chain_hash(hashes: Sequence[str], regions: Sequence[Region], outputs: Iterable[str]) -> str:
@@ -92,7 +73,7 @@ def chain_hash(hashes: Sequence[str], regions: Sequence[Region], outputs: Iterab
     listed = [
         [text, number(region.inputs), number(region.outputs)] for text, region in zip(hashes, regions, strict=True)
     ]
-    return _digest([listed, sorted(number(outputs))])
+    return digest([listed, sorted(number(outputs))])
 
 
 def is_modelled(target: Target) -> bool:
@@ -109,12 +90,12 @@ def device_fingerprint(target: Target, threads: int) -> str:
     their times.
     """
     machine = {
-        item.name: _plain(getattr(target.machine, item.name))
+        item.name: plain(getattr(target.machine, item.name))
         for item in dataclasses.fields(target.machine)
         if item.name not in _NO_PART
     }
     options = {
-        key: _plain(value)
+        key: plain(value)
         for key, value in vars(target).items()
         if not key.startswith("_") and key not in ("name", "machine", "offers") and _is_option(value)
     }
@@ -127,7 +108,7 @@ def device_fingerprint(target: Target, threads: int) -> str:
     }
     if not is_modelled(target):
         about |= {"host": host_facts(), "threads": threads}
-    return _digest(about)
+    return digest(about)
 
 
 @lru_cache(maxsize=1)
@@ -171,41 +152,6 @@ def _is_option(value: object) -> bool:
     return value is None or isinstance(value, str | bytes | int | float | Path | tuple)
 
 
-def _plain(value: object) -> Any:
-    """A value as JSON has it, the same in every process; what it cannot hold becomes the name of its type."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value.hex()
-    if isinstance(value, bytes):
-        return ["bytes", value.hex()]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, np.generic):
-        return _plain(np.asarray(value))
-    if isinstance(value, np.ndarray):
-        return _plain_array(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in sorted(cast("Mapping[Any, Any]", value).items(), key=str)}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in cast("Sequence[Any]", value)]
-    return type(value).__qualname__
-
-
-def _plain_array(array: np.ndarray) -> list[Any]:
-    about: list[Any] = ["array", str(array.dtype), list(array.shape)]
-    if array.dtype.hasobject:  # strings
-        return [*about, [str(item) for item in array.reshape(-1)]]
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return [*about, hashlib.sha256(data.data).hexdigest()]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def _modules_of(target: Target) -> tuple[str, ...]:
     """The modules of a target's compile side and, if the device is here, of its run side."""
     found = [type(target).__module__]
@@ -236,15 +182,15 @@ def _code_of(modules: tuple[str, ...]) -> str:
             else:
                 others.add(top)
     texts = {module: hashlib.sha256(text.encode()).hexdigest() for module, text in sources.items()}
-    return _digest([texts, {name: _version(name) for name in sorted(others - sys.stdlib_module_names)}])
+    return digest([texts, {name: _version(name) for name in sorted(others - sys.stdlib_module_names)}])
 
 
 def _imports(source: str) -> set[str]:
     """Modules that a source imports, also inside functions; names imported from a package may be modules of it."""
     found: set[str] = set()
-    for package, names, plain in _IMPORT.findall(source):
-        if plain:
-            found |= {each.split()[0] for each in plain.split(",") if each.strip()}
+    for package, names, alone in _IMPORT.findall(source):
+        if alone:
+            found |= {each.split()[0] for each in alone.split(",") if each.strip()}
             continue
         found.add(package)
         found |= {f"{package}.{each.split()[0]}" for each in names.strip("()").split(",") if each.strip()}

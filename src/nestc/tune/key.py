@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from nestc import __version__
 from nestc.blobs import code_digest
 from nestc.graph.region import Region
+from nestc.graph.structure import digest, plain, structure
 from nestc.kernels.api import CpuMachine
 
 _FEW = 16
@@ -30,31 +28,13 @@ def region_key(region: Region) -> str:
     Names do not count, nor do the values of weights: layers of one geometry share what is known. Only few integers
     count by their contents, such as where a Slice begins.
     """
-    numbers: dict[str, int] = {}
-
-    def number(name: str) -> int:
-        return numbers.setdefault(name, len(numbers)) if name else -1
-
-    inputs = [number(name) for name in region.inputs]
-    ops = [
-        [
-            f"{op.domain}::{op.op_type}",
-            {key: _plain(value) for key, value in sorted(op.attributes.items()) if value is not None},
-            [number(name) for name in op.inputs],
-            [number(name) for name in op.outputs],
-        ]
-        for op in region.ops
-    ]
-    types = sorted((number(name), type_.dtype, type_.shape) for name, type_ in region.types.items() if name in numbers)
-    constants = sorted((number(name), _contents(region, name)) for name in region.constants if name in numbers)
-    outputs = [number(name) for name in region.outputs]
-    return _digest([region.anchor, inputs, ops, types, constants, outputs])
+    return digest(structure(region, lambda name: _contents(region, name)))
 
 
 def machine_key(machine: CpuMachine) -> str:
     """A readable name of a kind of machine, and a hash of what kernels are chosen by."""
     known = {key: value for key, value in dataclasses.asdict(machine).items() if key not in _NO_PART}
-    return f"{machine.cpu}-{_digest(known)[:12]}"
+    return f"{machine.cpu}-{digest(known)[:12]}"
 
 
 @lru_cache(maxsize=1)
@@ -67,26 +47,4 @@ def _contents(region: Region, name: str) -> Any:
     type_ = region.types[name]
     if type_.dtype not in ("int32", "int64") or np.prod(type_.shape) > _FEW:
         return "parameter"
-    return _plain(region.constants[name]())
-
-
-def _plain(value: object) -> Any:
-    """A value as JSON has it, the same in every process."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value.hex()
-    if isinstance(value, bytes):
-        return ["bytes", value.hex()]
-    if isinstance(value, np.generic | np.ndarray):
-        array = np.asarray(value)
-        return [str(array.dtype), list(array.shape), [str(item) for item in array.reshape(-1)]]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in sorted(cast("Mapping[Any, Any]", value).items(), key=str)}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in cast("Sequence[Any]", value)]
-    return type(value).__qualname__
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+    return plain(region.constants[name]())
