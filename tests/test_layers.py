@@ -19,6 +19,7 @@ STAGES = (
     "partition",
     "tensor",
     "kernels",
+    "tune",
     "codegen",
     "bundle",
     "runtime",
@@ -50,11 +51,15 @@ ALLOWED = {("importers", f"nestc.graph.{name}") for name in ("bind", "infer_shap
 TOP = {"driver", "cli", "commands", "specialise", "demo", "datasets", "images", "evaluation"}
 TOP |= {"quantization", "autoscheme", "compiled", "tuning"}
 
+# What finds the fastest ways compiles and runs them, so it is above the targets; what was found (`tune.store`, by
+# `tune.key`) they read.
+TOP_MODULES = {f"nestc.tune.{name}" for name in ("cluster", "measure", "run", "search", "task")}
+
 # Helpers that compile and run one kernel for tests and benchmarks; no stage may import them.
 TOOLS = {"nestc.kernels.testing", "nestc.kernels.checking"}
 
 # The run side must be light: these never appear among its imports.
-COMPILER = ("importers", "graph", "quant", "tensor", "kernels", "codegen", "targets")
+COMPILER = ("importers", "graph", "quant", "tensor", "kernels", "tune", "codegen", "targets")
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -96,7 +101,7 @@ KNOWN = {name for name, _ in MODULES}
 @pytest.mark.parametrize(("name", "path"), MODULES, ids=[name for name, _ in MODULES])
 def test_a_stage_imports_no_later_one(name: str, path: Path) -> None:
     parts = name.split(".")
-    if len(parts) < 2 or parts[1] in TOP or name in TOOLS:
+    if len(parts) < 2 or parts[1] in TOP or name in TOP_MODULES | TOOLS:
         return
     stage = parts[1]
     for imported in imports(path, KNOWN):
@@ -104,12 +109,19 @@ def test_a_stage_imports_no_later_one(name: str, path: Path) -> None:
             continue
         other = imported.split(".")[1]
         assert imported not in TOOLS, f"{name} imports {imported}, which is for tests and benchmarks"
-        assert other not in TOP, f"{name} imports {imported}: only the command line and the driver see everything"
+        above = other in TOP or imported in TOP_MODULES
+        assert not above, f"{name} imports {imported}: only the command line and the driver see everything"
         if stage == "targets":
             continue
         if stage in STAGES:
             assert other in STAGES, f"{name} imports {imported}, which is no stage"
             assert STAGES.index(other) <= STAGES.index(stage), f"{name} imports {imported}, a later stage"
+
+
+def test_every_part_has_a_place() -> None:
+    placed = {*STAGES, *TOP, "targets", *(name.split(".")[1] for name in CONTRACTS if name.count(".") == 1)}
+    assert {name.split(".")[1] for name, _ in MODULES if "." in name} <= placed
+    assert KNOWN >= TOP_MODULES | TOOLS | CONTRACTS
 
 
 @pytest.mark.parametrize("stage", ["bundle", "runtime"])

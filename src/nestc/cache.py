@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+_TUNED = 100_000  # results kept in the tuning store; a network has some 30 layers of different geometry
 _WAIT = 5.0  # seconds that a process waits for another one's write
 _SCHEMA = (
     "create table if not exists result (key text primary key, value text not null, at integer not null)",
@@ -108,3 +109,10 @@ class TextStore:
         except OSError:
             return False
         return True
+
+
+class TuningStore(TextStore):
+    """What searches found, in the user's tuning store or the file given; see `TextStore`."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__(path or tuning_path(), _TUNED)

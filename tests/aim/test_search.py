@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from machines_small import small
 
+from nestc.cache import TuningStore
 from nestc.errors import TargetError
 from nestc.runtime.aim.machine import preset
 from nestc.runtime.aim.timing import simulate_timing
@@ -16,7 +17,6 @@ from nestc.targets.aim.compiler import compile_layers, without_host
 from nestc.targets.aim.layer import MatrixVector
 from nestc.targets.aim.mapping import Mapping, plan
 from nestc.targets.aim.search import best, estimate, search
-from nestc.targets.store import TuningStore
 
 
 def _layer(m: int, k: int, vectors: int = 1, activation: str | None = None) -> MatrixVector:

@@ -134,7 +134,7 @@ def test_the_version_is_that_of_all_source_files(monkeypatch):
 
 
 def test_new_measurements_of_kernels_compile_anew(compile_, tmp_path):
-    from nestc.targets.store import TuningStore
+    from nestc.cache import TuningStore
 
     model = write(tmp_path / "m.onnx", network())
     compile_(model)

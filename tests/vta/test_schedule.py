@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nestc.cache import TuningStore
 from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.timing import RTL
-from nestc.targets.store import TuningStore
 from nestc.targets.vta import schedule
 from nestc.targets.vta.geometry import geometry
 from nestc.targets.vta.layer import Clip, FeatureMap, Init, Layer, Maximum, Product, Shift, Step

@@ -12,11 +12,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import cast
 
+from nestc.cache import TuningStore
 from nestc.errors import Error
 from nestc.graph.region import Region
 from nestc.kernels.api import CpuMachine, Family
 from nestc.kernels.ways import named
-from nestc.targets.store import TuningStore
 from nestc.tune.key import code_version, machine_key, region_key
 
 Times = Mapping[str, float]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from nestc.cache import TuningStore
 from nestc.errors import TargetError
 from nestc.runtime.aim.commands import Eoc
 from nestc.runtime.aim.machine import AimMachine
@@ -16,7 +17,6 @@ from nestc.targets.aim import lower as lowering
 from nestc.targets.aim.emit import Addresses, emit
 from nestc.targets.aim.layer import MatrixVector
 from nestc.targets.aim.mapping import Mapping, Plan, plan
-from nestc.targets.store import TuningStore
 
 TIMED = 6
 """Mappings that are timed at most, of those that the closed form puts first."""

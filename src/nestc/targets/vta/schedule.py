@@ -12,10 +12,10 @@ from importlib import resources
 
 import numpy as np
 
+from nestc.cache import TuningStore
 from nestc.errors import TargetError
 from nestc.runtime.vta.config import VtaConfig
 from nestc.runtime.vta.timing import RTL, UOP_BYTES, Timing, simulate_timing
-from nestc.targets.store import TuningStore
 from nestc.targets.vta.emit import emit
 from nestc.targets.vta.geometry import geometry
 from nestc.targets.vta.layer import Layer

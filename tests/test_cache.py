@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nestc.targets.store import TuningStore, store_path
+from nestc.cache import TuningStore, tuning_path
 
 
 def test_keeps_and_replaces(tmp_path: Path) -> None:
@@ -24,9 +24,9 @@ def test_keeps_and_replaces(tmp_path: Path) -> None:
 
 def test_lies_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert store_path() == tmp_path / "nestc" / "tuning.sqlite"
+    assert tuning_path() == tmp_path / "nestc" / "tuning.sqlite"
     TuningStore().put("a", "1")
-    assert store_path().is_file()
+    assert tuning_path().is_file()
 
 
 @pytest.mark.parametrize("content", [b"", b"no database at all" * 100, b"SQLite format 3\0" + bytes(3000)])
