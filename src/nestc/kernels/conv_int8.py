@@ -46,7 +46,7 @@ class ConvInt8Family:
 
     def refusal(self, region: Region) -> str | None:
         """Why this family does not lower `region`; None if it does."""
-        found = _read(region)
+        found = read_convolution(region)
         if isinstance(found, str):
             return found
         op, shape = found.op, conv_shape(found.op, region)
@@ -60,7 +60,7 @@ class ConvInt8Family:
 
     def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
         """Blocked output, and blocked input unless it has few channels."""
-        found = _read(region)
+        found = read_convolution(region)
         assert isinstance(found, IntegerConv)
         block = Layout(machine.lanes("float32"))
         output = region.types[found.op.outputs[0]].shape
@@ -76,7 +76,7 @@ class ConvInt8Family:
 
     def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
         """One kernel and its packed weights."""
-        found = _read(region)
+        found = read_convolution(region)
         assert isinstance(found, IntegerConv)
         shape = conv_shape(found.op, region)
         lanes = machine.lanes("float32")
@@ -86,7 +86,7 @@ class ConvInt8Family:
         return IntegerConvolution(region, found, merged, weights, machine, layouts).lower()
 
 
-def _read(region: Region) -> IntegerConv | str:
+def read_convolution(region: Region) -> IntegerConv | str:
     """The numbers of the region's convolution, or why it is none of integers that this family computes."""
     anchor = quantized_anchor(region)
     if anchor is not None and anchor.op.op_type == "Conv" and not anchor.op.domain:

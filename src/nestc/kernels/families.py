@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from nestc.graph.region import Region
 from nestc.kernels.api import CpuMachine, Family
@@ -27,6 +28,7 @@ from nestc.kernels.resize import RESIZE
 from nestc.kernels.softmax import SOFTMAX
 from nestc.kernels.weight_only import WEIGHT_ONLY
 from nestc.kernels.winograd import WINOGRAD
+from nestc.kernels.winograd_int8 import WINOGRAD_INT8
 
 GENERIC = Generic()
 
@@ -79,20 +81,37 @@ def alternatives(region: Region, machine: CpuMachine, exact: bool = False) -> tu
         return ()
     if plain is GEMM:
         return gemm_ways(region, machine)
+    if plain is CONV_INT8:
+        return by_cost(plain, WINOGRAD_INT8, region, machine)
     if plain is not CONV:
         return (plain,)
     direct = conv_ways(region, machine)
     if exact:
         return direct
+    return (*by_cost(CONV, WINOGRAD, region, machine), *direct[1:])
+
+
+class _Transforming(Family, Protocol):
+    """A family that computes what another one does after transforms, at a modelled price."""
+
+    def cycles(self, region: Region, machine: CpuMachine) -> tuple[float, float]: ...
+
+    def other(self, region: Region, machine: CpuMachine) -> Family: ...
+
+
+def by_cost(
+    plain: Family, transforming: Sequence[_Transforming], region: Region, machine: CpuMachine
+) -> tuple[Family, ...]:
+    """`plain` and those of `transforming` that lower the region, the one with the least modelled cycles first, then
+    their other forms."""
     faster: list[tuple[float, Family]] = []
     slower: list[tuple[float, Family]] = []
-    for family in WINOGRAD:
-        if family.refusal(region) is None:
-            took, limit = family.cycles(region, machine)
-            (faster if took < limit else slower).append((took, family))
+    usable = [family for family in transforming if family.refusal(region) is None]
+    for family in usable:
+        took, limit = family.cycles(region, machine)
+        (faster if took < limit else slower).append((took, family))
     before, after = ([family for _, family in sorted(ways, key=lambda way: way[0])] for ways in (faster, slower))
-    others = [family.other(region, machine) for family in WINOGRAD if family.refusal(region) is None]
-    return (*before, plain, *after, *others, *direct[1:])
+    return (*before, plain, *after, *(family.other(region, machine) for family in usable))
 
 
 DEQUANTIZE = DequantizeFamily(choose)
