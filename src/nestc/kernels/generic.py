@@ -357,10 +357,10 @@ def _blocked(region: Region, block: int, incoming: Mapping[str, Layout]) -> dict
                     return None
             if len(shape) != rank or op.op_type == "BitCast":
                 return None
-        elif op.op_type == "Concat" and int(op.attributes.get("axis", 0) or 0) % max(1, len(shape)) == 1:  # type: ignore[arg-type]
-            if len(shape) != rank or any(region.types[n].shape[1] % block for n in op.inputs):
+        elif move.keeps_blocks(op, region, block):
+            if len(shape) != rank:
                 return None
-            blocked.update(n for n in op.inputs if n in region.inputs)
+            blocked.update(n for n in (op.inputs if op.op_type == "Concat" else op.inputs[:1]) if n in region.inputs)
         else:
             return None
         blocked.update(op.outputs)

@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from nestc.graph.region import Op
+from nestc.graph.region import Op, Region
 from nestc.kernels.compute import Body
 from nestc.kernels.ops.attributes import axis_of, integer, integers, refused, text
 from nestc.tensor import index as ix
@@ -48,14 +48,7 @@ def _transpose(body: Body, op: Op) -> None:
 
 
 def _slice(body: Body, op: Op) -> None:
-    shape = body.shape(op.inputs[0])
-    rank = len(shape)
-    starts = [int(v) for v in body.constant(op, 1).reshape(-1)]
-    ends = [int(v) for v in body.constant(op, 2).reshape(-1)]
-    axes_ = [int(v) % rank for v in body.constant(op, 3).reshape(-1)] if op.input(3) else list(range(len(starts)))
-    steps = [int(v) for v in body.constant(op, 4).reshape(-1)] if op.input(4) else [1] * len(starts)
-    moves = {a: slice(s, e if abs(e) < 1 << 62 else None, k).indices(shape[a])
-             for a, s, e, k in zip(axes_, starts, ends, steps)}  # fmt: skip
+    moves = _ranges(op, body.shape(op.inputs[0]), lambda place: body.constant(op, place))
 
     def value(axes: Axes) -> Expr:
         place: list[Expr] = []
@@ -65,6 +58,66 @@ def _slice(body: Body, op: Op) -> None:
         return body.read(op.inputs[0], place)
 
     body.map(op.outputs[0], value)
+
+
+def _ranges(op: Op, shape: tuple[int, ...], constant: Callable[[int], np.ndarray]) -> dict[int, tuple[int, int, int]]:
+    """First, end and step that a Slice takes of each axis it names; `constant` gives an operand by its place."""
+    rank = len(shape)
+    starts = [int(v) for v in constant(1).reshape(-1)]
+    ends = [int(v) for v in constant(2).reshape(-1)]
+    axes_ = [int(v) % rank for v in constant(3).reshape(-1)] if op.input(3) else list(range(len(starts)))
+    steps = [int(v) for v in constant(4).reshape(-1)] if op.input(4) else [1] * len(starts)
+    return {a: slice(s, e if abs(e) < 1 << 62 else None, k).indices(shape[a])
+            for a, s, e, k in zip(axes_, starts, ends, steps)}  # fmt: skip
+
+
+def taken(op: Op, region: Region) -> tuple[int, int] | None:
+    """The axis along which a Split or Slice takes all its outputs, one behind the other, and where the first begins.
+
+    None if it takes anything else, or what it takes is not constant.
+    """
+    shape = region.types[op.inputs[0]].shape
+    if op.op_type == "Split":
+        return None if "" in op.outputs else (axis_of(op, len(shape)), 0)
+    operands = {place: region.constant(op.input(place)) for place in range(1, 5) if op.input(place)}
+    given = {place: array for place, array in operands.items() if array is not None}
+    if op.op_type != "Slice" or len(given) < len(operands):
+        return None
+    ranges = _ranges(op, shape, lambda place: given[place])
+    real = {axis: place for axis, place in ranges.items() if place != (0, shape[axis], 1)}
+    if any(step != 1 or end <= start for start, end, step in real.values()) or len(real) > 1:
+        return None
+    return next(((axis, start) for axis, (start, _, _) in real.items()), (0, 0))
+
+
+def keeps_blocks(op: Op, region: Region, block: int) -> bool:
+    """Whether a Concat, Split, Slice or Pad of values in blocks of channels moves whole blocks only.
+
+    Padding that fills the last block may then only come last.
+    """
+    shape = region.types[op.inputs[0]].shape
+    if len(shape) < 3:
+        return False
+    if op.op_type == "Concat":
+        axis = axis_of(op, len(shape))
+        return axis > 1 or (axis == 1 and all(region.types[name].shape[1] % block == 0 for name in op.inputs[:-1]))
+    if op.op_type == "Pad":
+        amounts = region.constant(op.input(1))
+        if amounts is None or op.input(3) or text(op, "mode", "constant") != "constant":
+            return False
+        return not np.any(amounts.reshape(2, -1)[:, :2])
+    found = taken(op, region) if op.op_type in ("Split", "Slice") else None
+    if found is None or found[0] == 0:
+        return False
+    axis, begin = found
+    if axis > 1:
+        return True
+    for name in op.outputs:
+        end = begin + region.types[name].shape[1]
+        if begin % block or (end % block and end != shape[1]):
+            return False
+        begin = end
+    return True
 
 
 def _concat(body: Body, op: Op) -> None:

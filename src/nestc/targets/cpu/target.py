@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import prod
 from typing import NoReturn
 
 import numpy as np
@@ -24,11 +23,11 @@ from nestc.kernels import generic
 from nestc.kernels.api import PLAIN, CpuMachine, Family, Layout, Lowered, physical_shape
 from nestc.kernels.elementwise import STORED
 from nestc.kernels.families import alternatives, choose
-from nestc.kernels.small import storage
 from nestc.runtime.arrays import aligned
 from nestc.targets.api import Machine, Memory, Offer, Partition, constraint
+from nestc.targets.cpu.address import Copy, address, nbytes
 from nestc.targets.cpu.cost import seconds
-from nestc.targets.cpu.layout import VIEW, Action, Convert, Lower, View, plan_layouts, stored
+from nestc.targets.cpu.layout import VIEW, Action, Convert, Lower, plan_layouts, stored
 from nestc.targets.cpu.machine import machine as machine_called
 from nestc.targets.power import cpu_watts
 from nestc.tensor.ir import Kernel, written
@@ -183,13 +182,16 @@ class _Compiler:
         actions, types = self.plan(way)
         p = self.partition
         with self.pool() as pool:
-            for action in actions:
-                if isinstance(action, Lower):
-                    self.add_region(action, pool)
-                elif isinstance(action, Convert):
-                    self.add_conversion(action, types[action.value], pool)
+            addressed = address(actions, p.inputs, p.outputs, types)
+            self.aliases.update(addressed.aliases)
+            self.sizes.update(addressed.sizes)
+            for step in addressed.steps:
+                if isinstance(step, Lower):
+                    self.add_region(step, pool)
+                elif isinstance(step, Convert):
+                    self.add_conversion(step, types[step.value], pool)
                 else:
-                    self.add_view(action, types, pool)
+                    self.add_copy(step, pool)
         ways = {action.region.name: action.family.name for action in actions if isinstance(action, Lower)}
         return self.program({name: types[name] for name in (*p.inputs, *p.outputs)}, ways)
 
@@ -267,26 +269,16 @@ class _Compiler:
         self.size(target, type_, action.target)
         self.add_launches(lowered, names, f"{action.value}.layout", 0.0, pool)
 
-    def add_view(self, action: View, types: Mapping[str, TensorType], pool: ThreadPoolExecutor) -> None:
-        """The output is its input under another name; where both have a place of their own, it is copied."""
-        p = self.partition
-        self.size(action.output, types[action.output], PLAIN)
-        if action.output not in p.outputs:
-            self.aliases[action.output] = Alias(action.source)
-            return
-        free = action.source in self.sizes and action.source not in self.aliases
-        if free and action.source not in (*p.inputs, *p.outputs):
-            self.aliases[action.source] = Alias(action.output)
-            return
-        flat = TensorType(types[action.output].dtype, (prod(types[action.output].shape),))
-        lowered = generic.convert(flat, PLAIN, PLAIN, self.machine)
-        names = {"source": action.source, "target": action.output}
-        self.add_launches(lowered, names, f"{action.output}.copy", 0.0, pool)
+    def add_copy(self, step: Copy, pool: ThreadPoolExecutor) -> None:
+        """A kernel that copies bytes to where they have to lie."""
+        lowered = generic.convert(step.elements, PLAIN, PLAIN, self.machine)
+        names = {"source": step.source, "target": step.target}
+        self.add_launches(lowered, names, f"{step.target}.copy", 0.0, pool)
 
     def size(self, name: str, type_: TensorType, layout: Layout) -> None:
         if name in self.partition.inputs or name in self.partition.outputs:
             return
-        self.sizes[name] = prod(physical_shape(type_, layout)) * width(storage(type_.dtype)) // 8
+        self.sizes[name] = nbytes(type_, layout)
 
     def add_launches(
         self, lowered: Lowered, names: Mapping[str, str], prefix: str, cost: float, pool: ThreadPoolExecutor
