@@ -102,6 +102,24 @@ def test_the_interpreter_agrees(kind):
         agree(region, values, HOST, blocked, jit=False)
 
 
+@pytest.mark.parametrize("target", [HOST, WIDE], ids=["host", "wide"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_a_maximum_in_blocks_is_that_of_the_integers(dtype, target):
+    """Channels that fill the last block only in part, borders that windows reach over, and equal scales: no rounding."""
+    x = np.random.default_rng(0).integers(0, 256, (2, 19, 9, 10), np.uint8).view(dtype)
+    node = helper.make_node("MaxPool", ["xf"], ["y"], kernel_shape=[3, 3], strides=[2, 1], pads=[1, 1, 1, 1])
+    region, values = region_with(node, x, dtype=dtype)
+    values |= {"ys": values["xs"], "yz": values["xz"]}
+    region = dataclasses.replace(region, constants={name: lambda name=name: values[name] for name in region.constants})
+    least = np.iinfo(dtype).min
+    wide = np.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1)], constant_values=least)
+    taps = [wide[:, :, i : i + 9 : 2, j : j + 10] for i in range(3) for j in range(3)]
+    layouts = POOL_INT8.layouts(region, target, {"x": Layout(target.lanes("float32"))})
+    assert layouts["x"].block == layouts["q"].block == target.lanes("float32")
+    found = run_lowered(region, POOL_INT8.lower(region, target, layouts), values, target, layouts)["q"]
+    np.testing.assert_array_equal(found, np.maximum.reduce(taps))
+
+
 def test_windows_of_different_sizes_are_left_to_float():
     x = np.random.default_rng(0).integers(0, 256, (1, 16, 6, 6), np.uint8)
     node = helper.make_node("AveragePool", ["xf"], ["y"], kernel_shape=[3, 3], pads=[1, 1, 1, 1])

@@ -12,10 +12,12 @@ import pytest
 import nestc
 from nestc.graph import pipeline
 from nestc.graph.model import Model
+from nestc.graph.region import Op, Region, TensorType
 from nestc.graph.regions import form, regions
 from nestc.partition.cut import find_cuts, pieces
 from nestc.partition.match import takes
 from nestc.targets import make
+from nestc.targets.api import Artifact, Device, Machine, Offer, Partition
 
 
 def silu_net() -> onnx.ModelProto:
@@ -145,3 +147,45 @@ def test_powers_of_two_leave_curves_to_those_who_have_tables() -> None:
     reference = nestc.compile(model, threads=1)(x)
     error = nestc.compile(powers, ["vta"], threads=1)(x) - reference
     assert np.sqrt((error**2).mean() / (reference**2).mean()) < 0.1
+
+
+class Picky:
+    """A target that takes a region if all its operators are among those it knows."""
+
+    name = "picky"
+    machine = Machine("picky", (), ("float32",))
+
+    def __init__(self, *ops: str) -> None:
+        self.offers = (Offer("some", frozenset(ops)),)
+
+    def compile(self, partition: Partition, emit: object = None) -> Artifact:
+        raise NotImplementedError
+
+    def open(self) -> Device:
+        raise NotImplementedError
+
+
+def in_a_row(anchor: str | None, *ops: str) -> Region:
+    """A region of operators one after the other."""
+    names = ["x", *(f"v{number}" for number in range(len(ops)))]
+    made = tuple(Op(op, (names[n],), (names[n + 1],), name=f"n{n}") for n, op in enumerate(ops))
+    types = dict.fromkeys(names, TensorType("float32", (4,)))
+    return Region("r000_row", anchor, made, ("x",), (names[-1],), types, {})
+
+
+@pytest.mark.parametrize(
+    ("anchor", "ops", "known", "cuts"),
+    [
+        ("Conv", ("Conv", "Relu", "Erf"), ("Conv", "Relu"), ["n1"]),  # the product and what follows it
+        ("Conv", ("Abs", "Conv", "Erf"), ("Conv", "Erf"), ["n0"]),  # the product is in the tail
+        ("Conv", ("Abs", "Conv", "Relu", "Erf"), ("Abs",), []),  # what is before the product is not worth a border
+        ("Conv", ("Conv", "Relu", "Erf"), ("Relu", "Erf"), []),  # nor is what is behind it
+        (None, ("Abs", "Relu", "Erf"), ("Abs", "Relu"), ["n1"]),  # where there is no product every piece is
+        (None, ("Abs", "Relu", "Erf"), ("Erf",), ["n1"]),
+        ("view", ("Reshape", "Abs"), ("Reshape",), []),  # and a view moves nothing
+    ],
+)
+def test_a_piece_is_worth_a_border_if_the_product_is_in_it(
+    anchor: str | None, ops: tuple[str, ...], known: tuple[str, ...], cuts: list[str]
+) -> None:
+    assert find_cuts([in_a_row(anchor, *ops)], [Picky(*known)]) == cuts
