@@ -5,8 +5,7 @@ model is in the constant tables (steps, and the place of every argument), so hun
 
 Exported functions (i64 = 64-bit integer):
 
-- ``void <prefix>_main(ptr table, ptr ctx, i64 tid, i64 nthreads)``: all steps, as worker `tid` of `nthreads`;
-  with one thread `ctx` is not read.
+- ``void <prefix>_main(ptr table, ptr, i64, i64)``: all steps in the caller's thread; only `table` is read.
 - ``void <prefix>_run(ptr ctx, ptr table)``: what the caller's thread runs: starts the workers and is worker 0.
 - ``void <prefix>_worker(ptr ctx, i64 tid)``: what every other thread runs until ``<prefix>_stop(ptr ctx)``.
 - ``void <prefix>_profile(ptr table, ptr ns)``: all steps on one thread; writes the nanoseconds of each (i64).
@@ -25,7 +24,8 @@ from typing import Any
 
 from nestc.codegen.objects import cached_object
 from nestc.codegen.schedule import PARALLEL, Alias, Schedule, Step, schedule
-from nestc.codegen.spmd import CONTEXT_BYTES, CONTEXT_SPINS, CONTEXT_THREADS, CONTEXT_TRACE, emit
+from nestc.codegen.spmd import emit
+from nestc.codegen.spmd_wait import CONTEXT_BYTES, CONTEXT_SPINS, CONTEXT_THREADS, CONTEXT_TRACE
 from nestc.graph.region import TensorType
 from nestc.kernels.api import CpuMachine
 

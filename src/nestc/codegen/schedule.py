@@ -117,8 +117,8 @@ class Schedule:
 
     @property
     def thread_bytes(self) -> int:
-        """Bytes of the shared context that each worker owns: two banks of a 64-bit chunk counter a step."""
-        return 2 * -(-8 * len(self.steps) // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+        """Bytes of the shared context that each worker owns: a 64-bit word a step, with which its part is claimed."""
+        return -(-8 * len(self.steps) // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
 
 
 _Access: TypeAlias = tuple[int, int, int, bool]

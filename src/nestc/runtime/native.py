@@ -58,8 +58,8 @@ class CpuDevice:
 
 
 class NativeProgram:
-    """A linked partition. May be called from several threads: with one worker each call has an arena of its own, with
-    more the calls take turns."""
+    """A linked partition. May be called from several threads: each call has an arena of its own, and one of them at a
+    time has the workers (see `Team.run`)."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         metadata = artifact.metadata
@@ -115,10 +115,9 @@ class NativeProgram:
             functions.main(frame.address, 0, 0, 1)
             seconds = time.perf_counter() - begin
         else:
-            with team.lock:
-                begin = time.perf_counter()
-                team.run(frame.address)
-                seconds = time.perf_counter() - begin
+            begin = time.perf_counter()
+            team.run(frame.address)
+            seconds = time.perf_counter() - begin
         self._frames.append(frame)
         return results, Elapsed(seconds, "measured")
 
@@ -136,8 +135,7 @@ class NativeProgram:
             functions.profile(frame.address, address(row))
         together: np.ndarray | None = None
         if self._team is not None:
-            with self._team.lock:
-                traces = [self._team.trace(frame.address, len(self._steps)) for _ in range(runs)]
+            traces = [self._team.trace(frame.address, len(self._steps)) for _ in range(runs)]
             # A serial step is run by one worker; the others pass it in no time, before or after.
             together = np.median([_span(trace) for trace in traces], axis=0) / 1e3
         self._frames.append(frame)
@@ -162,8 +160,7 @@ class NativeProgram:
         """Stop the workers and let go of the code and memory; calls that still run finish first."""
         team, self._team, self._functions = self._team, None, None
         if team is not None:
-            with team.lock:
-                team.close()
+            team.close()
         self._frames.clear()
 
     def _wrong_size(self, slot: int, array: np.ndarray) -> TargetError:

@@ -15,6 +15,11 @@ from nestc.runtime.objects import NativeFunctions
 
 _STOP_SECONDS = 10.0
 
+# Threads of all teams of this process that run now. More of them than processors would only put each other aside in the
+# middle of a chunk that others wait for, so whoever comes when there is no room left does without help.
+_gate = threading.Lock()
+_running = 0
+
 # How often a worker looks before it sleeps. One look takes 10 to 45 ns on x86; in a run others are busy on its behalf,
 # so it looks longer (about 100 us) than between runs (about 50 us), where its core should soon be free for other work.
 _RUN_SPINS, _IDLE_SPINS = 4000, 2000
@@ -34,27 +39,53 @@ class ContextLayout:
 class Team:
     """`threads` workers, of which the caller of `run` is the first; the others are started by the first run.
 
-    Used by one caller at a time (`lock`). The threads refer to the code and the context but not to the team, so a team
+    Used by one caller at a time, between `begin` and `end`. The threads refer to the code and the context but not to the team, so a team
     that nobody refers to any more is stopped by its finalizer, as it is when the interpreter exits.
     """
 
     def __init__(self, functions: NativeFunctions, layout: ContextLayout, threads: int) -> None:
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         self._functions = functions
         self._layout = layout
         self._threads = threads
         self._process = 0
         self._closed = False
         self._context = np.empty(0, np.uint8)
+        self._cpus = usable_cpus()
         self._stop: weakref.finalize[[NativeFunctions, np.ndarray, list[threading.Thread]], Team] | None = None
 
     def run(self, table: int) -> None:
-        """Run the program once with the pointer table at address `table`; the caller holds `lock`."""
-        self._ready()
-        self._functions.run(address(self._context), table)
+        """Run the program once with the pointer table at address `table`.
+
+        The caller's thread does it alone while another call has the workers, or where programs that run now leave
+        them no processor. May be called from several threads at once.
+        """
+        global _running
+        if self._closed:
+            raise TargetError("this executable is closed")
+        with _gate:
+            together = _running == 0 or _running + self._threads <= self._cpus
+            together = together and self._lock.acquire(blocking=False)
+            mine = self._threads if together else 1
+            _running += mine
+        try:
+            if together:
+                self._ready()
+                self._functions.run(address(self._context), table)
+            else:
+                self._functions.main(table, 0, 0, 1)
+        finally:
+            if together:
+                self._lock.release()
+            with _gate:
+                _running -= mine
 
     def trace(self, table: int, steps: int) -> np.ndarray:
         """Run once and return nanoseconds [threads, steps, 2]: begin and end of each worker's share of each step."""
+        with self._lock:
+            return self._traced(table, steps)
+
+    def _traced(self, table: int, steps: int) -> np.ndarray:
         self._ready()
         times = np.zeros((self._threads, steps, 2), np.int64)
         pointer = self._context[self._layout.trace : self._layout.trace + 8].view(np.uintp)
@@ -66,10 +97,11 @@ class Team:
         return times
 
     def close(self) -> None:
-        """Stop the workers and wait for them; the team may not run again."""
-        self._closed = True
-        if self._stop is not None:
-            self._stop()
+        """Stop the workers and wait for them, after the run in progress; the team may not run again."""
+        with self._lock:
+            self._closed = True
+            if self._stop is not None:
+                self._stop()
 
     def _ready(self) -> None:
         """Start the workers for the first run, and for the first in a forked child, where no thread has followed."""
