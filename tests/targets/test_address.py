@@ -70,7 +70,7 @@ def moves(executable: nestc.Executable) -> list[str]:
     for partition in executable.bundle.partitions:
         for step in partition.artifact.metadata["steps"]:
             kinds = {node.split(":")[0] for node in step["origin"]}
-            if kinds <= {"Concat", "Split", "Slice", "Pad", "Transpose", "Identity"}:
+            if kinds <= {"Concat", "Split", "Slice", "Pad", "Transpose", "Identity", "Reshape"}:
                 found.append(
                     "_".join(step["symbol"].split("_")[:3]) if "Identity" in kinds else "+".join(sorted(kinds))
                 )
@@ -185,3 +185,36 @@ def test_any_branches_as_onnxruntime(data: st.DataObject) -> None:
     made = [name for name in net.channels if name not in net.inputs]
     outputs = data.draw(st.lists(st.sampled_from(made), min_size=1, max_size=4, unique=True))
     check(net.model(*outputs), data.draw(st.sampled_from([1, 2])))
+
+
+def shuffled(net: Net, x: str, groups: int) -> str:
+    shape = [net.batch, groups, net.channels[x] // groups, net.pixels, net.pixels]
+    split = net.add("Reshape", [x, net.constant(np.array(shape, np.int64))], [0])[0]
+    turned = net.add("Transpose", [split], [0], perm=[0, 2, 1, 3, 4])[0]
+    whole = net.constant(np.array([net.batch, net.channels[x], net.pixels, net.pixels], np.int64))
+    return net.add("Reshape", [turned, whole], [net.channels[x]])[0]
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    half=st.sampled_from([B, B + 4, 3 * B - 2, 5]),
+    groups=st.sampled_from([2, 2, 4]),
+    first=st.integers(1, 9),
+    batch=st.sampled_from([1, 2]),
+    threads=st.sampled_from([1, 2]),
+)
+def test_a_shuffle_of_channels_is_one_kernel(half: int, groups: int, first: int, batch: int, threads: int) -> None:
+    net = Net({"x": B}, 5, batch)
+    whole = shuffled(net, net.concat(net.conv("x", half), net.conv("x", groups * B - half % groups)), groups)
+    left, right = net.split(whole, first, net.channels[whole] - first)
+    y = net.conv(shuffled(net, net.conv(net.concat(net.conv(left, B), right), 2 * B), 2), B)
+    kinds = check(net.model(y, net.conv(right, B)), threads)
+    assert "Concat+Reshape+Split+Transpose" in kinds and "Reshape+Transpose" in kinds
+    assert "Transpose" not in kinds
+
+
+def test_a_shuffle_that_others_read_within_stays_apart() -> None:
+    net = Net({"x": B})
+    whole = net.concat(net.conv("x", B), net.conv("x", B))
+    y = net.conv(shuffled(net, whole, 2), B)
+    assert "Transpose" in check(net.model(net.conv(y, B), net.conv(whole, B))) or B == 1

@@ -25,6 +25,7 @@ from nestc.kernels.pool_int8 import POOL_INT8
 from nestc.kernels.quantized import prologue
 from nestc.kernels.recurrent import RECURRENT
 from nestc.kernels.resize import RESIZE
+from nestc.kernels.shuffle import SHUFFLE
 from nestc.kernels.softmax import SOFTMAX
 from nestc.kernels.weight_only import WEIGHT_ONLY
 from nestc.kernels.winograd import WINOGRAD
@@ -54,6 +55,7 @@ FAMILIES: tuple[Family, ...] = (
     NORMALIZATION,
     RECURRENT,
     DYNAMIC_QUANTIZE,
+    SHUFFLE,
     GENERIC,
 )
 """Families for regions without a prologue."""

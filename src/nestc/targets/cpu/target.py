@@ -29,6 +29,7 @@ from nestc.targets.cpu.address import Copy, address, nbytes
 from nestc.targets.cpu.cost import seconds
 from nestc.targets.cpu.layout import VIEW, Action, Convert, Lower, plan_layouts, stored
 from nestc.targets.cpu.machine import machine as machine_called
+from nestc.targets.cpu.shuffle import merge_shuffles
 from nestc.targets.power import cpu_watts
 from nestc.tensor.ir import Kernel, written
 from nestc.tensor.math import expand
@@ -220,7 +221,7 @@ class _Compiler:
         p = self.partition
         pairs: list[tuple[Region, Family | None]] = []
         types: dict[str, TensorType] = dict(p.types)
-        for region in p.regions:
+        for region in merge_shuffles(p.regions, p.outputs, self.machine):
             family = None if _is_view(region) else way(region)
             if family is None and not _is_view(region):
                 raise UnsupportedOp(f"region {region.name}: no CPU kernel for {', '.join(region.origin)}")
