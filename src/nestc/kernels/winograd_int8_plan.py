@@ -12,17 +12,17 @@ from nestc.kernels.conv_shape import ConvShape
 from nestc.kernels.winograd_int8_transform import IntegerTransform
 from nestc.kernels.winograd_plan import Plan
 
-_FUSED_TILES = 96  # tiles from which on there are enough items for each to transform its inputs itself
+_FUSED_TILES = 40  # tiles from which on there are enough items for each to transform its inputs itself
 _LEAST_TILES, _MOST_TILES = 10, 42  # of an item: so often is a weight used that was read from L3 or memory
 _PRODUCTS = 8  # share of L2 that the products may take, which are read soon after: one part in so many
 
 # Of the cycles that the model counts (measured on a Zen 3 with layers of ResNet-50, one core).
-_OPERATIONS = 5.0  # a cycle, of all that a register tile does
-_TRANSFORM = 0.35  # cycles of an instruction of the transforms
+_OPERATIONS = 4.2  # a cycle, of all that a register tile does
+_TRANSFORM = 0.5  # cycles of an instruction of the transforms
 _TILE = 12.0  # cycles that a register tile takes beside its products
 _MEMORY = 4.5  # bytes a cycle that weights come from memory with
 _EXPOSED = 0.25  # part of the shorter of two things that are done at once, and which is not hidden by the longer one
-_DIRECT = {True: 0.5, False: 1.15}  # cycles of four channels and one accumulator of the direct kernel, by `vnni`
+_DIRECT = {True: 0.55, False: 1.45}  # cycles of four channels and one accumulator of the direct kernel, by `vnni`
 _SEVEN_BITS = 0.85  # the same where weights have 7 bits and there is no such instruction
 
 
@@ -95,7 +95,10 @@ def plan(t: IntegerTiling, fused: bool | None = None) -> Plan:
     count = ceil(t.count / mr)
     columns = ceil(t.vectors / nr)
     least, most = ceil(_LEAST_TILES / mr), max(1, _MOST_TILES // mr)
-    groups = min(range(min(count, least), min(count, most) + 1), key=lambda groups: _waiting(count, groups))
+    if fused:
+        groups = min(range(min(count, least), min(count, most) + 1), key=lambda groups: _waiting(count, groups))
+    else:
+        groups = ceil(count / ceil(count / most))
     chunk = max(1, t.machine.l2_bytes // _PRODUCTS // (4 * t.positions * groups * mr * nr * t.lanes))
     return Plan(mr, nr, groups, below(columns, chunk), fused)
 
