@@ -1,4 +1,4 @@
-"""exp, log, tanh and erf as polynomials: their error over the whole range of float32, and the special values."""
+"""exp, log, tanh, erf and sigmoid as polynomials: their error over the whole range of float32, and the special values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nestc.kernels.compute import nodes
 from nestc.tensor import interp
 from nestc.tensor.build import Builder, load
 from nestc.tensor.ir import Binary, Buffer, Const, Expr, Fma, Kernel, Load, Store, Unary, statements
-from nestc.tensor.math import ERRORS, exp_below, expand
+from nestc.tensor.math import ERRORS, exp_below, expand, gelu_tanh, sigmoid, swish
 from nestc.tensor.rewrite import binary, map_statements, transform
 from nestc.tensor.verify import verify
 
@@ -120,6 +120,57 @@ def test_exponential_of_what_is_not_positive() -> None:
     assert np.max(np.abs(y[kept] / exact[kept] - 1)) <= ERRORS["exp"]
     assert np.all(y[x < -87.33] == 0)
     assert np.isnan(y[-1])
+
+
+def activation(function: Callable[[Expr], Expr], x: np.ndarray, fused: bool = True) -> np.ndarray:
+    """function(x) by the interpreter, as one vector."""
+    k = Builder("activation")
+    source, out = k.param("x", str(x.dtype), x.shape), k.param("y", str(x.dtype), x.shape)
+    k.store(out, (0,), function(load(source, 0, lanes=x.size)))
+    made = k.finish()
+    verify(made)
+    return evaluate(made if fused else two_roundings(made), x)
+
+
+@pytest.mark.parametrize(("fused", "far", "near"), [(True, 1.0, 2.3e-7), (False, 14.0, 7e-7)])
+@pytest.mark.parametrize("name", ["sigmoid", "swish"])
+def test_error_of_the_logistic_function(name: str, fused: bool, far: float, near: float) -> None:
+    bits = np.arange(0, 1 << 32, 19973, dtype=np.uint64).astype(np.uint32)
+    x = np.concatenate([bits.view(np.float32), np.linspace(-90, 90, 90001, dtype=np.float32)])
+    y = activation(sigmoid if name == "sigmoid" else swish, x, fused)
+    with np.errstate(all="ignore"):
+        wide = x.astype(np.float64)
+        exact = 1 / (1 + np.exp(-wide)) * (1 if name == "sigmoid" else wide)
+        normal = (np.abs(exact) >= 2.0**-126) & (x > -88.3) & np.isfinite(exact)
+        error = np.abs(y - exact) / np.abs(exact)
+    assert np.array_equal(np.isnan(y), np.isnan(exact))
+    assert np.max(error[normal]) <= ERRORS[name] * far
+    assert np.max(error[normal & (x > -15)]) <= near
+    assert np.max(np.abs(y[x < -88.3])) <= 100 * 2.0**-126
+    tiny = np.abs(x) < 2.0**-100
+    np.testing.assert_allclose(y[tiny], exact[tiny], rtol=6e-8, atol=2.0**-149)
+
+
+def test_special_values_of_the_logistic_function() -> None:
+    x = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 3e38, -3e38, -1000.0], np.float32)
+    np.testing.assert_array_equal(activation(sigmoid, x), np.array([0.5, 0.5, 1, 0, np.nan, 1, 0, 0], np.float32))
+    y = activation(swish, x)
+    np.testing.assert_array_equal(y, np.array([0, 0, np.inf, np.nan, np.nan, 3e38, 0, 0], np.float32))
+    assert np.signbit(y).tolist()[:3] == [False, True, False]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-7), (np.float64, 1e-15)])
+def test_gelu_through_tanh_is_a_swish(dtype: type, tolerance: float) -> None:
+    x = np.linspace(-12, 12, 20001).astype(dtype)
+    wide = x.astype(np.float64)
+    exact = 0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
+    np.testing.assert_allclose(activation(gelu_tanh, x), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_the_logistic_function_of_other_dtypes_is_the_plain_one() -> None:
+    x = np.linspace(-700, 700, 1401)
+    np.testing.assert_allclose(activation(sigmoid, x), 1 / (1 + np.exp(-x)), rtol=1e-15)
+    np.testing.assert_allclose(activation(swish, x), x / (1 + np.exp(-x)), rtol=1e-15)
 
 
 def test_shared_operands_are_expanded_once() -> None:

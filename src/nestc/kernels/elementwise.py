@@ -11,8 +11,9 @@ from nestc.graph.region import Op, Region
 from nestc.kernels.small import INTEGERS as NARROW
 from nestc.kernels.small import SMALL, decode, encode, storage
 from nestc.tensor import index as ix
+from nestc.tensor import math
 from nestc.tensor.build import constant
-from nestc.tensor.ir import Binary, Bitcast, Cast, Const, Expr, Select, Unary
+from nestc.tensor.ir import Binary, Bitcast, Cast, Const, Expr, Fma, Select, Unary
 from nestc.tensor.rewrite import binary, cast, select
 
 HALVES = frozenset({"float16", "bfloat16"})
@@ -42,12 +43,6 @@ def _like(value: float, x: Expr) -> Expr:
 
 def _b(op: str, a: Expr, b: Expr) -> Expr:
     return binary(op, a, b)
-
-
-def sigmoid(x: Expr) -> Expr:
-    """1 / (1 + e ** -x)."""
-    one = _like(1, x)
-    return Binary("div", one, Binary("add", one, Unary("exp", Unary("neg", x))))
 
 
 def softplus(x: Expr) -> Expr:
@@ -97,19 +92,18 @@ def _celu(op: Op, x: Expr) -> Expr:
 
 
 def _hard_sigmoid(op: Op, x: Expr) -> Expr:
-    line = Binary("add", Binary("mul", x, _like(_number(op, "alpha", 0.2), x)), _like(_number(op, "beta", 0.5), x))
+    line = Fma(x, _like(_number(op, "alpha", 0.2), x), _like(_number(op, "beta", 0.5), x))
     return Binary("max", _like(0, x), Binary("min", _like(1, x), line))
 
 
 def _hard_swish(op: Op, x: Expr) -> Expr:
-    line = Binary("add", Binary("mul", x, _like(1 / 6, x)), _like(0.5, x))
+    line = Fma(x, _like(1 / 6, x), _like(0.5, x))
     return Binary("mul", x, Binary("max", _like(0, x), Binary("min", _like(1, x), line)))
 
 
 def _swish(op: Op, x: Expr) -> Expr:
     alpha = _number(op, "alpha", 1.0)
-    inner = x if alpha == 1.0 else Binary("mul", x, _like(alpha, x))
-    return Binary("mul", x, sigmoid(inner))
+    return math.swish(x, None if alpha == 1.0 else Binary("mul", x, _like(alpha, x)))
 
 
 def _mish(op: Op, x: Expr) -> Expr:
@@ -120,13 +114,10 @@ def _mish(op: Op, x: Expr) -> Expr:
 
 
 def _gelu(op: Op, x: Expr) -> Expr:
-    half = Binary("mul", _like(0.5, x), x)
     if op.attributes.get("approximate", "none") in ("tanh", b"tanh"):
-        cubic = Binary("mul", Binary("mul", x, x), Binary("mul", x, _like(0.044715, x)))
-        inner = Unary("tanh", Binary("mul", _like(sqrt(0.6366197723675814), x), Binary("add", x, cubic)))
-    else:
-        inner = Unary("erf", Binary("mul", x, _like(sqrt(0.5), x)))
-    return Binary("mul", half, Binary("add", _like(1, x), inner))
+        return math.gelu_tanh(x)
+    erf = Unary("erf", Binary("mul", x, _like(sqrt(0.5), x)))
+    return Binary("mul", Binary("mul", _like(0.5, x), x), Binary("add", _like(1, x), erf))
 
 
 def _softsign(op: Op, x: Expr) -> Expr:
@@ -192,7 +183,7 @@ _UNARY: Mapping[str, Callable[[Op, Expr], Expr]] = {
     "Round": _plain("rint"),
     "Selu": _selu,
     "Shrink": _shrink,
-    "Sigmoid": _function(sigmoid),
+    "Sigmoid": _function(math.sigmoid),
     "Sign": _sign,
     "Sin": _plain("sin"),
     "Sinh": _plain("sinh"),

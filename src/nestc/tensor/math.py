@@ -1,21 +1,28 @@
 """Replace exp, log, tanh and erf on float32 by branch-free polynomials, so that they vectorise; float64 stays libm.
 
+Activations that are made of them (`sigmoid`, `swish`, `gelu_tanh`) are functions of their own: an exponential that is
+added to one needs neither denormal results nor a factor of its own, and a product with a quotient is one division.
 The coefficients are minimax fits for this module (weighted least squares, Lawson's reweighting), rounded to float32.
-The largest errors against correctly rounded results, over all float32 inputs with or without fused multiply-add, are in
-`ERRORS`; tests/tensor/test_math.py measures them. Infinities, NaN, signed zeros and denormal numbers are right.
+The largest errors against correctly rounded results, over all float32 inputs, are in `ERRORS`;
+tests/tensor/test_math.py measures them. Infinities, NaN, signed zeros and denormal numbers are right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import pi
 
 from nestc.kernels.api import CpuMachine
 from nestc.tensor.build import constant
 from nestc.tensor.ir import Binary, Bitcast, Cast, Expr, Fma, Kernel, Select, Unary, expressions, statements
 from nestc.tensor.rewrite import map_statements, transform
 
-ERRORS = {"exp": 1.2e-7, "log": 1.2e-7, "tanh": 4e-7, "erf": 4e-7}
-"""Largest relative error of each function (an ulp is 6e-8 to 1.2e-7); denormal results of exp are within one ulp."""
+ERRORS = {"exp": 1.2e-7, "log": 1.2e-7, "tanh": 4e-7, "erf": 4e-7, "sigmoid": 4.5e-7, "swish": 4.5e-7}
+"""Largest relative error of each function (an ulp is 6e-8 to 1.2e-7); denormal results of exp are within one ulp.
+
+Those of sigmoid and swish are with fused multiply-add, and 2.3e-7 for x > -15 (without it 6e-6, and 7e-7); for x below
+-88.3, where sigmoid would be below 2**-127, both are 0.
+"""
 
 # Cody and Waite, "Software Manual for the Elementary Functions": ln 2 in two parts; the first has few bits, so that its
 # products with an exponent are exact.
@@ -25,10 +32,15 @@ _LOG2_E = 1.4426950408889634
 # Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits of the sum.
 _ROUND = 12582912.0
 _ROUND_BITS = 0x4B400000
+_LN2 = 0.6931471805599453  # as float32 it is wrong by 2e-9: by 2.4e-7 after 127 of them, where sigmoid is 1e-38
 _LOG_SMALLEST = -87.33  # e to this power is just above the smallest normal number
+# Beyond these, as x of e**-x, the exponent would not fit its 8 bits: 255 (infinity) and 0 are reached inside.
+_SIGMOID_LOW, _SIGMOID_HIGH = -89.0, 88.0
 
 # (e**r - 1 - r) / r**2 on |r| <= ln(2) / 2, 3e-9 of e**r.
 _EXP = (0.4999999403953552, 0.1666651964187622, 0.041668400168418884, 0.008368851616978645, 0.0013814318226650357)
+# e**-r on the same interval, 9.2e-8; exact at 0, so that sigmoid(0) is one half.
+_EXP_MINUS = (1.0, -0.99999970771, 0.49999145915, -0.16667640186, 0.04189838887, -0.00829023089)
 # (log(1 + f) - f + f**2 / 2) / f**3 on 1 + f in [sqrt(1/2), sqrt(2)], 6e-9 of log(1 + f).
 _LOG = (
     0.3333333134651184,
@@ -126,6 +138,40 @@ def exp_below(x: Expr) -> Expr:
     value = Binary("add", Fma(_polynomial(_EXP, r), Binary("mul", r, r), r), _float(1.0, x))
     power = Bitcast(Binary("shl", Bitcast(shifted, "int32"), _int(23, x)), "float32")
     return Select(Binary("lt", x, _float(_LOG_SMALLEST, x)), _float(0.0, x), Binary("mul", value, power))
+
+
+def sigmoid(x: Expr) -> Expr:
+    """1 / (1 + e**-x): 13 instructions on float32; other dtypes get the plain operations."""
+    return Binary("div", constant(1, x.dtype, x.lanes), _one_and_exp_minus(x))
+
+
+def swish(x: Expr, inner: Expr | None = None) -> Expr:
+    """x sigmoid(inner), `inner` being x if it is not given, with one division and no product.
+
+    x = -inf gives NaN, as the product of -inf and 0 does.
+    """
+    return Binary("div", x, _one_and_exp_minus(x if inner is None else inner))
+
+
+def _one_and_exp_minus(x: Expr) -> Expr:
+    """1 + e**-x = 1 + 2**n e**-r with n = rint(-x / ln 2), r = x + n ln 2; infinity for x < -88.4, 1 for x > 87.7."""
+    one = constant(1, x.dtype, x.lanes)
+    if x.dtype != "float32":
+        return Binary("add", one, Unary("exp", Unary("neg", x)))
+    x = Binary("min", _float(_SIGMOID_HIGH, x), Binary("max", _float(_SIGMOID_LOW, x), x))
+    biased = _ROUND + 127
+    shifted = Fma(x, _float(-_LOG2_E, x), _float(biased, x))
+    n = Binary("sub", shifted, _float(biased, x))
+    r = Fma(n, _float(_LN2, x), x)
+    power = Bitcast(Binary("shl", Bitcast(shifted, "int32"), _int(23, x)), "float32")
+    return Fma(_polynomial(_EXP_MINUS, r), power, one)
+
+
+def gelu_tanh(x: Expr) -> Expr:
+    """x (1 + tanh(t)) / 2 = x sigmoid(2 t) with t = sqrt(2 / pi) (x + 0.044715 x**3)."""
+    factor = 2 * (2 / pi) ** 0.5
+    cubic, linear = (constant(c, x.dtype, x.lanes) for c in (0.044715 * factor, factor))
+    return swish(x, Binary("mul", x, Fma(Binary("mul", x, x), cubic, linear)))
 
 
 def log(x: Expr) -> Expr:

@@ -9,12 +9,12 @@ import numpy as np
 
 from nestc.graph.region import Op
 from nestc.kernels.compute import Body
-from nestc.kernels.elementwise import sigmoid
 from nestc.kernels.ops.attributes import integer, number, refused, text
 from nestc.kernels.ops.reduction import work_dtype
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, constant, load
 from nestc.tensor.ir import Binary, Expr, Load, Select, Unary, Var
+from nestc.tensor.math import swish
 from nestc.tensor.rewrite import cast, select
 
 Axes = tuple[Var, ...]
@@ -120,7 +120,7 @@ def _swiglu(body: Body, op: Op) -> None:
     def value(axes: Axes) -> Expr:
         a, b = cast(body.read(gate, axes), work), cast(body.read(other, axes), work)
         inner = a if alpha == 1.0 else Binary("mul", a, constant(alpha, work))
-        return cast(Binary("mul", Binary("mul", a, sigmoid(inner)), b), dtype)
+        return cast(Binary("mul", swish(a, inner), b), dtype)
 
     body.map(out, value)
 
@@ -157,7 +157,7 @@ def _causal_conv(body: Body, op: Op) -> None:
         x = body.read(total, axes)
         if bias:
             x = Binary("add", x, cast(body.read(bias, (axes[1],)), work))
-        return cast(x if activation == "none" else Binary("mul", x, sigmoid(x)), dtype)
+        return cast(x if activation == "none" else swish(x), dtype)
 
     body.map(out, final)
     if state:
