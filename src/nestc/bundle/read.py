@@ -7,19 +7,21 @@ import json
 import mmap
 import os
 import struct
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
+from nestc.bundle.archive import stored
 from nestc.bundle.artifact import Artifact
 from nestc.bundle.bundle import Bundle, BundlePartition
 from nestc.bundle.dtypes import numpy_dtype
 from nestc.bundle.schema import (
     FORMAT,
+    GRAPH,
+    MANIFEST,
     VERSION,
+    WEIGHTS,
     ArtifactSpec,
     Entry,
     Manifest,
@@ -28,11 +30,7 @@ from nestc.bundle.schema import (
     from_json,
     upgraded,
 )
-from nestc.bundle.write import GRAPH, MANIFEST, WEIGHTS
 from nestc.errors import BundleError
-
-_ZIP_ERRORS = (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError, struct.error)
-"""What `zipfile` raises on damaged archives (UnicodeDecodeError is a ValueError)."""
 
 
 def read(path: str | os.PathLike[str]) -> Bundle:
@@ -40,36 +38,37 @@ def read(path: str | os.PathLike[str]) -> Bundle:
 
     Raises BundleError if it is not a bundle, is cut or altered, or was written by a newer nestc.
     """
-    source = Path(path)
+    source = os.fspath(path)
     try:
         with open(source, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if size else memoryview(b"")
-            contents = _contents(source, file, view)
     except OSError as error:
         raise BundleError(f"cannot read the bundle {source}: {error.strerror or error}") from error
+    contents = _contents(source, view)
     try:
         return _bundle(contents)
     except BundleError as error:
         raise BundleError(f"the bundle {source} is damaged: {error}") from error
 
 
-def _contents(source: Path, file: Any, view: memoryview) -> dict[str, memoryview]:
+def _contents(source: str, view: memoryview) -> dict[str, memoryview]:
     """The data of every entry, after the manifest has been found to be one that this version reads."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
-            if MANIFEST not in archive.namelist():
-                raise BundleError(f"{source} is a zip archive without {MANIFEST}, not a nestc bundle")
-            _check_version(source, archive.read(MANIFEST))
-            return {info.filename: _slice(view, info) for info in infos}
-    except _ZIP_ERRORS as error:
+        entries = stored(view)
+    except ValueError as error:
         if bytes(view[:4]) != b"PK\x03\x04":
             raise BundleError(f"{source} is not a nestc bundle") from error
         raise BundleError(f"the bundle {source} is cut or damaged: {error}") from error
+    if MANIFEST not in entries:
+        raise BundleError(f"{source} is a zip archive without {MANIFEST}, not a nestc bundle")
+    if not entries[MANIFEST].whole:
+        raise BundleError(f"the bundle {source} is cut or damaged: the checksum of {MANIFEST} is wrong")
+    _check_version(source, bytes(entries[MANIFEST].data))
+    return {name: entry.data for name, entry in entries.items()}
 
 
-def _check_version(source: Path, text: bytes) -> None:
+def _check_version(source: str, text: bytes) -> None:
     """Look at format and version first: another version may have another schema."""
     try:
         value: object = json.loads(text)
@@ -85,19 +84,6 @@ def _check_version(source: Path, text: bytes) -> None:
         raise BundleError(
             f"the bundle {source} is of version {version}, but this nestc reads up to {VERSION}; update nestc"
         )
-
-
-def _slice(view: memoryview, info: zipfile.ZipInfo) -> memoryview:
-    """The stored bytes of an entry; the local header says where they begin."""
-    header = view[info.header_offset : info.header_offset + 30]
-    if info.compress_type != zipfile.ZIP_STORED or len(header) < 30 or bytes(header[:4]) != b"PK\x03\x04":
-        raise zipfile.BadZipFile(f"{info.filename} is compressed or has no header")
-    name, extra = struct.unpack("<HH", header[26:30])
-    begin = info.header_offset + 30 + name + extra
-    data = view[begin : begin + info.file_size]
-    if len(data) != info.file_size:
-        raise zipfile.BadZipFile(f"{info.filename} is cut")
-    return data
 
 
 def _bundle(contents: Mapping[str, memoryview]) -> Bundle:

@@ -19,7 +19,10 @@ from nestc.bundle.bundle import Bundle, BundlePartition
 from nestc.bundle.dtypes import SAFETENSORS
 from nestc.bundle.schema import (
     FORMAT,
+    GRAPH,
+    MANIFEST,
     VERSION,
+    WEIGHTS,
     ArtifactSpec,
     Entry,
     Manifest,
@@ -30,9 +33,6 @@ from nestc.bundle.schema import (
 from nestc.errors import BundleError
 
 ALIGNMENT = 64
-WEIGHTS = "weights.safetensors"
-MANIFEST = "manifest.json"
-GRAPH = "graph.onnx"
 
 # zip: local header of 30 bytes, then name and extra fields (PKWARE APPNOTE 4.3.7, 4.5); 0xD935 is the extra field that
 # Android's zipalign pads with; sizes of 4 GB and more need the 20 bytes of a zip64 field.

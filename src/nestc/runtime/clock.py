@@ -23,8 +23,8 @@ import numpy as np
 from nestc.bundle.bundle import DeviceSpec
 from nestc.bundle.schema import Kind
 from nestc.errors import TargetError
-from nestc.runtime.stages import Answer, Flow, Mark, Stage, Values, crossing, stage_mark, warn
-from nestc.runtime.workers import CANCELLED, CLOSED, Lanes, Results
+from nestc.runtime.stages import CLOSED, Answer, Flow, Mark, Stage, Values, crossing, stage_mark, warn
+from nestc.runtime.workers import CANCELLED, Lanes, Results
 
 LANE = "clock"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from nestc.errors import BundleError
@@ -40,8 +39,7 @@ _UNDEFINED, _ABSOLUTE, _RESERVED = 0, 0xFFF1, 0xFF00  # st_shndx
 _UNUSED = frozenset((".eh_frame",))
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """Bytes that a program has in memory: `data`, and zeros up to `nbytes`."""
 
     name: str
@@ -76,8 +74,7 @@ class Relocation(NamedTuple):
     addend: int
 
 
-@dataclass(frozen=True)
-class ElfObject:
+class ElfObject(NamedTuple):
     """One object. `sections` are those that are in memory when it runs, by their numbers in the file."""
 
     machine: int

@@ -6,7 +6,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -19,9 +18,10 @@ from nestc.runtime.arrays import ready
 from nestc.runtime.native import NativeProgram
 from nestc.runtime.session import Batch, Direct, Last, OnFailure, Session, marks_to_timeline, run_of
 from nestc.runtime.stages import Answer, total
-from nestc.runtime.trace import write_trace
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from nestc.partition.plan import Plan
 
 Shape = tuple[int, ...]
@@ -201,6 +201,8 @@ class Executable:
 
         Raises Error if the file cannot be written.
         """
+        from nestc.runtime.trace import write_trace
+
         write_trace(self.timeline(), path, self.name)
 
     def profile(self, *arrays: np.ndarray, runs: int = 20) -> list[dict[str, Any]]:

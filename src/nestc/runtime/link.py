@@ -11,7 +11,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nestc.errors import BundleError
 from nestc.runtime.elf import MOST_BYTES, ElfObject, Relocation, Section, Symbol, parse
@@ -30,8 +30,7 @@ _ENTRY_BYTES = 8
 _PROT_READ, _PROT_WRITE, _PROT_EXECUTE = 1, 2, 4
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """Objects with a place for everything, in bytes from the begin of the program.
 
     ``places``: by object and section. ``entries``: of the global offset table, by symbol. ``stubs``: of functions of
@@ -111,8 +110,7 @@ class Program:
         return base + place + symbol.value
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """A program in memory, as long as this lives. `addresses` are those of the functions that were asked for."""
 
     memory: mmap.mmap

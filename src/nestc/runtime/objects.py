@@ -6,8 +6,8 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from nestc.errors import BundleError
 from nestc.runtime import link
@@ -29,8 +29,7 @@ _MACHINES = {"x86_64": X86_64, "aarch64": AARCH64}
 _LIBRARIES = ("libm.so.6", "libgcc_s.so.1")
 
 
-@dataclass(frozen=True)
-class NativeFunctions:
+class NativeFunctions(NamedTuple):
     """The exported functions of a native program (see `codegen.main`); the code stays in memory as long as this."""
 
     main: Callable[[int, int, int, int], None]

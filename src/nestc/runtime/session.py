@@ -6,9 +6,8 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -16,9 +15,25 @@ from nestc.bundle.artifact import Elapsed, Program
 from nestc.bundle.bundle import Bundle
 from nestc.bundle.schema import Kind
 from nestc.errors import TargetError
-from nestc.runtime.clock import Clock, Conductor
-from nestc.runtime.stages import CPU, Answer, Flow, Mark, Stage, Values, checked, failure, load, stage_mark, warn
-from nestc.runtime.workers import CLOSED, Results, Workers
+from nestc.runtime.stages import (
+    CLOSED,
+    CPU,
+    Answer,
+    Flow,
+    Mark,
+    Stage,
+    Values,
+    checked,
+    failure,
+    load,
+    stage_mark,
+    warn,
+)
+
+if TYPE_CHECKING:
+    # Imported where a bundle needs them, which most do not.
+    from nestc.runtime.clock import Conductor
+    from nestc.runtime.workers import Results, Workers
 
 OnFailure: TypeAlias = 'Literal["cpu"] | None'
 
@@ -48,13 +63,14 @@ class Batch(Run, Protocol):
     def cancel(self) -> None: ...
 
 
-@dataclass(frozen=True)
 class Direct:
     """A call that ran in its caller's thread, one stage after the other."""
 
-    marks: Sequence[Mark]
-    kind: Kind = "measured"
-    requests: int = 1
+    requests = 1
+
+    def __init__(self, marks: Sequence[Mark], kind: Kind = "measured") -> None:
+        self.marks = marks
+        self.kind: Kind = kind
 
 
 Last: TypeAlias = "Run | tuple[Stage, float, Elapsed]"
@@ -154,6 +170,8 @@ class Session:
         self._require_open()
         batch: Batch
         if self._virtual:
+            from nestc.runtime.clock import Clock
+
             batch = Clock(self._flow, self._one_at_a_time, self._closed)
         elif len(self._flow.queues) > 1:
             workers = self._start_workers()
@@ -203,6 +221,8 @@ class Session:
     def _start_conductor(self) -> Conductor:
         with self._starting:
             self._require_open()
+            from nestc.runtime.clock import Conductor
+
             if self._conductor is None or not _ours(self._conductor):
                 self._conductor = Conductor(self._flow, self._one_at_a_time, self._closed)
             return self._conductor
@@ -210,6 +230,8 @@ class Session:
     def _start_workers(self) -> Workers:
         with self._starting:
             self._require_open()
+            from nestc.runtime.workers import Workers
+
             if self._workers is None or not _ours(self._workers):
                 self._workers = Workers(self._flow, self._closed)
             return self._workers

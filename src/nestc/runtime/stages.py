@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -20,7 +18,8 @@ from nestc.evict import evict, evicting
 from nestc.runtime.arrays import aligned_empty, ready
 from nestc.runtime.devices import device_for
 
-log = logging.getLogger("nestc")
+if TYPE_CHECKING:
+    import logging
 
 CALLS = 7
 """Calls of a measured stage beside simulators: these run long, and meanwhile the caches fill with other things and the
@@ -34,6 +33,9 @@ HOST = "host memory"
 
 CPU = "cpu"
 """The device, and the resource, of fallbacks."""
+
+CLOSED = "this executable is closed"
+"""What a call of it is told."""
 
 CPU_KINDS = frozenset(("cpu-native", "host-onnx"))
 """Kinds of artifacts that need nothing but the CPU and nestc."""
@@ -301,7 +303,13 @@ def warn(flow: Flow, stage: Stage, error: Exception) -> None:
     """Say once for each partition that its fallback runs."""
     if stage.number not in flow.warned:
         flow.warned.add(stage.number)
-        log.warning("%s; the CPU runs it instead", error)
+        _log().warning("%s; the CPU runs it instead", error)
+
+
+def _log() -> logging.Logger:
+    import logging  # most bundles never have anything to say
+
+    return logging.getLogger("nestc")
 
 
 def _timed(
@@ -323,7 +331,7 @@ def _steady(
         results, elapsed, seconds = _timed(program, inputs, places)
         times.append(seconds)
         if len(times) == calls or sum(times) > LONG_SECONDS:
-            return results, elapsed, statistics.median(times)
+            return results, elapsed, float(np.median(times))
 
 
 def checked(stage: Stage, results: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
@@ -405,7 +413,7 @@ def _programs(
     try:
         return device_for(artifact.kind).load(artifact, threads), fallback
     except TargetError as error:
-        log.warning("partition %s cannot run on %s: %s; the CPU runs it", partition.name, partition.device, error)
+        _log().warning("partition %s cannot run on %s: %s; the CPU runs it", partition.name, partition.device, error)
         return None, fallback
     except BaseException:
         fallback.close()

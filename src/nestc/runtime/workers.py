@@ -16,14 +16,13 @@ import numpy as np
 
 from nestc.bundle.schema import Kind
 from nestc.errors import TargetError
-from nestc.runtime.stages import Answer, Flow, Mark, Stage, Values, stage_mark, warn
+from nestc.runtime.stages import CLOSED, Answer, Flow, Mark, Stage, Values, stage_mark, warn
 
 Results: TypeAlias = "Future[Any]"
 """The graph's outputs as a list, or what the request's `Answer` makes of them."""
 
 Task: TypeAlias = Callable[[], None]
 
-CLOSED = "this executable is closed"
 CANCELLED = "the request was cancelled"
 
 _STOP_SECONDS = 10.0
