@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +42,8 @@ class ContextLayout:
 class Team:
     """`threads` workers, of which the caller of `run` is the first; the others are started by the first run.
 
-    Used by one caller at a time, between `begin` and `end`. The threads refer to the code and the context but not to the team, so a team
-    that nobody refers to any more is stopped by its finalizer, as it is when the interpreter exits.
+    The threads refer to the code and the context but not to the team, so a team that nobody refers to any more is
+    stopped by its finalizer, as it is when the interpreter exits.
     """
 
     def __init__(self, functions: NativeFunctions, layout: ContextLayout, threads: int) -> None:
@@ -52,6 +55,8 @@ class Team:
         self._closed = False
         self._context = np.empty(0, np.uint8)
         self._cpus = usable_cpus()
+        self._workers: list[threading.Thread] = []
+        self._caller_cpu = -1
         self._stop: weakref.finalize[[NativeFunctions, np.ndarray, list[threading.Thread]], Team] | None = None
 
     def run(self, table: int) -> None:
@@ -71,6 +76,7 @@ class Team:
         try:
             if together:
                 self._ready()
+                self._apart()
                 self._functions.run(address(self._context), table)
             else:
                 self._functions.main(table, 0, 0, 1)
@@ -87,6 +93,7 @@ class Team:
 
     def _traced(self, table: int, steps: int) -> np.ndarray:
         self._ready()
+        self._apart()
         times = np.zeros((self._threads, steps, 2), np.int64)
         pointer = self._context[self._layout.trace : self._layout.trace + 8].view(np.uintp)
         pointer[0] = address(times)
@@ -126,7 +133,42 @@ class Team:
         self._stop = weakref.finalize(self, _stop, self._functions, self._context, workers)
         for worker in workers:
             worker.start()
+        self._workers = workers
+        self._caller_cpu = -1
         self._process = os.getpid()
+
+    def _apart(self) -> None:
+        """Keep the workers off the processor that the caller is on.
+
+        A system that packs threads wakes them where they were woken from; there they wait until the caller is put
+        aside, which the caller's work makes late.
+        """
+        if _current_cpu is None or self._threads > self._cpus:
+            return
+        cpu = _current_cpu()
+        if cpu == self._caller_cpu:
+            return
+        others = os.sched_getaffinity(0) - {cpu}
+        if len(others) < self._threads - 1:  # the caller is held where it is, and has left them no room
+            return
+        for worker in self._workers:
+            if worker.native_id is not None:
+                with suppress(OSError):  # where that is not allowed, they are only slower
+                    os.sched_setaffinity(worker.native_id, others)
+        self._caller_cpu = cpu
+
+
+def _sched_getcpu() -> Callable[[], int] | None:
+    """The system's function that says on which processor a thread runs, where threads can be placed (Linux)."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    try:
+        return ctypes.CDLL(None).sched_getcpu
+    except AttributeError:  # a C library without it
+        return None
+
+
+_current_cpu = _sched_getcpu()
 
 
 def usable_cpus() -> int:
