@@ -61,7 +61,7 @@ class ConvFamily:
         result = dict(incoming)
         # Few channels are read as they come (the first layer of a vision model); planes of many channels would be
         # a cache line each, and often all in the same cache set.
-        if _depthwise(shape) or shape.in_channels >= 2 * block.block:
+        if depthwise(shape) or shape.in_channels >= 2 * block.block:
             result[op.inputs[0]] = block
         rank = len(region.types[op.outputs[0]].shape)
         for name in region.inputs:
@@ -77,15 +77,28 @@ class ConvFamily:
         op = _anchor(region)
         assert op is not None
         shape = conv_shape(op, region)
-        if _depthwise(shape):
+        if depthwise(shape):
             from nestc.kernels.depthwise import lower_depthwise
 
             return lower_depthwise(region, op, shape, machine, layouts)
-        if not _blocked_groups(shape, machine.lanes("float32")):
-            return _Direct(region, op, _merge_groups(shape), machine, layouts, shape.group, self.choice).lower()
-        if _strided_pointwise(shape) and layouts[op.inputs[0]].block:
-            return _lower_strided(region, op, shape, machine, layouts, self.choice)
-        return _Direct(region, op, shape, machine, layouts, 1, self.choice).lower()
+        return lower_dense(region, op, shape, machine, layouts, Direct, self.choice)
+
+
+def lower_dense(
+    region: Region,
+    op: Op,
+    shape: ConvShape,
+    machine: CpuMachine,
+    layouts: Mapping[str, Layout],
+    kernel: type[Direct],
+    choice: ConvChoice = CONV_BY_RULE,
+) -> Lowered:
+    """A convolution that is not depthwise, by `kernel`."""
+    if not _blocked_groups(shape, machine.lanes("float32")):
+        return kernel(region, op, _merge_groups(shape), machine, layouts, shape.group, choice).lower()
+    if _strided_pointwise(shape) and layouts[op.inputs[0]].block:
+        return _lower_strided(region, op, shape, machine, layouts, kernel, choice)
+    return kernel(region, op, shape, machine, layouts, 1, choice).lower()
 
 
 def _strided_pointwise(shape: ConvShape) -> bool:
@@ -99,6 +112,7 @@ def _lower_strided(
     shape: ConvShape,
     machine: CpuMachine,
     layouts: Mapping[str, Layout],
+    kernel: type[Direct],
     choice: ConvChoice,
 ) -> Lowered:
     """The pixels that are read are copied together first: a plain 1x1 convolution has long rows, and the copy is read
@@ -120,7 +134,7 @@ def _lower_strided(
     dense = Op(op.op_type, (picked, *op.inputs[1:]), op.outputs, {**op.attributes, "strides": None}, op.domain, op.name)
     ops = tuple(dense if each is op else each for each in region.ops)
     inner = Region(region.name, region.anchor, ops, region.inputs, region.outputs, types, region.constants)
-    rest = _Direct(inner, dense, conv_shape(dense, inner), machine, both, 1, choice).lower()
+    rest = kernel(inner, dense, conv_shape(dense, inner), machine, both, 1, choice).lower()
     temporaries = {picked: TensorType(dtype, target.shape)}
     return Lowered((first, *rest.launches), temporaries, rest.constants)
 
@@ -129,7 +143,8 @@ def _anchor(region: Region) -> Op | None:
     return next((op for op in region.ops if op.op_type == "Conv" and not op.domain), None)
 
 
-def _depthwise(shape: ConvShape) -> bool:
+def depthwise(shape: ConvShape) -> bool:
+    """Whether every channel is a group of its own."""
     return shape.group == shape.in_channels == shape.out_channels and shape.group > 1
 
 
@@ -168,7 +183,7 @@ class _At:
     number: Expr
 
 
-class _Direct:
+class Direct:
     """Builds the kernel of one dense (or block-grouped) convolution.
 
     Items of the parallel loop are (batch, group of output vectors, chunk of output rows). An item walks its rows and
@@ -177,7 +192,11 @@ class _Direct:
     [group of outputs][input block][kernel][lane][nr * lanes].
     Where the weights of an item are larger than half of L1, input blocks are taken in chunks that are not: all tiles of
     the item use a chunk before the next one, and partial sums wait in scratch memory.
+
+    A multiplication takes `together` neighbouring input channels (one, but for kernels on narrower factors).
     """
+
+    together = 1
 
     def __init__(
         self,
@@ -194,8 +213,9 @@ class _Direct:
         self.zero_groups = zero_groups
         self.choice = choice
         self.machine = machine
-        self.dtype = region.types[op.inputs[0]].dtype
-        self.element = 4 if self.dtype == "float32" else 8
+        self.dtype = region.types[op.outputs[0]].dtype
+        self.factor = region.types[op.inputs[0]].dtype
+        self.element = {"float64": 8, "float32": 4}.get(self.factor, 2)
         self.lanes = machine.lanes("float32")
         registers = machine.tile_registers if self.dtype == "float32" else machine.tile_registers // 2
         self.registers = registers
@@ -255,7 +275,7 @@ class _Direct:
         lanes, nr = self.lanes, self.nr
         packed_name, bias_name = f"{w}.packed", f"{w}.bias"
         packed = self.pack_weights()
-        self.operands.define(packed_name, TensorType(self.dtype, packed.shape))
+        self.operands.define(packed_name, TensorType(self.factor, packed.shape))
         self.weights = self.operands.buffer(packed_name)
         constants = {packed_name: packed}
         bias = self.op.input(2)
@@ -276,8 +296,8 @@ class _Direct:
         self.row_tiles = sum(t.count for t in self.tiles)
         self.item_tiles = self.row_tiles * chunk
         self.acc = k.regs("acc", (max(t.width for t in self.tiles), nr), lanes, self.dtype)
-        self.wreg = k.regs("w", (nr,), lanes, self.dtype)
-        self.xreg = k.regs("x", (), lanes, self.dtype)
+        self.wreg = k.regs("w", (nr,), lanes * self.together, self.factor)
+        self.xreg = k.regs("x", (), lanes * self.together, self.factor)
         self.block_chunks = self.blocks // self.block_chunk
         if self.block_chunks > 1:
             self.partial = k.scratch("partial", (chunk, length, nr * lanes), self.dtype)
@@ -424,25 +444,29 @@ class _Direct:
     ) -> None:
         """The inner kernel: for each input channel, load nr weights, broadcast each input, mr * nr multiply-adds."""
         s, k, lanes = self.shape, self.builder, self.lanes
-        x = self.op.inputs[0]
+        wide = lanes * self.together
         channel = self.channel(at, ib)
         column = ix.add(ix.mul(at.start, s.strides[-1]), ix.mul(taps[-1], s.dilations[-1]), -s.pads_begin[-1])
         self.prefetch(at, ib, taps)
-        with k.unroll("c", step) as c:
+        with k.unroll("c", ceil(step / self.together)) as c:
             for i in range(self.nr):
-                k.store(self.wreg, (i, 0), load(self.weights, at.oc, ib, *taps, c, i * lanes, lanes=lanes))
+                k.store(self.wreg, (i, 0), load(self.weights, at.oc, ib, *taps, c, i * wide, lanes=wide))
             for j in range(tile.width):
                 w = ix.add(column, j * s.strides[-1])
                 mask = within(w, s.size[-1]) if j in tile.ragged else None
-                value = self.operands.load(x, (at.n, ix.add(channel, c), *self.pixel((*places, w))), mask)
-                k.store(self.xreg, (0,), splat(value, lanes))
+                place = (at.n, ix.add(channel, ix.mul(c, self.together)), *self.pixel((*places, w)))
+                k.store(self.xreg, (0,), self.broadcast(place, mask))
                 for i in range(self.nr):
-                    product = Fma(
-                        Load(self.xreg, (ix.const(0),), lanes),
-                        load(self.wreg, i, 0, lanes=lanes),
-                        load(self.acc, j, i, 0, lanes=lanes),
-                    )
-                    k.store(self.acc, (j, i, 0), product)
+                    factors = Load(self.xreg, (ix.const(0),), wide), load(self.wreg, i, 0, lanes=wide)
+                    k.store(self.acc, (j, i, 0), self.added(load(self.acc, j, i, 0, lanes=lanes), *factors))
+
+    def broadcast(self, place: tuple[Expr, ...], mask: Expr | None) -> Expr:
+        """The input at `place` and the channels behind it that are multiplied together, for every output channel."""
+        return splat(self.operands.load(self.op.inputs[0], place, mask), self.lanes)
+
+    def added(self, total: Expr, x: Expr, w: Expr) -> Expr:
+        """`total` and the products of inputs and weights."""
+        return Fma(x, w, total)
 
     def prefetch(self, at: _At, ib: Expr, taps: tuple[Expr, ...]) -> None:
         """Ask for the weights of the next chunk while this one is used: each tile for its share of their cache lines.
@@ -521,7 +545,7 @@ def conv_ways(region: Region, machine: CpuMachine, around: ConvFamily = CONV) ->
     """
     op = _anchor(region)
     shape = None if op is None else conv_shape(op, region)
-    if op is None or shape is None or _depthwise(shape):
+    if op is None or shape is None or depthwise(shape):
         return (around,)
     groups = 1
     if not _blocked_groups(shape, machine.lanes("float32")):
@@ -529,7 +553,7 @@ def conv_ways(region: Region, machine: CpuMachine, around: ConvFamily = CONV) ->
     if _strided_pointwise(shape):
         shape = replace(shape, size=shape.out, strides=(1,) * len(shape.out))
     given = around.choice
-    direct = _Direct(region, op, shape, machine, {}, groups, given)
+    direct = Direct(region, op, shape, machine, {}, groups, given)
     rows, blocks = prod(direct.shape.out[:-1]), direct.blocks
     choices = [replace(given, tile=tile) for tile in direct.tiles_beside() if given.tile is None]
     for wanted in (2 * direct.row_chunk, direct.row_chunk // 2):

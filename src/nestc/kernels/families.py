@@ -9,6 +9,7 @@ from nestc.graph.region import Region
 from nestc.kernels.api import CpuMachine, Family
 from nestc.kernels.attention import ATTENTION
 from nestc.kernels.conv import CONV, conv_ways
+from nestc.kernels.conv_bf16 import CONV_BF16
 from nestc.kernels.conv_int8 import CONV_INT8
 from nestc.kernels.conv_transpose import CONV_TRANSPOSE
 from nestc.kernels.depthwise_int8 import DEPTHWISE_INT8
@@ -85,6 +86,8 @@ def alternatives(region: Region, machine: CpuMachine, exact: bool = False) -> tu
         return gemm_ways(region, machine)
     if plain is CONV_INT8:
         return by_cost(plain, WINOGRAD_INT8, region, machine)
+    if plain is DEQUANTIZE and machine.bf16 and CONV_BF16.refusal(region) is None:
+        return (CONV_BF16, plain)
     if plain is not CONV:
         return (plain,)
     direct = conv_ways(region, machine)
