@@ -77,7 +77,54 @@ def test_parts_compute_the_same(kind: str, quantized: bool) -> None:
     np.testing.assert_allclose(ours, run(model, x), rtol=1e-4, atol=1e-4)
 
 
-def test_what_needs_all_channels_or_two_values_is_not_split() -> None:
+def residual(quantized: bool) -> Model:
+    """Three convolutions of 96 channels; the last one adds the result of the first to its own."""
+    rng = np.random.default_rng(0)
+    weights = {"v": (96, 8, 3, 3), "u": (96, 96, 1, 1), "w": (96, 96, 1, 1)}
+    nodes = [
+        oh.make_node("Conv", ["x", "v"], ["r"], "first", pads=[1] * 4),
+        oh.make_node("Conv", ["r", "u"], ["m"], "middle"),
+        oh.make_node("Conv", ["m", "w"], ["c"], "product"),
+        oh.make_node("Add", ["c", "r"], ["s"], "residual"),
+        oh.make_node("Relu", ["s"], ["y"], "relu"),
+    ]
+    graph = oh.make_graph(
+        nodes,
+        "residual",
+        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 8, 6, 6])],
+        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [
+            onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32) / 8, name)
+            for name, shape in weights.items()
+        ],
+    )
+    model = nestc.load(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 21)], ir_version=10).SerializeToString())
+    if quantized:
+        images = [{"x": rng.standard_normal((1, 8, 6, 6)).astype(np.float32)} for _ in range(2)]
+        model = nestc.quantize(model, nestc.calibrate(model, images), "int8-pow2")
+    return pipeline.optimize(model)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
+def test_each_part_takes_its_channels_of_a_residual(quantized: bool) -> None:
+    model = residual(quantized)
+    whole = regions(form(model))
+    joined = next(region for region in whole if len(region.inputs) == 2)
+    assert "Add" in {op.op_type for op in joined.ops} and channels_of(joined) == 96
+    node = next(op.name for op in joined.ops if op.op_type == "Conv")
+    parted = split(model, [Split(node, (64, 32))], whole)
+    formed = regions(form(parted))
+    assert sorted(channels_of(region) for region in formed if len(region.inputs) == 2 and region.anchor) == [32, 64]
+    assert sum(op.op_type == "Slice" for region in formed for op in region.ops) == 2
+    x = np.random.default_rng(3).standard_normal((1, 8, 6, 6)).astype(np.float32)
+    if quantized:
+        np.testing.assert_array_equal(run(parted, x), run(model, x))
+    else:
+        np.testing.assert_allclose(run(parted, x), run(model, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(nestc.compile(parted, threads=1)(x), run(model, x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_needs_all_channels_or_a_value_twice_is_not_split() -> None:
     nodes = [
         oh.make_node("Conv", ["x", "w"], ["c"], "conv", pads=[1] * 4),
         oh.make_node("Add", ["c", "x"], ["y"], "residual"),

@@ -1,8 +1,9 @@
 """Splitting one heavy operator over devices: a region becomes parts that compute some of its output channels each.
 
 A part is the whole region (what widens its operands, the product, its tail) with the constants of its channels, so what
-crosses is as narrow as before; a Concat joins the parts. Which regions, and how, is decided by costs (`propose`); the
-solver then places the parts like any other region, and is free to put both on one device.
+crosses is as narrow as before; it takes its channels of a residual by a Slice, and a Concat joins the parts. Which
+regions, and how, is decided by costs (`propose`); the solver then places the parts like any other region, and is free
+to put both on one device.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ GRAIN = 32
 LEAST_GAIN = 0.1
 """A split must promise to save so much of the region's time, since joining the parts and smaller loops cost too."""
 
+LEAST_SHARE = 2e-3
+"""And so much of the whole network's: each is three regions more to be measured and placed."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -38,10 +42,11 @@ class Split:
 def propose(problem: Problem, solution: Solution, regions: Mapping[str, Region]) -> list[Split]:
     """Regions that two devices would compute in less time than the one they are on, borders counted.
 
-    The share of each is such that both end together. Regions that do not lie on a path of their own (others run beside
-    them) are left alone: the other device may be busy.
+    The share of each is such that both end together. Where the other device has more to do meanwhile than would leave
+    it the time, a region is left alone.
     """
     into, out = edges_into(problem), edges_from(problem)
+    when = _when(problem, solution)
     resource = {unit.name: unit.resource for unit in problem.units}
     launch, at = {unit.name: unit.launch for unit in problem.units}, solution.assignment
     found: list[Split] = []
@@ -66,11 +71,37 @@ def propose(problem: Problem, solution: Solution, regions: Mapping[str, Region])
             if not 0 < part < channels:
                 continue
             took = max((1 - part / channels) * here, part / channels * (there + back) + way)
-            if took < (1 - LEAST_GAIN) * here and (best is None or took < best[0]):
+            busy = _busy(problem, solution, resource[other], when.get(task.name, (0.0, 0.0)))
+            least = max(LEAST_GAIN * here, LEAST_SHARE * solution.value)
+            if max(took, busy + part / channels * there + way) > here - least:
+                continue
+            if best is None or took < best[0]:
                 best = took, (channels - part, part)
         if best is not None:
             found.append(Split(_product(region).name, best[1]))
     return found
+
+
+def _when(problem: Problem, solution: Solution) -> dict[str, tuple[float, float]]:
+    """About when each task runs, in seconds: those of a stage one after the other, in proportion to what they cost."""
+    seconds = {task.name: {unit: cost.seconds for unit, cost in task.costs.items()} for task in problem.tasks}
+    found: dict[str, tuple[float, float]] = {}
+    for timed in solution.evaluation.times:
+        stage = solution.stages[timed.stage]
+        total = sum(seconds[task][stage.unit] for task in stage.tasks) or 1.0
+        at = timed.begin
+        for task in stage.tasks:
+            end = at + (timed.end - timed.begin) * seconds[task][stage.unit] / total
+            found[task] = at, end
+            at = end
+    return found
+
+
+def _busy(problem: Problem, solution: Solution, resource: str, when: tuple[float, float]) -> float:
+    """Seconds of an interval in which stages run on a resource."""
+    here = {unit.name for unit in problem.units if unit.resource == resource}
+    stages = [timed for timed in solution.evaluation.times if solution.stages[timed.stage].unit in here]
+    return sum(max(0.0, min(timed.end, when[1]) - max(timed.begin, when[0])) for timed in stages)
 
 
 def _way(edge: Edge, first: str, second: str) -> float:
@@ -80,19 +111,23 @@ def _way(edge: Edge, first: str, second: str) -> float:
 
 def channels_of(region: Region) -> int:
     """Output channels of a region that can be split by them; 0 for one that cannot."""
-    if region.anchor not in PRODUCTS or len(region.outputs) != 1 or len(region.inputs) != 1:
+    if region.anchor not in PRODUCTS or len(region.outputs) != 1:
         return 0
     anchor = _product(region)
     if (anchor.attributes.get("group") or 1) != 1 or any(op.domain for op in region.ops):
         return 0
     widened = {op.outputs[0]: op.input(0) for op in region.ops if op.op_type == "DequantizeLinear"}
-    weight, bias, data = anchor.input(1), anchor.input(2), region.inputs[0]
+    weight, bias = anchor.input(1), anchor.input(2)
+    data = widened.get(anchor.input(0), anchor.input(0))
     constant = all(widened.get(name, name) in region.constants for name in (weight, bias) if name)
     readers = sum(op.inputs.count(data) for op in region.ops)
-    if not constant or readers != 1 or widened.get(anchor.input(0), anchor.input(0)) != data:
+    if not constant or readers != 1 or data not in region.inputs:
         return 0
     result = region.types[region.outputs[0]].shape
     if result != region.types[anchor.outputs[0]].shape or len(result) < 2:
+        return 0
+    # What else comes in is added or multiplied behind the product: a residual, of which each part takes its channels.
+    if any(region.types[name].shape != result for name in region.inputs if name != data):
         return 0
     if len(region.types[weight].shape) != (2 if region.anchor != "Conv" else len(result)):
         return 0
@@ -226,7 +261,9 @@ class _Part:
             along = node.attributes.get_int("axis", 1) % self.rank
             return self._slice(value, 0) if along == self.axis and _size(value) == self.total > 1 else value
         place = len(value.shape) - (self.rank - self.axis)
-        return self._slice(value, place) if place >= 0 and value.shape[place] == self.total else value
+        if place < 0 or value.shape[place] != self.total:
+            return value
+        return self._slice(value, place) if value.const_value is not None else self._taken(value, place)
 
     def _last(self, value: ir.Value) -> ir.Value:
         """A bias: along its last axis, unless it is one number for all."""
@@ -251,6 +288,32 @@ class _Part:
         made = ir.Value(name=name, type=value.type, shape=ir.Shape(cut.shape), const_value=tensor)
         self.graph.register_initializer(made)
         return made
+
+    def _taken(self, value: ir.Value, axis: int) -> ir.Value:
+        """The part's channels of a value that is computed, by a Slice."""
+        if value in self.values:
+            return self.values[value]
+        assert value.shape is not None
+        name = f"{value.name}{self.suffix}.{self.anchor.name}"
+        numbers: list[ir.Value] = []
+        for what, number in (("from", self.taken.start), ("to", self.taken.stop), ("along", axis)):
+            tensor = ir.tensor(np.array([number], np.int64), name=f"{name}.{what}")
+            made = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([1]), const_value=tensor)
+            self.graph.register_initializer(made)
+            numbers.append(made)
+        shape = list(value.shape)
+        shape[axis] = self.taken.stop - self.taken.start
+        part = ir.Value(name=name, type=value.type, shape=ir.Shape(shape))
+        node = ir.node("Slice", [value, *numbers], outputs=[part], name=f"{name}.slice")
+        node.version = self.anchor.version
+        # Before the product in any case, which is then fused with what follows it.
+        producer = value.producer()
+        if producer is None:
+            self.graph.insert_before(self.graph[0], node)
+        else:
+            self.graph.insert_after(producer, node)
+        self.values[value] = part
+        return part
 
     def _add(self, node: ir.Node, inputs: Sequence[ir.Value | None], sizes: Mapping[int, int]) -> None:
         """A copy of `node` on other inputs; its output has other sizes on some axes."""
