@@ -24,6 +24,7 @@ from nestc.tensor.ir import Binary, Buffer, Cast, Const, Dot, Expr, Load, Repeat
 from nestc.tensor.vectorize import vectorize
 
 _CACHE_LINE = 64
+_AHEAD = 32 << 10  # bytes of weights that are asked for early, as far as memory is away
 _LEAST_CHANNELS = 16  # of inputs and of outputs: below that the transforms cost more than they save
 _INT16 = (1 << 15) - 1
 _REACH = 255  # largest difference of a byte and its zero point, of inputs and of weights
@@ -85,8 +86,7 @@ class WinogradInt8Family:
     def cycles(self, region: Region, machine: CpuMachine) -> tuple[float, float]:
         """Modelled cycles of this way, and of the direct kernel on the same terms."""
         tiling = self.tiling(region, machine)
-        weights = region.constant(_read(region).op.inputs[1])
-        seven = weights is not None and bool(np.abs(weights.astype(np.int16)).max(initial=0) <= 64)
+        seven = bool(np.abs(_read(region).read_weights()).max(initial=0) <= 64)
         return cycles(tiling, plan(tiling, self.fused)), direct_cycles(tiling, seven)
 
     def other(self, region: Region, machine: CpuMachine) -> WinogradInt8Family:
@@ -393,14 +393,15 @@ class _Winograd:
                         k.store(m, (g, ix.add(ix.mul(q, cut.mr), j), place), load(acc, j, i, 0, lanes=lanes))
 
     def prefetch(self, k: Builder, u: Buffer, o: Expr, p: Expr, g: Expr, pair: Expr, q: Expr) -> None:
-        """Ask for the weights of the next register column, or position, while these are used: each group of tiles for
+        """Ask for the weights of a later register column, or position, while these are used: each group of tiles for
         its share of the cache lines."""
         line = _CACHE_LINE // 2
         lines = self.lanes * self.cut.nr * self.wide // line
         share = ceil(lines / self.cut.groups)
+        ahead = max(1, _AHEAD // (self.tiling.pairs * lines * _CACHE_LINE))
         for each in range(share):
             number = ix.mod(ix.add(ix.mul(q, share), each), lines)
-            k.prefetch(u, o, p, ix.add(g, 1), pair, 0, ix.mul(number, line))
+            k.prefetch(u, o, p, ix.add(g, ahead), pair, 0, ix.mul(number, line))
 
     # -- the output transform
 
