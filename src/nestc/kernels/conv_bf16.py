@@ -13,9 +13,10 @@ from nestc.kernels.api import CpuMachine, Layout, Lowered
 from nestc.kernels.conv import CONV, Direct, depthwise, lower_dense
 from nestc.kernels.conv_shape import conv_shape
 from nestc.kernels.quantized import float_region, prologue
+from nestc.tensor import index as ix
 from nestc.tensor.ir import Dot, Expr, Load, Repeat
 
-_LEAST_CHANNELS = 32  # so many are read in blocks, where pairs of them are neighbours; vectors have at most 16 lanes
+_LEAST_CHANNELS = 16  # lanes of the widest vectors: a block is full, and made of pairs of neighbours
 
 
 class ConvBfloat16Family:
@@ -45,8 +46,8 @@ class ConvBfloat16Family:
 
     def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
         """Blocked input and output."""
-        inner, _ = _read(region)
-        return CONV.layouts(inner, machine, incoming)
+        inner, op = _read(region)
+        return {**CONV.layouts(inner, machine, incoming), op.inputs[0]: Layout(machine.lanes("float32"))}
 
     def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
         """One kernel, after one that picks the pixels of a strided pointwise convolution."""
@@ -102,8 +103,11 @@ class _Pairs(Direct):
 
     def broadcast(self, place: tuple[Expr, ...], mask: Expr | None) -> Expr:
         x = self.op.inputs[0]
-        pair = Load(self.operands.buffer(x), self.operands.place(x, place), 2, mask)
-        return Repeat(pair, self.lanes)
+        n, channel, *spatial = place
+        # Said in pairs, so that it is plain that both lie in one block.
+        pair, pairs = ix.floordiv(channel, 2), self.lanes // 2
+        index = (n, ix.floordiv(pair, pairs), *spatial, ix.mul(ix.mod(pair, pairs), 2))
+        return Repeat(Load(self.operands.buffer(x), index, 2, mask), self.lanes)
 
     def added(self, total: Expr, x: Expr, w: Expr) -> Expr:
         return Dot(total, x, w)
