@@ -331,7 +331,7 @@ class Generic:
         block = max((layout.block for layout in incoming.values()), default=0)
         if not block:
             return dict.fromkeys(names, PLAIN)
-        chosen = _blocked(region, block, incoming)
+        chosen = blocked_layouts(region, block, incoming)
         if chosen is None:
             return _cheapest(region, machine, incoming, Layout(block))
         return {name: chosen.get(name, PLAIN) for name in names}
@@ -341,7 +341,35 @@ class Generic:
         return lower_body(define(region), machine, layouts)
 
 
-def _blocked(region: Region, block: int, incoming: Mapping[str, Layout]) -> dict[str, Layout] | None:
+def layout_options(region: Region, block: int, blocked: Sequence[str], asked: Sequence[str]) -> list[dict[str, Layout]]:
+    """Layouts that the generic family could work in. `blocked`: inputs that may come in blocks; `asked`: outputs that
+    are wanted in blocks."""
+    names = (*region.inputs, *region.outputs)
+    plain = dict.fromkeys(names, PLAIN)
+    comes = {name: Layout(block) if name in blocked else PLAIN for name in region.inputs}
+    found = [plain]
+    if blocked:
+        chosen = blocked_layouts(region, block, comes)
+        if chosen is not None:
+            found.append({name: chosen.get(name, PLAIN) for name in names})
+    if len(region.ops) > _WEIGHED_OPS or any(0 in region.types[name].shape for name in names):
+        return found
+    given = [plain, {**plain, **comes}] if blocked else [plain]
+    for each in given:
+        found.append(each)
+        if asked:
+            found.append({**each, **dict.fromkeys(asked, Layout(block))})
+    return found
+
+
+def estimated_cycles(region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> float | None:
+    """Rough cycles of a region in these layouts; None of a region that is too large to be estimated quickly."""
+    if len(region.ops) > _WEIGHED_OPS or any(0 in type_.shape for type_ in region.types.values()):
+        return None
+    return _Lowering(define(region), machine, dict(layouts)).estimated()
+
+
+def blocked_layouts(region: Region, block: int, incoming: Mapping[str, Layout]) -> dict[str, Layout] | None:
     """Layouts with values of the blocked shape blocked; None if an operator would have to gather."""
     blocked: set[str] = {name for name in region.inputs if incoming.get(name, PLAIN).block == block}
     rank = max((len(region.types[name].shape) for name in blocked), default=0)
@@ -409,4 +437,14 @@ def convert(type_: TensorType, source: Layout, target: Layout, machine: CpuMachi
     return Generic().lower(region, machine, {"source": source, "target": target})
 
 
-__all__ = ["SUPPORTED_OPS", "Generic", "convert", "define", "lower_body", "supported"]
+__all__ = [
+    "SUPPORTED_OPS",
+    "Generic",
+    "blocked_layouts",
+    "convert",
+    "define",
+    "estimated_cycles",
+    "layout_options",
+    "lower_body",
+    "supported",
+]

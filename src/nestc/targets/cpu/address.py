@@ -18,7 +18,7 @@ from nestc.kernels.api import PLAIN, Layout, physical_shape
 from nestc.kernels.ops.attributes import axis_of
 from nestc.kernels.ops.move import taken
 from nestc.kernels.small import storage
-from nestc.targets.cpu.layout import Action, Convert, Lower, View, stored
+from nestc.targets.cpu.layout import Action, Convert, Lower, View, same_bytes, stored
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ class _Addresser:
             if isinstance(action, View):
                 self.view(action)
             elif isinstance(action, Convert):
+                type_ = self.types[action.value]
+                if same_bytes(type_, action.source, action.target):
+                    source, target = (stored(action.value, each) for each in (action.source, action.target))
+                    self.same(source, target, nbytes(type_, action.target), type_.dtype)
+                    continue
                 self.made[stored(action.value, action.target)] = nbytes(self.types[action.value], action.target)
                 self.steps.append(action)
             elif not (self.joined(action) or self.cut(action)):
@@ -118,31 +123,29 @@ class _Addresser:
         return None
 
     def view(self, action: View) -> None:
-        """The output is its input under another name; where both have a place of their own, it is copied."""
+        """The output is its input under another name."""
         type_ = self.types[action.output]
-        size = nbytes(type_, PLAIN)
-        if action.output not in self.outputs:
-            self.alias(action.output, action.source, 0, size)
+        self.same(action.source, stored(action.output, action.made), nbytes(type_, action.made), type_.dtype)
+
+    def same(self, source: str, target: str, size: int, dtype: str) -> None:
+        """`target` is the beginning of `source`; where both have a place of their own, it is copied."""
+        if target not in self.outputs:
+            self.alias(target, source, 0, size)
             return
-        free = self.free([action.source], [size])
+        free = self.free([source], [size])
         if free is not None:
-            self.alias(free[0], action.output, 0, size)
+            self.alias(free[0], target, 0, size)
             return
-        self.copy(action.source, action.output, type_.dtype, size)
+        self.copy(source, target, dtype, size)
 
     def joined(self, action: Lower) -> bool:
         """Put the parts of a Concat where they belong; only those that cannot lie there are copied."""
-        op = _only(action.region, "Concat")
-        if op is None or any(name not in action.region.inputs for name in op.inputs):
+        if not _joinable(action.region, action.layouts, self.types):
             return False
+        op = action.region.ops[0]
         layout = action.layouts.get(op.outputs[0], PLAIN)
-        if any(action.layouts.get(name, PLAIN) != layout for name in op.inputs):
-            return False
         whole = self.types[op.outputs[0]]
-        axis = axis_of(op, len(whole.shape))
         parts = [self.types[name] for name in op.inputs]
-        if not _one_behind_the_other(parts, whole, layout, axis):
-            return False
         output = stored(op.outputs[0], layout)
         sources = [stored(name, layout) for name in op.inputs]
         sizes = [nbytes(part, layout) for part in parts]
@@ -166,24 +169,12 @@ class _Addresser:
 
     def cut(self, action: Lower) -> bool:
         """Let what a Split or a Slice takes out be read where it lies; only outputs of the partition are copied."""
-        op, region = _only(action.region, "Split", "Slice"), action.region
-        if op is None or op.inputs[0] not in region.inputs:
+        before = _before(action.region, action.layouts, self.types)
+        if before is None:
             return False
-        names = [name for name in op.outputs if name]
+        op = action.region.ops[0]
         layout = action.layouts.get(op.inputs[0], PLAIN)
-        if any(action.layouts.get(name, PLAIN) != layout for name in names):
-            return False
-        whole = self.types[op.inputs[0]]
-        found = taken(op, region)
-        if found is None:
-            return False
-        axis, start = found
-        before = _first(whole, start, axis)
         parts = [self.types[name] for name in op.outputs]
-        rest = _first(whole, whole.shape[axis] - start - sum(part.shape[axis] for part in parts), axis)
-        pieces = [each for each in (before, *parts, rest) if each.shape[axis]]
-        if not _one_behind_the_other(pieces, whole, layout, axis):
-            return False
         source = stored(op.inputs[0], layout)
         offset = nbytes(before, layout)
         for name, part in zip(op.outputs, parts, strict=True):
@@ -197,6 +188,45 @@ class _Addresser:
                 self.alias(target, source, offset, size)
             offset += size
         return True
+
+
+def addressable(region: Region, layouts: Mapping[str, Layout], types: Mapping[str, TensorType]) -> bool:
+    """Whether a region needs no kernel in these layouts: a Concat whose parts lie one behind the other, or a Split or
+    Slice that takes out such parts."""
+    return _joinable(region, layouts, types) or _before(region, layouts, types) is not None
+
+
+def _joinable(region: Region, layouts: Mapping[str, Layout], types: Mapping[str, TensorType]) -> bool:
+    op = _only(region, "Concat")
+    if op is None or any(name not in region.inputs for name in op.inputs):
+        return False
+    layout = layouts.get(op.outputs[0], PLAIN)
+    if any(layouts.get(name, PLAIN) != layout for name in op.inputs):
+        return False
+    whole = types[op.outputs[0]]
+    parts = [types[name] for name in op.inputs]
+    return _one_behind_the_other(parts, whole, layout, axis_of(op, len(whole.shape)))
+
+
+def _before(region: Region, layouts: Mapping[str, Layout], types: Mapping[str, TensorType]) -> TensorType | None:
+    """What lies before the first piece that a Split or Slice takes, perhaps nothing; None if pieces do not lie one
+    behind the other."""
+    op = _only(region, "Split", "Slice")
+    if op is None or op.inputs[0] not in region.inputs:
+        return None
+    layout = layouts.get(op.inputs[0], PLAIN)
+    if any(layouts.get(name, PLAIN) != layout for name in op.outputs if name):
+        return None
+    whole = types[op.inputs[0]]
+    found = taken(op, region)
+    if found is None:
+        return None
+    axis, start = found
+    before = _first(whole, start, axis)
+    parts = [types[name] for name in op.outputs]
+    rest = _first(whole, whole.shape[axis] - start - sum(part.shape[axis] for part in parts), axis)
+    pieces = [each for each in (before, *parts, rest) if each.shape[axis]]
+    return before if _one_behind_the_other(pieces, whole, layout, axis) else None
 
 
 def _only(region: Region, *kinds: str) -> Op | None:

@@ -1,15 +1,33 @@
-"""The layout of every value of a partition: blocked values stay blocked from kernel to kernel."""
+"""The layout of every value of a partition: what has to be done for the regions, each with chosen layouts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from nestc.graph.region import Region, TensorType
-from nestc.kernels.api import PLAIN, CpuMachine, Family, Layout
+from nestc.kernels.api import PLAIN, Family, Layout
 
 VIEW = "view"
 """Anchor of a region that only names the same elements differently (Reshape, Squeeze, Flatten ...)."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to compute a region, with the layouts of its inputs and outputs; a view has no family.
+
+    ``seconds`` are modelled, on one core, conversions not included.
+    """
+
+    region: Region
+    family: Family | None
+    layouts: Mapping[str, Layout]
+    seconds: float = 0.0
+
+    def layout(self, name: str) -> Layout:
+        """The layout of an input or output."""
+        return self.layouts.get(name, PLAIN)
 
 
 @dataclass(frozen=True)
@@ -32,15 +50,16 @@ class Convert:
 
 @dataclass(frozen=True)
 class View:
-    """A region whose output has the bytes of its input (which is then plain, or as good as plain)."""
+    """A region whose output, in layout `made`, has the bytes of its input in `layout` (buffer `source`)."""
 
     region: Region
     source: str
     output: str
     layout: Layout
+    made: Layout
 
 
-Action = Lower | Convert | View
+Action: TypeAlias = Lower | Convert | View
 
 
 def stored(value: str, layout: Layout) -> str:
@@ -48,67 +67,57 @@ def stored(value: str, layout: Layout) -> str:
     return value if layout == PLAIN else f"{value}@{layout.block}"
 
 
-def same_bytes(type_: TensorType, a: Layout, b: Layout) -> bool:
-    """Whether a value lies byte for byte equal in both layouts: one pixel, and whole blocks of channels."""
-    if a == b:
+def same_bytes(type_: TensorType, source: Layout, target: Layout) -> bool:
+    """Whether the buffer of a value in layout `source` begins with what it is in `target`: of one pixel, and whole
+    blocks of channels, or one vector of channels whose padding is not needed."""
+    if source == target:
         return True
     if len(type_.shape) < 2 or any(n != 1 for n in type_.shape[2:]):
         return False
-    blocks = [layout.block for layout in (a, b) if layout.block]
-    return all(type_.shape[1] % block == 0 for block in blocks)
+    whole = all(type_.shape[1] % layout.block == 0 for layout in (source, target) if layout.block)
+    return whole or (target == PLAIN and type_.shape[0] == 1)
 
 
-def plan_layouts(
-    regions: Sequence[tuple[Region, Family | None]],
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    types: Mapping[str, TensorType],
-    machine: CpuMachine,
-) -> list[Action]:
-    """Actions in order. Border values are plain; each conversion is done once, where it is first needed."""
-    return _Planner(types, machine).run(regions, inputs, outputs)
+def view_layouts(region: Region, types: Mapping[str, TensorType], block: int) -> list[dict[str, Layout]]:
+    """The layouts in which a view costs nothing: plain, blocked where it keeps batch and channels, and from blocked to
+    plain where both are the same bytes."""
+    source, output = region.inputs[0], region.outputs[0]
+    before, after = types[source], types[output]
+    found = [{source: PLAIN, output: PLAIN}]
+    if len(before.shape) < 2:
+        return found
+    blocked = Layout(block)
+    if len(before.shape) > 2 and len(after.shape) > 2 and before.shape[:2] == after.shape[:2]:
+        found.append({source: blocked, output: blocked})
+    if len(before.shape) > 2 and same_bytes(before, blocked, PLAIN):
+        found.append({source: blocked, output: PLAIN})
+    return found
 
 
-class _Planner:
-    def __init__(self, types: Mapping[str, TensorType], machine: CpuMachine) -> None:
-        self.types = types
-        self.machine = machine
-        self.actions: list[Action] = []
-        # The layouts in which a value is there; the first is the one it was made in.
-        self.available: dict[str, list[Layout]] = {}
+def actions_of(options: Sequence[Option], inputs: Sequence[str], outputs: Sequence[str]) -> list[Action]:
+    """What is to be done, in order. Border values are plain; each conversion is done once, where it is first needed."""
+    actions: list[Action] = []
+    # The layouts in which a value is there; the first is the one it was made in.
+    available: dict[str, list[Layout]] = {name: [PLAIN] for name in inputs}
 
-    def run(
-        self, regions: Sequence[tuple[Region, Family | None]], inputs: Sequence[str], outputs: Sequence[str]
-    ) -> list[Action]:
-        for name in inputs:
-            self.available[name] = [PLAIN]
-        for region, family in regions:
-            if family is None:
-                self.view(region)
-                continue
-            incoming = {name: self.available[name][-1] for name in region.inputs}
-            layouts = family.layouts(region, self.machine, incoming)
-            for name in region.inputs:
-                self.need(name, layouts.get(name, PLAIN))
-            self.actions.append(Lower(region, family, layouts))
-            for name in region.outputs:
-                self.available[name] = [layouts.get(name, PLAIN)]
-        for name in outputs:
-            self.need(name, PLAIN)
-        return self.actions
+    def need(name: str, layout: Layout) -> None:
+        have = available[name]
+        if layout not in have:
+            actions.append(Convert(name, have[0], layout))
+            have.append(layout)
 
-    def need(self, name: str, layout: Layout) -> None:
-        have = self.available[name]
-        if layout in have:
-            return
-        self.actions.append(Convert(name, have[0], layout))
-        have.append(layout)
-
-    def view(self, region: Region) -> None:
-        """A view of a blocked value works if its bytes are those of the plain one; otherwise it is converted first."""
-        source, output = region.inputs[0], region.outputs[0]
-        if not any(same_bytes(self.types[source], layout, PLAIN) for layout in self.available[source]):
-            self.need(source, PLAIN)
-        layout = next(each for each in self.available[source] if same_bytes(self.types[source], each, PLAIN))
-        self.actions.append(View(region, stored(source, layout), output, layout))
-        self.available[output] = [PLAIN]
+    for option in options:
+        region = option.region
+        for name in region.inputs:
+            need(name, option.layout(name))
+        if option.family is None:
+            source, output = region.inputs[0], region.outputs[0]
+            before = option.layout(source)
+            actions.append(View(region, stored(source, before), output, before, option.layout(output)))
+        else:
+            actions.append(Lower(region, option.family, option.layouts))
+        for name in region.outputs:
+            available[name] = [option.layout(name)]
+    for name in outputs:
+        need(name, PLAIN)
+    return actions

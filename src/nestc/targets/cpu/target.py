@@ -26,8 +26,9 @@ from nestc.kernels.families import alternatives, choose
 from nestc.runtime.arrays import aligned
 from nestc.targets.api import Machine, Memory, Offer, Partition, constraint
 from nestc.targets.cpu.address import Copy, address, nbytes
+from nestc.targets.cpu.assign import Assignment, assign
 from nestc.targets.cpu.cost import seconds
-from nestc.targets.cpu.layout import VIEW, Action, Convert, Lower, plan_layouts, stored
+from nestc.targets.cpu.layout import VIEW, Action, Convert, Lower, actions_of, stored
 from nestc.targets.cpu.machine import machine as machine_called
 from nestc.targets.cpu.shuffle import merge_shuffles
 from nestc.targets.power import cpu_watts
@@ -172,6 +173,7 @@ class _Compiler:
         self.objects: dict[str, Future[bytes]] = {}
         self.scratch = 0
         self.codes: dict[str, Code] = {}
+        self.assignment: Assignment | None = None
 
     def borders(self, way: Callable[[Region], Family | None]) -> dict[str, Mapping[str, Layout]]:
         """The layouts of the inputs and outputs of each region that is lowered, by its name."""
@@ -227,7 +229,8 @@ class _Compiler:
                 raise UnsupportedOp(f"region {region.name}: no CPU kernel for {', '.join(region.origin)}")
             pairs.append((region, family))
             types.update(region.types)
-        return plan_layouts(pairs, p.inputs, p.outputs, types, self.machine), types
+        self.assignment = assign(pairs, p.inputs, p.outputs, types, self.machine)
+        return actions_of(self.assignment.options, p.inputs, p.outputs), types
 
     def pool(self) -> ThreadPoolExecutor:
         """Threads that compile kernels."""
@@ -252,6 +255,8 @@ class _Compiler:
             self.emit("llvm", f"{p.name}_main", main.llvm)
         files = {f"{symbol}.o": code for symbol, code in objects.items()}
         metadata = {**main.metadata, "ways": dict(ways)}
+        if self.assignment is not None:
+            metadata["layouts"] = self.assignment.report()
         return Artifact("cpu-native", {**files, "main.o": main.object}, self.weights, metadata)
 
     def add_region(self, action: Lower, pool: ThreadPoolExecutor) -> None:

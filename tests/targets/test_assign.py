@@ -1,0 +1,138 @@
+"""Layouts over a whole graph: the least of all choices on small graphs, and what the choice does to networks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+
+import nestc
+from nestc.graph.region import Region, TensorType
+from nestc.kernels.api import PLAIN, Layout
+from nestc.partition import labelling
+from nestc.targets.cpu.assign import cheapest
+from nestc.targets.cpu.cost import conversion_seconds
+from nestc.targets.cpu.layout import Option, same_bytes
+
+BLOCKED = Layout(8)
+SIZES = st.sampled_from([(1, 8, 4, 4), (1, 16, 30, 30), (1, 3, 100, 100), (1, 16, 1, 1), (1, 5, 1, 1)])
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[list[list[Option]], list[str], list[str], dict[str, TensorType]]:
+    """Regions of one or two inputs, each with up to four options."""
+    types = {"in": TensorType("float32", draw(SIZES))}
+    options: list[list[Option]] = []
+    for number in range(draw(st.integers(1, 6))):
+        values = list(types)
+        inputs = draw(st.lists(st.sampled_from(values), min_size=1, max_size=2, unique=True))
+        output = f"v{number}"
+        types[output] = TensorType("float32", draw(SIZES))
+        region = Region(f"r{number}", None, (), tuple(inputs), (output,), types, {})
+        every = list(itertools.product((PLAIN, BLOCKED), repeat=len(inputs) + 1))
+        chosen = draw(st.lists(st.sampled_from(every), min_size=1, max_size=4, unique=True))
+        options.append(
+            [
+                Option(region, None, dict(zip((*inputs, output), each, strict=True)), draw(st.floats(0, 1e-4)))
+                for each in chosen
+            ]
+        )
+    outputs = draw(st.lists(st.sampled_from(list(types)[1:]), min_size=1, max_size=2, unique=True))
+    return options, ["in"], outputs, types
+
+
+def spent(
+    choice: Sequence[Option], inputs: Sequence[str], outputs: Sequence[str], types: dict[str, TensorType]
+) -> float:
+    """Seconds of kernels and of one conversion for each layout that a value is read in and not made in."""
+    made = dict.fromkeys(inputs, PLAIN)
+    wanted = {(name, PLAIN) for name in outputs}
+    total = 0.0
+    for option in choice:
+        total += option.seconds
+        wanted |= {(name, option.layout(name)) for name in option.region.inputs}
+        made |= {name: option.layout(name) for name in option.region.outputs}
+    for name, layout in wanted:
+        if layout != made[name] and not same_bytes(types[name], made[name], layout):
+            total += conversion_seconds(types[name])
+    return total
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_nothing_costs_less(problem: tuple[list[list[Option]], list[str], list[str], dict[str, TensorType]]) -> None:
+    options, inputs, outputs, types = problem
+    found = cheapest(options, inputs, outputs, types)
+    least = min(spent(each, inputs, outputs, types) for each in itertools.product(*options))
+    assert found.optimal
+    assert found.seconds == pytest.approx(least, abs=1e-12)
+    assert found.seconds == pytest.approx(spent(found.options, inputs, outputs, types), abs=1e-12)
+    assert found.greedy_seconds == pytest.approx(spent([each[0] for each in options], inputs, outputs, types))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_where_tables_would_be_too_large_it_is_never_worse_than_greedy(
+    problem: tuple[list[list[Option]], list[str], list[str], dict[str, TensorType]],
+) -> None:
+    options, inputs, outputs, types = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labelling, "ENTRIES", 2)
+        found = cheapest(options, inputs, outputs, types)
+        assert found == cheapest(options, inputs, outputs, types)
+    least = min(spent(each, inputs, outputs, types) for each in itertools.product(*options))
+    assert least - 1e-12 <= found.seconds <= found.greedy_seconds
+    if found.optimal:
+        assert found.seconds == pytest.approx(least, abs=1e-12)
+
+
+def weight(random: np.random.Generator, name: str, *shape: int) -> onnx.TensorProto:
+    return numpy_helper.from_array((random.standard_normal(shape) / 8).astype(np.float32), name)
+
+
+def channels_last() -> onnx.ModelProto:
+    """A convolution over rows that come with channels last; bias and activation on a squeezed tensor, then a maximum."""
+    random = np.random.default_rng(3)
+    nodes = [
+        helper.make_node("Softmax", ["x"], ["p"], axis=2),
+        helper.make_node("Transpose", ["p"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("Conv", ["t", "w"], ["c"]),
+        helper.make_node("Unsqueeze", ["c", "axis"], ["u"]),
+        helper.make_node("Mul", ["u", "scale"], ["m"]),
+        helper.make_node("Sigmoid", ["m"], ["s"]),
+        helper.make_node("GlobalMaxPool", ["s"], ["y"]),
+    ]
+    constants = [
+        weight(random, "w", 32, 64, 5),
+        numpy_helper.from_array(np.array([3], np.int64), "axis"),
+        weight(random, "scale", 1, 1, 60, 1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "rows",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (1, 64, 64))],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (1, 32, 1, 1))],
+        constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_a_network_needs_fewer_conversions_than_greedy() -> None:
+    model = channels_last()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(1).standard_normal((1, 64, 64)).astype(np.float32)
+    with nestc.compile(model, targets=["cpu:arch=native"], threads=1) as executable:
+        (found,) = executable.run({"x": x}).values()
+        (partition,) = executable.bundle.partitions
+        report = partition.artifact.metadata["layouts"]
+    np.testing.assert_allclose(found, session.run(None, {"x": x})[0], rtol=0, atol=1e-5)
+    assert report["conversions"] == 0 < report["greedy_conversions"]
+    assert report["modelled_seconds"] < report["greedy_modelled_seconds"]
+    assert report["optimal"]
