@@ -347,3 +347,50 @@ def test_a_partition_whose_inputs_and_outputs_are_in_another_order_than_the_grap
         assert (more.tolist(), less.tolist()) == ((a + b).tolist(), (b - a).tolist())
         assert out is None or (more is out[0] and less is out[1])
         assert [row["region"] for row in executable.timeline()] == ["p0"]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_short_way_checks_what_the_long_one_does(by_name: bool):
+    """Every input, also one that the program does not take, whatever the call before was."""
+    inner = native_bundle([Step("add", ("a", "b", "y"), WRITES, 24)], {"a": f32(24), "b": f32(24)}, {"y": f32(24)}, {})
+    whole = replace(inner, inputs=(*inner.inputs, TensorSpec("unused", "int64", (2,))))
+    a, b, unused = X.ravel(), X.ravel() + 1, np.zeros(2, np.int64)
+
+    def call(*given: object) -> np.ndarray:
+        if not by_name:
+            return executable(*given)
+        return executable.run(dict(zip(("a", "b", "unused"), given, strict=True)))["y"]
+
+    class Other(np.ndarray):
+        """A subclass, whose memory may be something else."""
+
+    strange = np.zeros((24, 2), np.float32)[:, 0]
+    strange[:] = b
+    unaligned = np.zeros(24 * 4 + 1, np.uint8)[1:].view(np.float32)
+    unaligned[:] = b
+    with Executable(whole) as executable:
+        expected = a + b
+        for same in (b, strange, unaligned, b.view(Other), b.astype(np.dtype("<f4").newbyteorder("=")), b.tolist()):
+            given = np.asarray(same, np.float32) if isinstance(same, list) else same
+            np.testing.assert_array_equal(call(a, given, unused), expected)
+            (row,) = executable.timeline()
+            assert row["region"] == "p0"
+            assert row["end_us"] > row["start_us"] >= 0
+        for wrong in (a.astype(np.float64), a[:23], a.reshape(2, 12), a.astype(">f4")):
+            with pytest.raises(ShapeError, match="input 'a' must be float32"):
+                call(wrong, b, unused)
+        for wrong in (unused[:1], unused.astype(np.int32)):
+            with pytest.raises(ShapeError, match="input 'unused' must be int64"):
+                call(a, b, wrong)
+        with pytest.raises(ShapeError, match="no input 'c'"):
+            executable.run({"a": a, "b": b, "c": unused})
+        with pytest.raises(ShapeError, match="missing"):
+            executable.run({"a": a, "b": b})
+        # An array may change between two calls.
+        changing = np.array(a)
+        np.testing.assert_array_equal(call(changing, b, unused), expected)
+        changing.shape = (24, 1)
+        with pytest.raises(ShapeError, match="input 'a' must be float32"):
+            call(changing, b, unused)
+    with pytest.raises(TargetError, match="closed"):
+        call(a, b, unused)

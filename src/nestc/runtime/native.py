@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,12 +17,19 @@ from nestc.bundle.dtypes import numpy_dtype
 from nestc.bundle.schema import TensorSpec
 from nestc.errors import BundleError, TargetError
 from nestc.runtime import cpu, objects
-from nestc.runtime.arrays import address, aligned, aligned_empty
+from nestc.runtime.arrays import ALIGNMENT, address, aligned, aligned_empty
 from nestc.runtime.team import ContextLayout, Team
 
 KIND = "cpu-native"
 LAYOUT_VERSION = 1
 """The one version of table, context and metadata that this runtime reads (`codegen.main` writes it)."""
+
+Quick: TypeAlias = "Callable[[Sequence[np.ndarray]], tuple[list[np.ndarray], float] | None]"
+"""Runs a program on its inputs: the outputs, in new arrays, and the seconds that it took; None: `NativeProgram` has to
+look at the inputs more closely."""
+
+_READABLE = 0x0001 | 0x0100
+"""NPY_ARRAY_C_CONTIGUOUS and NPY_ARRAY_ALIGNED of numpy's C API: native code can read the array as it is."""
 
 SMALL_BYTES = 4096
 """Outputs up to here need not be aligned: what vectors across cache lines cost is less than a microsecond."""
@@ -69,10 +77,7 @@ class NativeProgram:
             cpu.check(metadata["triple"], metadata["cpu"], metadata["features"])
             self.inputs = tuple(_spec(item) for item in metadata["inputs"])
             self.outputs = tuple(_spec(item) for item in metadata["outputs"])
-            self._outputs = [
-                (tuple(item["shape"]), numpy_dtype(item["dtype"]), _maker(_nbytes(item)))
-                for item in metadata["outputs"]
-            ]
+            self._makers = [_maker(tuple(item["shape"]), numpy_dtype(item["dtype"])) for item in metadata["outputs"]]
             self._border_bytes = [_nbytes(item) for item in (*metadata["inputs"], *metadata["outputs"])]
             constants = [np.asarray(artifact.weights[name]) for name in metadata["constants"]]
             self._arena_bytes: int = metadata["arena_bytes"]
@@ -97,10 +102,7 @@ class NativeProgram:
         functions = self._functions
         if functions is None:
             raise TargetError("this executable is closed")
-        results = [
-            make(shape, dtype) if array is None else array
-            for array, (shape, dtype, make) in zip(outputs, self._outputs, strict=True)
-        ]
+        results = [make() if array is None else array for array, make in zip(outputs, self._makers, strict=True)]
         frame = self._take()
         table = frame.table
         for slot, array in enumerate((*inputs, *results)):
@@ -112,7 +114,7 @@ class NativeProgram:
         team = self._team
         if team is None:
             begin = time.perf_counter()
-            functions.main(frame.address, 0, 0, 1)
+            functions.main(*frame.arguments)
             seconds = time.perf_counter() - begin
         else:
             begin = time.perf_counter()
@@ -121,12 +123,59 @@ class NativeProgram:
         self._frames.append(frame)
         return results, Elapsed(seconds, "measured")
 
+    def quick(self, inputs: Sequence[TensorSpec], takes: Sequence[int], gives: Sequence[int]) -> Quick:
+        """What a call does where nothing is unusual, with as little Python as that takes.
+
+        It gets arrays for `inputs`, of fixed shapes, all of which it checks; the program takes those numbered `takes`,
+        in its order, and its outputs are those numbered `gives` among the results. The code stays in memory as long as
+        the function.
+        """
+        functions, team = self._functions, self._team
+        if functions is None:
+            raise TargetError("this executable is closed")
+        # What the program does not take goes to the spare place at the end of the table.
+        slots = [takes.index(number) if number in takes else -1 for number in range(len(inputs))]
+        wanted = [(slot, numpy_dtype(spec.dtype), spec.shape) for slot, spec in zip(slots, inputs, strict=True)]
+        order = [gives.index(number) for number in range(len(self.outputs))]
+        makers, places = [self._makers[number] for number in order], [len(self.inputs) + number for number in order]
+        take, put, main = self._take, self._frames.append, functions.main
+        ndarray, now = np.ndarray, time.perf_counter
+
+        def call(arrays: Sequence[np.ndarray]) -> tuple[list[np.ndarray], float] | None:
+            frame = take()
+            table = frame.table
+            for (slot, dtype, shape), array in zip(wanted, arrays, strict=True):
+                if type(array) is not ndarray or array.dtype is not dtype or array.shape != shape:
+                    put(frame)
+                    return None
+                if array.flags.num & _READABLE != _READABLE:
+                    put(frame)
+                    return None
+                table[slot] = address(array)
+            try:
+                results = [make() for make in makers]
+            except MemoryError:  # the other way says so in words
+                put(frame)
+                return None
+            for slot, array in zip(places, results, strict=True):
+                table[slot] = address(array)
+            begin = now()
+            if team is None:
+                main(*frame.arguments)
+            else:
+                team.run(frame.address)
+            seconds = now() - begin
+            put(frame)
+            return results, seconds
+
+        return call
+
     def profile(self, inputs: Sequence[np.ndarray], runs: int) -> list[StepTime]:
         """Run `runs` times each way and return the median time of every kernel call."""
         functions = self._functions
         if functions is None:
             raise TargetError("this executable is closed")
-        results = [make(shape, dtype) for shape, dtype, make in self._outputs]
+        results = [make() for make in self._makers]
         frame = self._take()
         for slot, array in enumerate((*inputs, *results)):
             frame.table[slot] = address(array)
@@ -186,9 +235,12 @@ class _Frame:
         byte = np.dtype(np.uint8)
         self._arena = aligned_empty([arena_bytes], byte)
         self._scratch = aligned_empty([scratch_bytes], byte)
-        pointers = [0] * border + [address(array) for array in (*constants, self._arena, self._scratch)]
+        # The last place is spare: nobody reads it.
+        pointers = [0] * border + [address(array) for array in (*constants, self._arena, self._scratch)] + [0]
         self.table = (ctypes.c_void_p * len(pointers))(*pointers)
         self.address = ctypes.addressof(self.table)
+        # Of `main` with one worker; made here, since ctypes takes longer to make them of numbers than to call.
+        self.arguments = ctypes.c_void_p(self.address), ctypes.c_void_p(0), ctypes.c_int64(0), ctypes.c_int64(1)
 
 
 def _span(trace: np.ndarray) -> np.ndarray:
@@ -199,9 +251,17 @@ def _span(trace: np.ndarray) -> np.ndarray:
     return np.where(real, end, 0).max(axis=0) - np.where(real, begin, np.iinfo(np.int64).max).min(axis=0)
 
 
-def _maker(nbytes: int) -> Callable[[Sequence[int], np.dtype[Any]], np.ndarray]:
+def _maker(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[[], np.ndarray]:
     """Makes an output; of a small one nobody notices that it is not aligned, but the time that takes."""
-    return np.empty if nbytes <= SMALL_BYTES else aligned_empty
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes <= SMALL_BYTES:
+        return partial(np.empty, shape, dtype)
+
+    def make() -> np.ndarray:  # as `aligned_empty`, with what it works out at hand
+        block = np.empty(nbytes + ALIGNMENT, np.uint8)
+        return np.ndarray(shape, dtype, block, -address(block) % ALIGNMENT)
+
+    return make
 
 
 def _nbytes(item: Mapping[str, Any]) -> int:

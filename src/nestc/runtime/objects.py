@@ -30,9 +30,12 @@ _LIBRARIES = ("libm.so.6", "libgcc_s.so.1")
 
 
 class NativeFunctions(NamedTuple):
-    """The exported functions of a native program (see `codegen.main`); the code stays in memory as long as this."""
+    """The exported functions of a native program (see `codegen.main`); the code stays in memory as long as this.
 
-    main: Callable[[int, int, int, int], None]
+    They take numbers, or objects of ctypes made of them before.
+    """
+
+    main: Callable[..., None]
     run: Callable[[int, int], None]
     worker: Callable[[int, int], None]
     stop: Callable[[int], None]

@@ -13,8 +13,9 @@ import numpy as np
 
 from nestc.bundle.artifact import Elapsed, Program
 from nestc.bundle.bundle import Bundle
-from nestc.bundle.schema import Kind
+from nestc.bundle.schema import Kind, TensorSpec
 from nestc.errors import TargetError
+from nestc.runtime.native import NativeProgram, Quick
 from nestc.runtime.stages import (
     CLOSED,
     CPU,
@@ -73,8 +74,9 @@ class Direct:
         self.kind: Kind = kind
 
 
-Last: TypeAlias = "Run | tuple[Stage, float, Elapsed]"
-"""What is kept of the last run; of one partition only what takes no time to keep. `run_of` tells the rest."""
+Last: TypeAlias = "Run | tuple[Stage, float, Elapsed | None]"
+"""What is kept of the last run; of one partition only what takes no time to keep: when it ended, and how long it took
+(None: all of that). `run_of` tells the rest."""
 
 
 class Session:
@@ -128,6 +130,21 @@ class Session:
         else:
             return results, (stage, time.perf_counter() - begin, elapsed)
         return self._fallen(stage, failed, inputs, outputs)
+
+    def quick(self, inputs: Sequence[TensorSpec]) -> tuple[Quick, Stage] | None:
+        """The shortest way of a call with `inputs`, and the stage that it runs, if that is one of our own native code
+        compiled for just these; None where there is no such way."""
+        only = self._only
+        if only is None or not isinstance(only.program, NativeProgram):
+            return None
+        takes = only.takes or tuple(range(len(inputs)))
+        fixed = all(spec.shape is not None and None not in spec.shape for spec in inputs)
+        if not fixed or any(
+            (inputs[number].dtype, inputs[number].shape) != (spec.dtype, spec.shape)
+            for number, spec in zip(takes, only.program.inputs, strict=True)
+        ):
+            return None
+        return only.program.quick(inputs, takes, only.gives), only.stage
 
     def batch(self) -> Batch:
         """A timeline for several requests."""
@@ -242,6 +259,8 @@ def run_of(last: Last) -> Run:
     if not isinstance(last, tuple):
         return last
     stage, end, elapsed = last
+    if elapsed is None:
+        return Direct((stage_mark(stage, 0.0, end, "measured", 0),))
     if elapsed.kind == "modelled":
         return Direct((stage_mark(stage, 0.0, elapsed.seconds, "modelled", 0),), "modelled")
     begin = max(0.0, end - elapsed.seconds)
