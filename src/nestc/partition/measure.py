@@ -25,7 +25,7 @@ from nestc.partition.match import ask, takes
 from nestc.partition.repeat import LEAST_SECONDS, Effort, Timed, together
 from nestc.partition.sizes import constant_bytes
 from nestc.partition.store import ALONE, CHAIN, COMPARED, LAUNCH, Entry, Key, ProfileStore, stamped
-from nestc.targets.api import Artifact, Elapsed, Offer, Partition, Program, Target
+from nestc.targets.api import Artifact, Elapsed, Modelled, Offer, Partition, Program, Target
 
 Submodel = Callable[[Sequence[str]], ir.Model]
 
@@ -43,9 +43,8 @@ PROFILE_RUNS = 9
 
 _ABSENT = "the device is not here"
 
-CHAIN_TIMES = 3
 CHAIN_ROUNDS = 3
-"""A chain is measured so much longer than a region, and so often: there are few, and all shares are scaled to it."""
+"""A chain is measured so often: there are few, and all shares are scaled to it."""
 
 
 class _Step(Protocol):
@@ -139,8 +138,7 @@ class Meter:
         self.store = store or ProfileStore()
         self.threads = threads
         self.effort = effort or Effort()
-        longer = CHAIN_TIMES * self.effort.seconds, CHAIN_TIMES * self.effort.longest
-        self._chain_effort = Effort(self.effort.runs, *longer, rounds=CHAIN_ROUNDS)
+        self._chain_effort = replace(self.effort, rounds=CHAIN_ROUNDS)
         self._tell = progress
         self._known: dict[Key, Entry] = {}
         self._fingerprints: dict[int, tuple[Target, str]] = {}
@@ -336,7 +334,10 @@ class Meter:
         target, regions = work.target, work.regions
         partition = _partition(target, regions, work.outputs, submodel)
         try:
-            artifact = target.compile(partition)
+            if len(regions) > 1 and isinstance(target, Modelled):
+                artifact = target.compile_unproven(partition)  # each region of it was proven alone
+            else:
+                artifact = target.compile(partition)
         except (TargetError, UnsupportedOp) as error:
             return Entry(0.0, refusal=str(error))
         # A vendor's runtime has its constants inside a file.

@@ -77,11 +77,13 @@ def together(programs: Sequence[Run], effort: Effort) -> list[Timed]:
 
 
 def _round(programs: Sequence[Run], effort: Effort) -> list[Timed]:
+    """One measurement of each, in turns."""
     times: list[list[float]] = [[] for _ in programs]
     spent = [0.0 for _ in programs]
     waiting = list(range(len(programs)))
     alone = len(programs) == 1
-    block = effort.seconds if alone else effort.seconds / BLOCKS
+    # Each round has turns of its own.
+    block = effort.seconds if alone else effort.seconds / max(2, BLOCKS // effort.rounds)
     while waiting:
         for index in list(waiting):
             _block(programs[index], times[index], spent, index, block, alone)

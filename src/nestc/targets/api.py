@@ -163,6 +163,16 @@ class Target(Protocol):
 
 
 @runtime_checkable
+class Modelled(Protocol):
+    """A target whose compiler knows what a partition takes: its artifacts state a modelled ``timing``."""
+
+    def compile_unproven(self, partition: Partition) -> Artifact:
+        """What `compile` makes, without the proof that it is safe to run: for its timing and the size of its constants
+        only. Many partitions are compiled before one is chosen."""
+        ...
+
+
+@runtime_checkable
 class Commanded(Protocol):
     """A target whose device executes a stream of commands, which another simulator of that device can replay."""
 

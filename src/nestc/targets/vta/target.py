@@ -70,10 +70,17 @@ class VtaTarget:
 
     def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:
         """Streams, micro-ops and constants of a partition, verified and timed; `emit` gets levels tensor, commands."""
+        return self._compiled(partition, emit, prove=True)
+
+    def compile_unproven(self, partition: Partition) -> Artifact:
+        """The same without being verified, for its timing only."""
+        return self._compiled(partition, None, prove=False)
+
+    def _compiled(self, partition: Partition, emit: Callable[[str, str, str], None] | None, *, prove: bool) -> Artifact:
         from nestc.targets.vta.compiler import compile_network
 
         net = network(partition, self.config)
-        return compile_network(net, self.config, self.count, emit, self.energy, unroll=self.unroll)
+        return compile_network(net, self.config, self.count, emit, self.energy, unroll=self.unroll, prove=prove)
 
     def commands(self, partition: str, artifact: Artifact) -> Mapping[str, bytes]:
         """Files from which another VTA simulator replays a partition; see `targets.vta.commands`."""
