@@ -10,7 +10,7 @@ import pytest
 from nestc.errors import PlanError
 from nestc.partition.evaluate import evaluate
 from nestc.partition.problem import Cost, Crossing, Edge, Problem, Solution, Stage, Task, Unit
-from nestc.partition.refine import Actual, Actuals, corrected, refine
+from nestc.partition.refine import FINALISTS, Actual, Actuals, corrected, refine
 
 UNITS = (Unit("cpu", "cpu", launch=0.25), Unit("npu", "npu", launch=0.5))
 
@@ -107,7 +107,10 @@ def test_single_devices_are_measured_too_and_win_where_they_are_best() -> None:
     )
     assert found.solution.stages == CPU
     assert found.solution.value == pytest.approx(10.25)
-    assert [each.latency for each in found.others if each is not None] == pytest.approx([10.25])
+    assert {stages: each and each.latency for stages, each in found.evaluations.items()} == {
+        CPU: pytest.approx(10.25),
+        MIXED: pytest.approx(16.25),
+    }
 
 
 def test_stages_that_a_unit_refuses_are_no_plan() -> None:
@@ -168,10 +171,59 @@ def test_plans_that_are_about_as_good_are_measured_again_in_turns() -> None:
     )
     assert asked == [MIXED, CPU]  # the best first; the other one is out of question
     assert found.solution.stages == CPU and found.solution.value == pytest.approx(12.25)
-    assert [each.latency for each in found.others if each is not None] == pytest.approx([12.25, 30.5])
+    assert {stages: each and each.latency for stages, each in found.evaluations.items()} == {
+        CPU: pytest.approx(12.25),
+        MIXED: pytest.approx(13.25),
+        others[1].stages: pytest.approx(30.5),
+    }
     asked.clear()
     refine(problem, others[0], lambda learned: others[0], lambda plan: actuals(12.5), compare=compare)
     assert asked == []  # nothing to compare it with
+
+
+def test_what_other_ways_have_found_is_compared_however_many_are_better() -> None:
+    problem = chain(*[(2, 9)] * 6)
+    names = [task.name for task in problem.tasks]
+    plans = [(Stage("cpu", tuple(names[:n])), Stage("npu", tuple(names[n:]))) for n in range(1, 6)]
+    plans = [solution(problem, *plan) for plan in (*plans, (Stage("cpu", tuple(names)),))]
+    seconds = {plan.stages: 5.0 + 0.01 * n for n, plan in enumerate(plans)}
+    asked: list[tuple[Stage, ...]] = []
+
+    def measure(plan: Solution) -> Actuals:
+        return actuals(*[seconds[plan.stages] * (1 if len(plan.stages) == 2 else 2.3)] * len(plan.stages))
+
+    def compare(given: Sequence[Solution]) -> list[Actuals]:
+        asked.extend(plan.stages for plan in given)
+        return [measure(plan) for plan in given]
+
+    left = iter([*plans[1:5], plans[0], plans[0]])
+    refine(problem, plans[0], lambda _: next(left), measure, plans[5:], compare=compare)
+    assert len(asked) == FINALISTS + 1 and asked[-1] == plans[5].stages
+
+
+def test_the_bound_is_by_costs_by_which_the_plan_takes_what_was_measured() -> None:
+    """The CPU alone is measured again in the end; the bound is of the problem that has learned that, not of one before."""
+    problem = chain((2, 9), (9, 3), (2, 9))
+    asked: list[Problem] = []
+
+    def solve(learned: Problem) -> Solution:
+        asked.append(learned)
+        bound = 0.9 * min(latency(learned, *CPU), latency(learned, *MIXED))
+        return solution(learned, *MIXED, bound=bound)
+
+    measured = {MIXED: [3.0, 9.0, 3.0], CPU: [13.0]}
+    found = refine(
+        problem,
+        solution(problem, *MIXED),
+        solve,
+        lambda plan: actuals(*measured[plan.stages]),
+        [solution(problem, *CPU)],
+        compare=lambda plans: [actuals(*[12.0] if plan.stages == CPU else [3.0, 9.5, 3.0]) for plan in plans],
+    )
+    assert found.solution.stages == CPU and found.solution.value == pytest.approx(12.25)
+    assert latency(asked[-1], *CPU) == pytest.approx(12.25)
+    assert found.solution.lower_bound == pytest.approx(0.9 * 12.25) and not found.solution.optimal
+    assert found.promised == pytest.approx(12.25)  # MIXED would take longer
 
 
 def test_the_energy_of_a_stage_is_what_was_measured_of_the_whole() -> None:

@@ -83,6 +83,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "predicted_ms": plan.predicted_ms,
         "predicted_mj": plan.predicted_mj,
         "lower_bound_ms": plan.lower_bound_ms,
+        "promised_ms": plan.promised_ms,
         "optimal": plan.optimal,
         "method": plan.method,
         "single_device_ms": dict(plan.single_device_ms),
@@ -94,6 +95,7 @@ def summary(plan: Plan) -> dict[str, Any]:
                 "to": each.destination,
                 "bytes": each.bytes,
                 "us": each.us,
+                "conversion_us": each.conversion_us,
                 "kind": each.kind,
             }
             for each in plan.transfers
@@ -119,5 +121,7 @@ def show(plan: Plan) -> None:
     if plan.transfers:
         moved = sum(each.bytes for each in plan.transfers)
         took = sum(each.us for each in plan.transfers)
-        kinds = sorted({each.kind for each in plan.transfers if each.us})
-        print(f"  {len(plan.transfers)} transfers, {moved / 1e3:.1f} kB, {took:.1f} us {'/'.join(kinds)}")
+        kinds = "/".join(sorted({each.kind for each in plan.transfers if each.us}))
+        words = f"{len(plan.transfers)} transfers, {moved / 1e3:.1f} kB, {took:.1f} us on links {kinds}".rstrip()
+        conversions = sum(each.conversion_us for each in plan.transfers)
+        print(f"  {words}" + (f", {conversions:.1f} us of conversions in partitions" if conversions else ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from nestc.graph.model import Model
 from nestc.graph.region import Region
 from nestc.graph.regions import form, regions, submodel
 from nestc.partition.arrange import arrange
-from nestc.partition.baselines import single
+from nestc.partition.baselines import single, viterbi_per_branch
 from nestc.partition.costs import Chain, Costed, Meter, Submodel, measure_costs, number_of
 from nestc.partition.cut import find_cuts
 from nestc.partition.evaluate import evaluate
@@ -22,7 +23,7 @@ from nestc.partition.match import unknown_at_compile_time
 from nestc.partition.place import Placed, assemble
 from nestc.partition.plan import Alternative, PlannedRegion, PlannedSplit, Transfer
 from nestc.partition.problem import HOST, Edge, Evaluation, Objective, Problem, Solution, Task, stage_of
-from nestc.partition.refine import Actual, corrected, refine
+from nestc.partition.refine import CLOSE, Actual, corrected, refine
 from nestc.partition.sizes import constant_bytes
 from nestc.partition.solve import solve
 from nestc.partition.split import Split, propose, split
@@ -33,15 +34,12 @@ SPLIT_GAIN = 0.02
 """Operators are split over devices for a gain of so much at least: it makes a plan harder to read."""
 
 
-HEFT = "by HEFT"
-"""Names the solution that is measured beside those of single devices."""
-
-
 @dataclass(frozen=True)
 class Placement:
     """A network placed by cost: what was solved, how, and what became of it.
 
-    ``given`` is the problem by what regions take, before partitions were measured. ``describe`` makes partitions and a
+    ``given`` is the problem by what regions take, before partitions were measured, and ``first`` its solution.
+    ``describe`` makes partitions and a
     plan of any other solution of it, so that it can be compiled and run; ``measure`` evaluates one by what its own
     partitions take, and gives None if a device does not take one.
     """
@@ -50,6 +48,7 @@ class Placement:
     costed: Costed
     solution: Solution
     given: Problem
+    first: Solution
     describe: Callable[[Solution], Placed]
     measure: Callable[[Solution], Evaluation | None]
 
@@ -75,6 +74,7 @@ def place_by_cost(
     the costs of the parts. `time_limit` is the solver's, in seconds. Raises UnsupportedOp if nobody takes a region.
     """
     found = _place(model, whole, targets, objective, meter, time_limit, progress, ())
+    assert found is not None
     if objective != "latency":
         return found
     every = regions(whole)
@@ -82,8 +82,11 @@ def place_by_cost(
     if not splits:
         return found
     parted = split(model, splits, every)
-    other = _place(parted, form(parted), targets, objective, meter, time_limit, progress, splits)
-    return other if other.solution.value < (1 - SPLIT_GAIN) * found.solution.value else found
+    below = (1 - SPLIT_GAIN) * found.first.value
+    other = _place(parted, form(parted), targets, objective, meter, time_limit, progress, splits, below)
+    if other is None or other.solution.value >= (1 - SPLIT_GAIN) * found.solution.value:
+        return found
+    return other
 
 
 def _place(
@@ -95,7 +98,9 @@ def _place(
     time_limit: float,
     progress: Callable[[str, float], None],
     splits: Sequence[Split],
-) -> Placement:
+    below: float = math.inf,
+) -> Placement | None:
+    """Costs, solution, refinement; None if by costs of regions no solution is better than `below`."""
     every = regions(whole)
     cuts = find_cuts(every, targets)
     cut = form(model, cuts=cuts) if cuts else whole
@@ -113,15 +118,17 @@ def _place(
     resources = {target.name: target.machine.resource or target.name for target in targets}
 
     names = [unit.name for unit in costed.problem.units]
-    units = [*((name, single(costed.problem, name)) for name in names), (HEFT, heft(costed.problem))]
-    others = {name: found for name, each in units if (found := _assigned(costed.problem, each, objective)) is not None}
+    singles = _solutions(costed.problem, {name: single(costed.problem, name) for name in names}, objective)
 
-    def describe(solution: Solution, costed: Costed, singles: Mapping[str, float]) -> Placed:
+    def describe(
+        solution: Solution, costed: Costed, alone: Mapping[str, float], promised: float | None = None
+    ) -> Placed:
         kept = [node for node in cuts if not _joined(node, pieces, solution, costed)]
         formed = form(model, cuts=kept) if kept else whole
         placed = _describe(formed, kept, targets, costed, solution)
         parted = tuple(PlannedSplit(s.node, s.channels) for s in splits)
-        return replace(placed, plan=replace(placed.plan, splits=parted, single_device_ms=singles))
+        plan = replace(placed.plan, splits=parted, single_device_ms=alone)
+        return replace(placed, plan=replace(plan, promised_ms=None if promised is None else promised * 1e3))
 
     def stages(solution: Solution) -> list[Chain]:
         placed = describe(solution, costed, {})
@@ -156,35 +163,46 @@ def _place(
         return solve(problem, objective, time_limit=time_limit / 3)
 
     def evaluated(solution: Solution) -> Evaluation | None:
+        if solution.stages in found.evaluations:  # in turns with ours, so that they compare
+            return found.evaluations[solution.stages]
         actuals = measure(solution)
         if any(actual is not None and actual.seconds == math.inf for actual in actuals):
             return None
         return evaluate(corrected(costed.problem, solution.stages, actuals), solution.stages)
 
-    found = refine(costed.problem, solved(costed.problem), solved, measure, list(others.values()), compare=compare)
+    first = solved(costed.problem)
+    if first.value >= below:
+        return None
+    ways = {"heft": heft(costed.problem), "viterbi": viterbi_per_branch(costed.problem)}
+    good = [
+        each for each in _solutions(costed.problem, ways, objective).values() if each.value <= (1 + CLOSE) * first.value
+    ]
+    found = refine(costed.problem, first, solved, measure, [*singles.values(), *good], compare=compare)
     final = replace(costed, problem=found.problem)
-    singles = {
-        name: _milliseconds(objective, each)
-        for name, each in zip(others, found.others, strict=True)
-        if each is not None and name != HEFT
+    alone = {
+        name: _milliseconds(objective, evaluation)
+        for name, each in singles.items()
+        if (evaluation := found.evaluations[each.stages]) is not None
     }
     return Placement(
-        describe(found.solution, final, singles),
+        describe(found.solution, final, alone, found.promised),
         final,
         found.solution,
         costed.problem,
-        lambda other: describe(other, final, singles),
+        first,
+        lambda other: describe(other, final, alone),
         evaluated,
     )
 
 
-def _assigned(problem: Problem, units: Mapping[str, str], objective: Objective) -> Solution | None:
-    """A solution of which only the units are given; None if they exceed the memory of one."""
-    stages = arrange(problem, units, objective)
-    try:
-        return Solution(stages, evaluate(problem, stages), objective, 0.0, False, "by units given")
-    except PlanError:
-        return None
+def _solutions(problem: Problem, ways: Mapping[str, Mapping[str, str]], objective: Objective) -> dict[str, Solution]:
+    """Solutions of which only the units are given, by name; without those that exceed the memory of one."""
+    found: dict[str, Solution] = {}
+    for name, units in ways.items():
+        stages = arrange(problem, units, objective)
+        with contextlib.suppress(PlanError):
+            found[name] = Solution(stages, evaluate(problem, stages), objective, 0.0, False, f"by {name}")
+    return found
 
 
 def _models(formed: Model) -> Submodel:
@@ -325,13 +343,13 @@ def _shown(cost: Alternative) -> str:
 
 
 def _with_conversion(transfer: Transfer, problem: Problem, stages: dict[str, int], solution: Solution) -> Transfer:
-    """A transfer with the whole time of its crossing, conversions of layout included."""
+    """A transfer with the times of its crossing, on the links and for conversions of layout."""
     for edge in problem.edges:
         source = HOST if edge.source is None else solution.stages[stages[edge.source]].unit
         destination = HOST if edge.destination is None else solution.stages[stages[edge.destination]].unit
         if edge.tensor == transfer.tensor and transfer.destination == destination and transfer.source == source:
             crossing = edge.crossings.get((transfer.source, transfer.destination))
             if crossing is not None:
-                seconds = crossing.out_seconds + crossing.wire_seconds + crossing.in_seconds
-                return replace(transfer, us=seconds * 1e6, kind=crossing.kind)
+                work = crossing.out_seconds + crossing.in_seconds
+                return replace(transfer, us=crossing.wire_seconds * 1e6, kind=crossing.kind, conversion_us=work * 1e6)
     return transfer

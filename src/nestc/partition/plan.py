@@ -61,9 +61,11 @@ class PlannedPartition:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A tensor that crosses from one device to another; `bytes` is its plain size, `us` the time predicted for it.
+    """A tensor that crosses from one device to another; `bytes` is its plain size.
 
-    "host memory" stands for the graph's inputs and outputs.
+    ``us``: predicted microseconds on the links. ``conversion_us``: what both devices work on it beside that, turning it
+    from and into layouts of their own, which is in the times of their partitions. "host memory" stands for the graph's
+    inputs and outputs.
     """
 
     tensor: str
@@ -72,6 +74,7 @@ class Transfer:
     bytes: int
     us: float = 0.0
     kind: str = "estimated"
+    conversion_us: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,12 @@ class Plan:
 
     ``predicted_ms`` is of the objective "latency" or "energy" one inference, of "throughput" the time a request when
     pipelined; ``lower_bound_ms``: no placement of these regions does better by the same costs (millijoules for the
-    objective "energy", as ``predicted_mj``); ``single_device_ms``: by device, all it takes there and the rest on the
-    CPU. ``method`` tells how it was found. ``cuts``: nodes after which regions are cut for a device that takes a piece;
-    ``splits``: operators that are computed in parts, which may run on several devices.
+    objective "energy", as ``predicted_mj``), in which its own partitions take what was measured of them as a whole and
+    others what their regions say; ``promised_ms``: by these costs, the value of the last solution that the solver found
+    (in the unit of the bound), whose partitions need not all have been measured; ``single_device_ms``: by device, all
+    it takes there and the rest on the CPU. ``method`` tells how it was found. ``cuts``: nodes after which regions are
+    cut for a device that takes a piece; ``splits``: operators that are computed in parts, which may run on several
+    devices.
     """
 
     model: str
@@ -102,6 +108,7 @@ class Plan:
     predicted_ms: float | None = None
     predicted_mj: float | None = None
     lower_bound_ms: float | None = None
+    promised_ms: float | None = None
     optimal: bool = False
     single_device_ms: Mapping[str, float] = field(default_factory=dict)
     method: str = "in the order of the targets"
@@ -139,6 +146,7 @@ class Plan:
             lines.append(f"  {each.node} is computed in parts of {', '.join(map(str, each.channels))} channels")
         for transfer in self.transfers:
             took = f", {transfer.us:.3g} us {transfer.kind}" if transfer.us else ""
+            took += f", {transfer.conversion_us:.3g} us of conversions" if transfer.conversion_us else ""
             lines.append(
                 f"  {transfer.tensor}: {transfer.source} -> {transfer.destination}, {transfer.bytes} bytes{took}"
             )
@@ -164,6 +172,12 @@ class Plan:
         if self.lower_bound_ms and not self.optimal:
             known = f"at most {100 * max(value / self.lower_bound_ms - 1, 0.0):.2g} % above the best"
         lines[0] += f"; lower bound {self.lower_bound_ms:.4g} {unit}: {known} by these costs ({self.method})"
+        if self.promised_ms is not None and self.lower_bound_ms and not self.optimal:
+            above = 100 * max(self.promised_ms / self.lower_bound_ms - 1, 0.0)
+            lines.append(
+                f"the solver's last solution: {self.promised_ms:.4g} {unit}, at most {above:.2g} % above the best, if"
+                " partitions take what their regions say"
+            )
         for device, single in self.single_device_ms.items():
             lines.append(f"all that {device} takes on {device}: {single:.4g} ms")
         return lines

@@ -9,7 +9,7 @@ plans of single devices among them: what is taken is then not slower than any of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nestc.errors import PlanError
@@ -34,8 +34,8 @@ LEAST = 1e-9
 
 CLOSE = 0.25
 FINALISTS = 4
-"""At most so many of the plans that are no worse than the best by this part are measured once more, in turns: what was
-measured at different times differs by how busy the machine was."""
+"""Of the plans that are no worse than the best by this part at most so many, and those that other ways to place have
+found, are measured once more, in turns: what was measured at different times differs by how busy the machine was."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,15 @@ Actuals = Sequence[Actual | None]
 class Refined:
     """The problem with what was learned of `solution`, whose evaluation is by measured stages.
 
-    ``others``: the evaluations of the other solutions given, by measured stages, in their order; None: refused.
+    ``promised``: the value of the last solution found, by the same costs as the lower bound; it is less than that of
+    `solution` where what it promises is too little to be measured, or there were no rounds left to do so.
+    ``evaluations``: of all stages that were measured, by what was measured last; None: refused.
     """
 
     problem: Problem
     solution: Solution
-    others: tuple[Evaluation | None, ...]
+    promised: float
+    evaluations: Mapping[tuple[Stage, ...], Evaluation | None]
 
 
 def refine(
@@ -74,14 +77,17 @@ def refine(
 ) -> Refined:
     """Measure `first` and what `solve` finds after it, and `others`; the best by what was measured.
 
-    Where several are about as good they are measured once more by `compare`, if there is one. The lower bound is that
-    of the last problem solved, with all that was learned in it. Raises PlanError if no plan can run.
+    Where several are about as good they are measured once more by `compare`, if there is one, `others` among them. The
+    lower bound is that of the problem in which all that was measured is learned, the stages of the best one last: by
+    its costs they take what was measured, so that the two compare. Raises PlanError if no plan can run.
     """
     learned = problem
     tried: dict[tuple[Stage, ...], tuple[Problem, Solution] | None] = {}
+    taken: dict[tuple[Stage, ...], Actuals] = {}
 
     def note(solution: Solution, actuals: Actuals) -> None:
         tried[solution.stages] = None
+        taken[solution.stages] = actuals
         if not any(actual is not None and actual.seconds == math.inf for actual in actuals):
             own = corrected(problem, solution.stages, actuals)
             tried[solution.stages] = own, replace(solution, evaluation=evaluate(own, solution.stages))
@@ -95,22 +101,25 @@ def refine(
     for other in others:
         if other.stages not in tried:
             attempt(other)
-    solution = first
+    solution, solved = first, problem
     for _ in range(rounds):
         values = [each[1].value for each in tried.values() if each is not None]
         if solution.stages in tried or (values and solution.lower_bound >= (1 - ENOUGH) * min(values)):
             break
         attempt(solution)
-        solution = solve(learned)
+        solution, solved = solve(learned), learned
     runnable = [each for each in tried.values() if each is not None]
     if not runnable:
         raise PlanError("no device takes the stages that it was given as a whole; compile for fewer devices")
-    close = _close([each for _, each in runnable])
+    close = _close([each for _, each in runnable], {other.stages for other in others})
     if compare is not None and len(close) > 1:
         for each, actuals in zip(close, compare(close), strict=True):
             note(each, actuals)
         runnable = [each for each in tried.values() if each is not None]
     own, best = _surest(problem, runnable)
+    learned = corrected(learned, best.stages, taken[best.stages])
+    if learned != solved:
+        solution = solve(learned)
     bound = min(solution.lower_bound, best.value)
     done = replace(
         best,
@@ -118,14 +127,15 @@ def refine(
         optimal=best.value - bound <= PROVEN * best.value,
         method=f"{solution.method}; stages measured, plans compared: {len(runnable)}",
     )
-    evaluations = (tried[other.stages] for other in others)
-    return Refined(own, done, tuple(None if each is None else each[1].evaluation for each in evaluations))
+    evaluations = {stages: None if each is None else each[1].evaluation for stages, each in tried.items()}
+    return Refined(own, done, min(solution.value, best.value), evaluations)
 
 
-def _close(solutions: Sequence[Solution]) -> list[Solution]:
-    """The best of some solutions and those about as good, the best first."""
+def _close(solutions: Sequence[Solution], always: Collection[tuple[Stage, ...]]) -> list[Solution]:
+    """The best of some solutions and those about as good, the best first; of `always` all that are."""
     by_value = sorted(solutions, key=lambda each: each.value)
-    return [each for each in by_value if each.value <= (1 + CLOSE) * by_value[0].value][:FINALISTS]
+    good = [each for each in by_value if each.value <= (1 + CLOSE) * by_value[0].value]
+    return [each for rank, each in enumerate(good) if rank < FINALISTS or each.stages in always]
 
 
 def _surest(problem: Problem, runnable: Sequence[tuple[Problem, Solution]]) -> tuple[Problem, Solution]:
