@@ -19,7 +19,7 @@ from nestc.kernels.api import Layout
 from nestc.kernels.families import alternatives
 from nestc.kernels.testing import host_machine, region_of, run_lowered
 from nestc.kernels.winograd import WINOGRAD, WinogradFamily
-from nestc.kernels.winograd_matrices import transform
+from nestc.kernels.winograd_matrices import strided, transform
 from nestc.kernels.winograd_plan import Plan, Tiling, plan, tile
 from nestc.targets.cpu.machine import machine
 from nestc.tensor import math
@@ -40,25 +40,28 @@ def tensors(seed, x_shape, w_shape):
     return x, (w / np.sqrt(np.prod(w_shape[1:]))).astype(np.float32), b
 
 
-def direct(x, w, b, pads):
+def direct(x, w, b, pads, stride=1):
     """The convolution by its definition in float64, for one or two spatial axes."""
     rank = x.ndim - 2
     padded = np.pad(x.astype(np.float64), [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:])])
     windows = np.lib.stride_tricks.sliding_window_view(padded, w.shape[2:], tuple(range(2, 2 + rank)))
+    windows = windows[(slice(None), slice(None), *(slice(None, None, stride),) * rank)]
     axes = tuple(range(windows.ndim - rank, windows.ndim))
     y = np.tensordot(windows, w.astype(np.float64), ((1, *axes), (1, *range(2, 2 + rank))))
     return np.moveaxis(y, -1, 1) + b.reshape(-1, *(1,) * rank)
 
 
-def region_and_values(x, w, b, pads, tail=()) -> tuple[Region, dict[str, np.ndarray]]:
+def region_and_values(x, w, b, pads, tail=(), stride=1) -> tuple[Region, dict[str, np.ndarray]]:
     """A Conv with elementwise operators behind it, and every value in float64 (what is stored is float32)."""
     rank = x.ndim - 2
     zeros = np.zeros(w.shape[0], np.float32)
-    values = {"x": x, "w": w, "y": direct(x, w, zeros if b is None else b, pads)}
+    values = {"x": x, "w": w, "y": direct(x, w, zeros if b is None else b, pads, stride)}
     names = ["x", "w"] + ([] if b is None else ["b"])
     if b is not None:
         values["b"] = b
-    nodes = [helper.make_node("Conv", names, ["y"], name="conv", pads=list(pads), kernel_shape=list(w.shape[2:]))]
+    strides = [stride] * rank
+    node = helper.make_node("Conv", names, ["y"], "conv", pads=list(pads), kernel_shape=w.shape[2:], strides=strides)
+    nodes = [node]
     last = "y"
     for i, kind in enumerate(tail):
         name, y = f"t{i}", values[last]
@@ -82,7 +85,7 @@ def region_and_values(x, w, b, pads, tail=()) -> tuple[Region, dict[str, np.ndar
 
 def check(m, x, w, b, pads, tail=(), cut: Plan | None = None, jit=True, cpu=MACHINE):
     """Our kernels are as good as a direct sum in float64, but for the error that the transforms may make."""
-    region, values = region_and_values(x, w, b, pads, tail)
+    region, values = region_and_values(x, w, b, pads, tail, 1 + m % 2)
     family = WinogradFamily(m)
     assert family.refusal(region) is None
     incoming = dict.fromkeys(region.inputs, Layout(cpu.lanes("float32")))
@@ -103,7 +106,7 @@ def product(matrix, vector):
     return [sum(a * x for a, x in zip(row, vector, strict=True)) for row in matrix]
 
 
-@pytest.mark.parametrize(("m", "r"), [*TRANSFORMS, (1, 1)])
+@pytest.mark.parametrize(("m", "r"), [*TRANSFORMS, (1, 1), (5, 1)])
 @given(data=st.data())
 @settings(deadline=None, max_examples=20)
 def test_the_identity_holds_exactly(m, r, data):
@@ -112,6 +115,18 @@ def test_the_identity_holds_exactly(m, r, data):
     d, g = ([Fraction(x, 7) for x in part] for part in (numerators[: t.n], numerators[t.n :]))
     elementwise = [u * v for u, v in zip(product(t.g, g), product(t.bt, d), strict=True)]
     assert product(t.at, elementwise) == [sum(d[i + j] * g[j] for j in range(r)) for i in range(m)]
+
+
+@pytest.mark.parametrize("m", [1, 3, 5, 7])
+@given(data=st.data())
+@settings(deadline=None, max_examples=20)
+def test_the_identity_of_stride_2_holds_exactly(m, data):
+    t = strided(m, 3)
+    assert t.n == 2 * m + 1 == len(t.bt) == len(t.g) and t.stride == 2
+    numerators = data.draw(st.lists(st.integers(-99, 99), min_size=t.n + 3, max_size=t.n + 3))
+    d, g = ([Fraction(x, 7) for x in part] for part in (numerators[: t.n], numerators[t.n :]))
+    elementwise = [u * v for u, v in zip(product(t.g, g), product(t.bt, d), strict=True)]
+    assert product(t.at, elementwise) == [sum(d[2 * i + j] * g[j] for j in range(3)) for i in range(m)]
 
 
 def test_the_points_of_lavin_and_gray():
@@ -156,11 +171,26 @@ def test_random_convolutions(data):
     check(m, x, w, b if draw(st.booleans()) else None, pads, tail)
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.data())
+def test_random_convolutions_of_stride_2(data):
+    draw = data.draw
+    rank = draw(st.sampled_from([1, 2, 2]))
+    pads = [draw(st.integers(0, 2)) for _ in range(2 * rank)]
+    size = [max(1, 3 - pads[i] - pads[rank + i]) + draw(st.integers(0, 20)) for i in range(rank)]
+    channels, outputs = draw(st.integers(32, 45)), draw(st.integers(32, 45))
+    x, w, b = tensors(
+        draw(st.integers(0, 99)), (draw(st.integers(1, 2)), channels, *size), (outputs, channels, 3, 3)[: 2 + rank]
+    )
+    tail = draw(st.sampled_from([(), ("Relu",), ("Add", "Relu"), ("Clip",)]))
+    check(3, x, w, b if draw(st.booleans()) else None, pads, tail)
+
+
 @settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_any_cut_computes_the_same(data):
     draw = data.draw
-    x, w, b = tensors(3, (2, 24, 13, 11), (40, 24, 3, 3))
+    x, w, b = tensors(3, (2, 33, 13, 11), (40, 33, 3, 3))
     nr = draw(st.integers(1, 3))
     cut = Plan(
         mr=draw(st.integers(1, 6 // nr * 2)),
@@ -170,10 +200,10 @@ def test_any_cut_computes_the_same(data):
         fused=draw(st.booleans()),
         outputs_first=draw(st.booleans()),
     )
-    check(draw(st.sampled_from([2, 4, 6])), x, w, b, [1, 0, 1, 1], ("Add", "Relu"), cut)
+    check(draw(st.sampled_from([2, 3, 4, 6])), x, w, b, [1, 0, 1, 1], ("Add", "Relu"), cut)
 
 
-@pytest.mark.parametrize("m", [2, 4, 6])
+@pytest.mark.parametrize("m", [2, 3, 4, 6])
 @pytest.mark.parametrize(("channels", "size"), [(64, 56), (128, 14), (160, 7)])
 def test_layers_of_networks(m, channels, size):
     x, w, b = tensors(0, (1, channels, size, size), (channels, channels, 3, 3))
@@ -188,8 +218,8 @@ def test_machine_code_does_what_the_interpreter_does(fused):
 
 def test_error_of_a_deep_sum_stays_small():
     """Measured 1e-6 to 8e-6; the bound on a whole network is 2e-4."""
-    for m in (2, 4, 6):
-        x, w, b = tensors(1, (1, 256, 12, 12), (16, 256, 3, 3))
+    for m in (2, 3, 4, 6):
+        x, w, b = tensors(1, (1, 256, 12, 12), (32, 256, 3, 3))
         check(m, np.maximum(x, 0), w, b, [1, 1, 1, 1])
 
 
@@ -214,7 +244,8 @@ def test_error_does_not_grow_with_depth():
 def sized_region(channels, outputs, size, kernel=(3, 3), **attributes) -> Region:
     """A Conv of constant weights."""
     x, w, b = tensors(0, (1, channels, *size), (outputs, channels, *kernel))
-    y = np.zeros((1, outputs, *size), np.float32)
+    stride = attributes.get("strides", [1])[0]
+    y = np.zeros((1, outputs, *((extent - 1) // stride + 1 for extent in size)), np.float32)
     pads = [(k - 1) // 2 for k in kernel] * 2
     node = helper.make_node("Conv", ["x", "w", "b"], ["y"], name="conv", pads=pads, **attributes)
     return region_of([node], {"x": x, "w": w, "b": b, "y": y}, ["y"], ["w", "b"])
@@ -223,8 +254,9 @@ def sized_region(channels, outputs, size, kernel=(3, 3), **attributes) -> Region
 @pytest.mark.parametrize("arch", ["avx512", "neon", "sse2"])
 def test_other_machines_get_kernels(arch):
     cpu = machine(arch)
-    region = sized_region(40, 48, (13, 13))
     for family in WINOGRAD:
+        strides = [1 + family.m % 2] * 2
+        region = sized_region(40, 48, (13, 13), strides=strides)
         layouts = family.layouts(region, cpu, {})
         for launch in family.lower(region, cpu, layouts).launches:
             verify(launch.kernel)
@@ -273,8 +305,15 @@ def test_what_is_refused():
     assert reason(sized_region(16, 16, (8, 8), (1, 1))) == "F(4, r) of kernel (1, 1) is not among the transforms"
     assert reason(sized_region(16, 16, (8, 8), (7, 7))) == "F(4, r) of kernel (7, 7) is not among the transforms"
     assert reason(sized_region(16, 16, (8, 8), (3, 3), dilations=[1, 1]), 2) is None
-    strided = dataclasses.replace(good.ops[0], attributes={**good.ops[0].attributes, "strides": (2, 2)})
-    assert reason(dataclasses.replace(good, ops=(strided,))) == "groups, strides and dilations are not transformed"
+    halved = sized_region(32, 32, (8, 8), strides=[2, 2])
+    assert reason(halved) == "tiles of 4 outputs are of stride 1"
+    assert reason(halved, 3) is None
+    assert reason(good, 3) == "tiles of 3 outputs are of kernels of 3 with stride 2"
+    assert (
+        reason(sized_region(31, 32, (8, 8), strides=[2, 2]), 3) == "fewer than 32 channels are not worth transforming"
+    )
+    dilated = dataclasses.replace(good.ops[0], attributes={**good.ops[0].attributes, "dilations": (2, 2)})
+    assert reason(dataclasses.replace(good, ops=(dilated,))) == "groups and dilations are not transformed"
     open_weights = dataclasses.replace(good, constants={"b": good.constants["b"]})
     assert reason(open_weights) == "the weights of 'conv' are not constant"
 

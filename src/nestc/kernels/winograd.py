@@ -1,4 +1,4 @@
-"""Winograd convolution over channel-blocked maps: fewer multiplications for small kernels of stride 1."""
+"""Winograd convolution over channel-blocked maps: fewer multiplications for small kernels of stride 1 and 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nestc.kernels.api import CpuMachine, Launch, Layout, Lowered
 from nestc.kernels.conv_shape import ConvShape, conv_shape
 from nestc.kernels.operands import Operands
 from nestc.kernels.tail import Tail, tail_refusal
-from nestc.kernels.winograd_matrices import transform
+from nestc.kernels.winograd_matrices import strided, transform
 from nestc.kernels.winograd_plan import Plan, Tiling, cycles, direct_cycles, plan
 from nestc.kernels.winograd_transform import Transforms
 from nestc.tensor import index as ix
@@ -26,8 +26,8 @@ _LEAST_CHANNELS = 16  # of inputs and of outputs: below that the transforms cost
 
 
 class WinogradFamily:
-    """Conv on float32 with stride 1, one group and kernels of 3, 5 or 7 (or 1) along one or two axes, computed in tiles
-    of `m` outputs along each such axis."""
+    """Conv on float32 with one group, computed in tiles of `m` outputs along each axis: kernels of 3, 5 or 7 (or 1)
+    along one or two axes with stride 1 if `m` is even, kernels of 3 with stride 2 along all axes if it is odd."""
 
     def __init__(self, m: int, fused: bool | None = None) -> None:
         """`fused`: whether an item of the parallel loop transforms its inputs itself; None: as `plan` decides."""
@@ -50,12 +50,17 @@ class WinogradFamily:
         if 0 in region.types[op.outputs[0]].shape or 0 in region.types[op.inputs[0]].shape:
             return "an axis is empty"
         s = conv_shape(op, region)
-        if s.group != 1 or max(s.strides) > 1 or max(s.dilations) > 1:
-            return "groups, strides and dilations are not transformed"
-        if max(s.kernel) == 1 or any(k > 1 and self.points(k) is None for k in s.kernel):
+        if s.group != 1 or max(s.dilations) > 1:
+            return "groups and dilations are not transformed"
+        if self.m % 2 and (any(k != 3 for k in s.kernel) or any(stride != 2 for stride in s.strides)):
+            return f"tiles of {self.m} outputs are of kernels of 3 with stride 2"
+        if self.m % 2 == 0 and max(s.strides) > 1:
+            return f"tiles of {self.m} outputs are of stride 1"
+        if self.m % 2 == 0 and (max(s.kernel) == 1 or any(k > 1 and self.points(k) is None for k in s.kernel)):
             return f"F({self.m}, r) of kernel {s.kernel} is not among the transforms"
-        if min(s.in_channels, s.out_channels) < _LEAST_CHANNELS:
-            return f"fewer than {_LEAST_CHANNELS} channels are not worth transforming"
+        least = _LEAST_CHANNELS * max(s.strides)  # with stride 2 less is saved
+        if min(s.in_channels, s.out_channels) < least:
+            return f"fewer than {least} channels are not worth transforming"
         return tail_refusal(region, op)
 
     def points(self, kernel: int) -> int | None:
@@ -76,7 +81,10 @@ class WinogradFamily:
         op = _anchor(region)
         assert op is not None
         shape = conv_shape(op, region)
-        axes = tuple(transform(self.m if k > 1 else 1, k) for k in shape.kernel)
+        if self.m % 2:
+            axes = tuple(strided(self.m, k) for k in shape.kernel)
+        else:
+            axes = tuple(transform(self.m if k > 1 else 1, k) for k in shape.kernel)
         both = axes if len(axes) == 2 else (transform(1, 1), *axes)
         return Tiling(shape, (both[0], both[1]), machine)
 
@@ -240,7 +248,8 @@ class _Winograd:
             with k.when(binary("le", group, last)):
                 group = binary("min", group, last)
                 n, top, left = self.corner(group, j)
-                h, w = ix.add(ix.mul(top, rows.m), -self.pads[0]), ix.add(ix.mul(left, columns.m), -self.pads[1])
+                h = ix.add(ix.mul(top, rows.stride * rows.m), -self.pads[0])
+                w = ix.add(ix.mul(left, columns.stride * columns.m), -self.pads[1])
                 if local:
                     self.prefetch_inputs(k, x, n, block, h, w)
                 self.load_tile(k, code, x, half, n, block, h, w)
@@ -258,7 +267,7 @@ class _Winograd:
             return
         pixels = max(1, _CACHE_LINE // (4 * self.lanes))
         for i in range(self.vertical.n):
-            for j in range(0, self.horizontal.m, pixels):
+            for j in range(0, self.horizontal.stride * self.horizontal.m, pixels):
                 k.prefetch(x, n, ix.add(block, 1), *self.pixel(ix.add(h, i), ix.add(w, j)), 0)
 
     def corner(self, group: Expr, j: Expr) -> tuple[Expr, Expr, Expr]:
@@ -460,4 +469,4 @@ def _odd_lines(elements: int) -> int:
     return (ceil(elements / 16) | 1) * 16
 
 
-WINOGRAD = tuple(WinogradFamily(m) for m in (2, 4, 6))
+WINOGRAD = tuple(WinogradFamily(m) for m in (2, 4, 6, 3))

@@ -27,7 +27,11 @@ class Transform:
 
     ``at`` is [m][n], ``g`` [n][r], ``bt`` [n][n]. The points are 0, a, -a for each a of `pairs`, and infinity, in this
     order; of a pair, row 1 + 2 * i of ``bt`` belongs to a and the next one to -a. (Lavin and Gray, "Fast algorithms for
-    convolutional neural networks", 2016, arXiv 1509.09308, section 4; without points it is the identity, r = m = 1.)
+    convolutional neural networks", 2016, arXiv 1509.09308, section 4; of one tap it is the identity.)
+
+    With `phases` it is of stride 2: the outputs are the sum of two correlations of stride 1, of the even inputs with
+    the even taps and of the odd ones with the odd ones, and the products of the even one come first. There are again
+    as many products as inputs, 2 * m + r - 2.
     Compared by identity: `transform` makes each once.
     """
 
@@ -37,22 +41,28 @@ class Transform:
     at: Matrix
     g: Matrix
     bt: Matrix
+    phases: tuple[Transform, Transform] | None = None
+
+    @property
+    def stride(self) -> int:
+        """Inputs from one output to the next."""
+        return 1 if self.phases is None else 2
 
     @property
     def n(self) -> int:
         """Inputs of a tile."""
-        return self.m + self.r - 1
+        return self.stride * (self.m - 1) + self.r
 
 
 @cache
 def transform(m: int, r: int, pairs: tuple[Fraction, ...] | None = None) -> Transform:
-    """F(m, r) for even m + r - 1 (or m = r = 1), at the points 0, +-`pairs` and infinity.
+    """F(m, r) for even m + r - 1 (or r = 1), at the points 0, +-`pairs` and infinity.
 
     Raises ValueError where the number of points does not fit.
     """
-    if m == r == 1:
-        one = ((Fraction(1),),)
-        return Transform(1, 1, (), one, one, one)
+    if r == 1:
+        one = tuple(tuple(Fraction(int(i == j)) for j in range(m)) for i in range(m))
+        return Transform(m, 1, (), one, ((Fraction(1),),) * m, one)
     n = m + r - 1
     pairs = _PAIRS.get(n // 2 - 1) if pairs is None else pairs
     if n % 2 or pairs is None or 2 * len(pairs) + 2 != n:
@@ -63,6 +73,26 @@ def transform(m: int, r: int, pairs: tuple[Fraction, ...] | None = None) -> Tran
     bt = [(*_product(tuple(b for b in points if b != a)), Fraction(0)) for a in points]
     infinity = tuple(Fraction(int(j == r - 1)) for j in range(r))
     return Transform(m, r, pairs, at, (*g, infinity), (*bt, _product(tuple(points))))
+
+
+@cache
+def strided(m: int, r: int) -> Transform:
+    """`m` outputs of a correlation of stride 2 with `r` taps, from F(m, ceil(r / 2)) and F(m, floor(r / 2)).
+
+    Raises ValueError where the number of points of one of the two does not fit.
+    """
+    even, odd = transform(m, (r + 1) // 2), transform(m, r // 2)
+    at = tuple((*a, *b) for a, b in zip(even.at, odd.at, strict=True))
+    n = 2 * (m - 1) + r
+    g = (*_spread(even.g, 0, r), *_spread(odd.g, 1, r))
+    bt = (*_spread(even.bt, 0, n), *_spread(odd.bt, 1, n))
+    return Transform(m, r, (), at, g, bt, (even, odd))
+
+
+def _spread(rows: Matrix, first: int, width: int) -> Matrix:
+    """Rows with their entries in every second place, from `first` on, and zeros between."""
+    places = {first + 2 * i: i for i in range(len(rows[0]))}
+    return tuple(tuple(row[places[j]] if j in places else Fraction(0) for j in range(width)) for row in rows)
 
 
 def _product(roots: tuple[Fraction, ...]) -> tuple[Fraction, ...]:

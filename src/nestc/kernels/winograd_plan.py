@@ -169,10 +169,14 @@ def _together(a: float, b: float) -> float:
 
 def _input_steps(t: Transform) -> int:
     """Arithmetic instructions of an input transform along one axis."""
-    return t.n * (t.n - 2) // 2 if t.n > 1 else 0
+    if t.phases is not None:
+        return sum(map(_input_steps, t.phases))
+    return t.n * (t.n - 2) // 2 if t.r > 1 else 0
 
 
 def _output_steps(t: Transform) -> int:
     """Arithmetic instructions of an output transform along one axis."""
+    if t.phases is not None:
+        return t.m + sum(map(_output_steps, t.phases))
     pairs = len(t.pairs)
     return 2 * pairs + t.m * (pairs - 1) + 2 if pairs else 0

@@ -52,7 +52,9 @@ class Transforms:
 
     def inputs(self, t: Transform, d: Sequence[Expr]) -> list[Expr]:
         """``bt d``: even and odd powers of a pair of points are summed once, for E + O and E - O."""
-        if t.n == 1:
+        if t.phases is not None:
+            return [*self.inputs(t.phases[0], d[0::2]), *self.inputs(t.phases[1], d[1::2])]
+        if t.r == 1:
             return list(d)
         zero = Fraction(0)
         rows = [_some(self.combination(t.bt[0], d))]
@@ -66,7 +68,11 @@ class Transforms:
 
     def outputs(self, t: Transform, m: Sequence[Expr]) -> list[Expr]:
         """``at m``: sums of a pair of points serve the even powers, their differences the odd ones."""
-        if t.n == 1:
+        if t.phases is not None:
+            even, odd = t.phases
+            both = zip(self.outputs(even, m[: even.n]), self.outputs(odd, m[even.n :]), strict=True)
+            return [self.name(Binary("add", x, y)) for x, y in both]
+        if t.r == 1:
             return list(m)
         pairs = [(m[1 + 2 * i], m[2 + 2 * i]) for i in range(len(t.pairs))]
         sums = [self.name(Binary("add", x, y)) for x, y in pairs]
