@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import version_converter
 
 from nestc.errors import Error
 
@@ -48,6 +49,9 @@ def onnxruntime_prepare(model: Path, batch: Batch, target: Path) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     proto = onnx.load(str(model))
+    if next(entry.version for entry in proto.opset_import if not entry.domain) < 13:
+        # Scales a channel came with opset 13; onnxruntime would write them into older models, which it then refuses.
+        proto = version_converter.convert_version(proto, 13)
     for value in proto.graph.input:
         for dim, size in zip(value.type.tensor_type.shape.dim, batch[value.name].shape if value.name in batch else ()):
             dim.dim_value = size

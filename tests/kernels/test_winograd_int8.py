@@ -15,6 +15,7 @@ from nestc.graph.region import Region
 from nestc.kernels.api import PLAIN
 from nestc.kernels.conv_int8 import CONV_INT8
 from nestc.kernels.families import alternatives
+from nestc.kernels.requantize import Requantize
 from nestc.kernels.testing import host_machine, region_of, run_lowered
 from nestc.kernels.winograd_int8 import WINOGRAD_INT8, WinogradInt8Family
 from nestc.kernels.winograd_int8_plan import IntegerTiling, plan, tile
@@ -239,12 +240,12 @@ def test_refusals(x_shape: tuple[int, ...], w_shape: tuple[int, ...], reason: st
 
 
 def test_the_model_orders_the_ways() -> None:
-    region, _ = case(12, (1, 64, 28, 28), (64, 64, 3, 3), [1, 1, 1, 1], most=40)
+    region, _ = case(12, (1, 64, 28, 28), (64, 64, 3, 3), [1, 1, 1, 1])
     for exact in (False, True):  # it is exact, so nobody may forbid it
         names = [family.name for family in alternatives(region, machine("avx2"), exact)]
         assert names[:3] == ["winograd4_int8", "winograd2_int8", "conv_int8"]
     # Where bytes are multiplied four at a time, products of 16 bits pay less.
-    small, _ = case(13, (1, 32, 14, 14), (32, 32, 3, 3), [1, 1, 1, 1], most=40)
+    small, _ = case(13, (1, 32, 14, 14), (32, 32, 3, 3), [1, 1, 1, 1])
     assert alternatives(small, machine("avx512_vnni"))[0] is CONV_INT8
     assert alternatives(small, machine("avx2"))[0].name == "winograd4_int8"
 
@@ -259,3 +260,38 @@ def test_register_tiles_fit(arch: str) -> None:
         assert mr * nr + 2 * nr < cpu.vector_registers
         cut = plan(tiling)
         assert 1 <= cut.groups <= tiling.groups(cut) and tiling.steps(cut) * cut.columns * nr >= tiling.vectors
+
+
+# -- tails in float32
+
+
+@pytest.mark.parametrize("family", [CONV_INT8, WinogradInt8Family(4)])
+@pytest.mark.parametrize("width", [16, 20])
+def test_a_tail_of_constants_writes_pixels_together(family: Any, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HardSwish, a factor and a term a channel before the quantization: as the tail that stores pixel by pixel."""
+    region, feeds = case(15, (1, 16, 7, 9), (width, 16, 3, 3), [1, 1, 1, 1])
+    rng = np.random.default_rng(0)
+    shape = region.types["y"].shape
+    values: Arrays = {name: region.constants[name]() for name in region.constants}
+    values |= {name: np.zeros(shape, np.float32) for name in ("y", "h", "m", "a")} | feeds
+    values |= {"x": np.zeros((1, 16, 7, 9), np.float32), "w": np.zeros((width, 16, 3, 3), np.float32)}
+    values |= {"b": np.zeros(width, np.float32), "q": np.zeros(shape, np.uint8), "f": np.asarray([1.3], np.float32)}
+    values["t"] = rng.normal(size=(1, width, 1, 1)).astype(np.float32)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["xq", "sx", "zx"], ["x"]),
+        helper.make_node("DequantizeLinear", ["wq", "sw", "zw"], ["w"], axis=0),
+        helper.make_node("DequantizeLinear", ["bq", "sb"], ["b"], axis=0),
+        helper.make_node("Conv", ["x", "w", "b"], ["y"], name="conv", pads=[1, 1, 1, 1]),
+        helper.make_node("HardSwish", ["y"], ["h"]),
+        helper.make_node("Mul", ["f", "h"], ["m"]),
+        helper.make_node("Add", ["m", "t"], ["a"]),
+        helper.make_node("QuantizeLinear", ["a", "sy", "zy"], ["q"]),
+    ]
+    region = region_of(nodes, values, ["q"], [name for name in values if name != "xq"], "Conv")
+    layouts = dict(family.layouts(region, HOST, dict.fromkeys(region.inputs, PLAIN)))
+    together = family.lower(region, HOST, layouts)
+    monkeypatch.setattr(Requantize, "_chain", lambda self: ())
+    apart = family.lower(region, HOST, layouts)
+    found, expected = (run_lowered(region, lowered, feeds, HOST, layouts)["q"] for lowered in (together, apart))
+    np.testing.assert_array_equal(found, expected)
+    assert np.unique(found).size > 8

@@ -8,16 +8,18 @@ from functools import partial, reduce
 import numpy as np
 
 from nestc.graph.region import Op, Region, TensorType
-from nestc.kernels.elementwise import integer_range
+from nestc.kernels.elementwise import integer_range, operand_index
 from nestc.kernels.lookup import table
 from nestc.kernels.operands import Index, Operands
 from nestc.kernels.tail import Tail, after
 from nestc.kernels.tail_fold import Fold, fold_of, lookup_of, one_scale, residual_of
 from nestc.tensor import index as ix
 from nestc.tensor.build import constant, splat, within
-from nestc.tensor.ir import Binary, Bitcast, Cast, Const, Expr, Fma, Load, Shuffle, Stmt, Unary
-from nestc.tensor.rewrite import binary
+from nestc.tensor.ir import Binary, Bitcast, Buffer, Cast, Const, Expr, Fma, Load, Shuffle, Stmt, Store, Unary, Var
+from nestc.tensor.rewrite import binary, transform
+from nestc.tensor.vectorize import vectorize
 
+_BYTES = ("int8", "uint8")
 _PADDING = 256  # channels behind the last one that a ragged tile of the widest machine may read
 
 
@@ -29,7 +31,8 @@ class Requantize:
     and clamps are folded into it: ``q = clamp(rint(acc * (scale / q_scale)))``, which rounds once where the literal
     definition rounds twice, so that an exact tie may fall to the other side. A sum with another 8-bit map is folded in
     the same way (`tail_fold.Residual`); what is a function of the quantized value alone becomes a table. Any other tail
-    is computed in float32 registers, where QuantizeLinear and DequantizeLinear with one scale multiply by a reciprocal.
+    is computed in float32 registers, where QuantizeLinear and DequantizeLinear with one scale multiply by a reciprocal;
+    if it takes constants only and ends in one quantization to 8 bits, several pixels are still written together.
 
     All numbers come from constant parameters, so that layers of one shape share a kernel.
     """
@@ -50,6 +53,7 @@ class Requantize:
         self.tail = _Tail(operands, anchor)
         self.fold = fold_of(region, anchor)
         self.residual = None if self.fold is not None else residual_of(region, anchor)
+        self.chain: tuple[Op, ...] = ()
         self.output = operands.region.outputs[0]
         self.bytes, self.table = region.types[self.output].dtype, ""
         looked_up = None if self.narrows else lookup_of(region, anchor)
@@ -67,16 +71,24 @@ class Requantize:
         last = self.fold if self.residual is None else self.residual.last
         if last is not None:
             self._prepare_bytes(last)
+        self.chain = () if last is not None else self._chain()
+        self._known_steps: dict[Expr, tuple[Expr, Expr]] = {}
+        if self.chain:
+            known = one_scale(self.chain[-1], region)
+            assert known is not None
+            self.zero = self._define("zero", np.array([known[1]], np.int32))
 
     @property
     def narrows(self) -> bool:
         """Whether `narrow` may be called: everything after the sum ends in one quantization to 8 bits."""
-        return self.fold is not None or self.residual is not None
+        return self.fold is not None or self.residual is not None or bool(self.chain)
 
     def declare(self) -> None:
         """Declare constants and outputs as parameters now, so that their order does not depend on the loops."""
         named = [self.multiplier, *([] if self.bias is None else [self.bias])]
-        if self.narrows:
+        if self.chain:
+            named += [self.zero, self.tail.numbers[self.chain[-1].outputs[0]]]
+        elif self.narrows:
             named += [self.clamps, self.zero, self.range, *([] if self.residual is None else [self.sum])]
             named += [self.table] if self.table else []
         for name in named:
@@ -88,7 +100,7 @@ class Requantize:
         value: Expr = Binary("mul", Cast(acc, "float32"), self._channel(self.multiplier, index))
         if self.bias is not None:
             value = Binary("add", value, self._channel(self.bias, index))
-        if not self.narrows:
+        if not self.narrows or self.chain:
             return self.tail.stores(index, value, mask)
         other = None
         if self.residual is not None:
@@ -105,7 +117,10 @@ class Requantize:
         """
         assert self.narrows
         given = others or [None] * len(sums)
-        parts = [self._rounded(self._scaled(channel, x), other) for x, other in zip(sums, given, strict=True)]
+        if self.chain:
+            parts = [self._through(self._scaled(channel, x), channel) for x in sums]
+        else:
+            parts = [self._rounded(self._scaled(channel, x), other) for x, other in zip(sums, given, strict=True)]
         while len(parts) > 1:
             both = range(2 * parts[0].lanes)
             parts = [Shuffle(a, b, tuple(both)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
@@ -142,13 +157,71 @@ class Requantize:
         """int32 as bytes, limited to what the clamps leave of the output's range."""
         low, high = (constant(bound, "int32", value.lanes) for bound in integer_range(self.bytes))
         result: Expr = Cast(Binary("min", Binary("max", value, low), high), self.bytes)
-        if self.limited:
+        if not self.chain and self.limited:
             low, high = (self._number(self.range, i, value.lanes) for i in range(2))
             result = Binary("min", Binary("max", result, low), high)
         if not self.table:
             return result
         code = result if self.bytes == "uint8" else Bitcast(result, "uint8")
         return Load(self.operands.buffer(self.table), (Cast(code, "int64"),), code.lanes)
+
+    def _chain(self) -> tuple[Op, ...]:
+        """The tail as operators on the sum and constants of one number or one a channel, before one quantization to 8
+        bits, which is the output; empty if it is anything else."""
+        chain = after(self.region, self.anchor)
+        if not chain or chain[-1].outputs[0] not in self.tail.numbers or self.region.outputs != chain[-1].outputs[:1]:
+            return ()
+        if chain[-1].op_type != "QuantizeLinear" or self.bytes not in _BYTES:
+            return ()
+        rank = len(self.region.types[self.anchor.outputs[0]].shape)
+        made = {self.anchor.outputs[0]}
+        for op in chain:
+            for name in op.inputs:
+                if not name or name in made:
+                    continue
+                shape = self.region.types[name].shape if name in self.region.constants else (2,) * rank
+                axis = len(shape) - rank + (self.axis or 0)
+                if any(n != 1 for d, n in enumerate(shape) if self.axis is None or d != axis):
+                    return ()
+            made.update(op.outputs)
+        return chain
+
+    def _through(self, value: Expr, channel: Expr) -> Expr:
+        """The quotients of `chain`, rounded, with the zero point: int32, within the output's range. `value` holds the
+        channels from `channel` on."""
+        lanes, last = value.lanes, self.chain[-1]
+        sum_, steps = self._steps(channel, lanes)
+        wide = transform(steps, lambda e: value if e == sum_ else None)
+        factor, _, low, high = (self._number(self.tail.numbers[last.outputs[0]], i, lanes) for i in range(4))
+        limited = Binary("min", Binary("max", Binary("mul", wide, factor), low), high)
+        return Binary("add", Cast(Unary("rint", limited), "int32"), self._number(self.zero, 0, lanes))
+
+    def _steps(self, channel: Expr, lanes: int) -> tuple[Expr, Expr]:
+        """What stands for the anchor's value at the channels from `channel` on, and what `chain` makes of it before it
+        is quantized. The operators are written for one element and made vectors of."""
+        if channel in self._known_steps:
+            return self._known_steps[channel]
+        lane, place = Var("narrow", lanes), Buffer("narrow", "float32", (lanes,))
+        rank = len(self.region.types[self.anchor.outputs[0]].shape)
+        index = tuple(ix.add(channel, lane) if d == self.axis else ix.const(0) for d in range(rank))
+        values: dict[str, Expr] = {self.anchor.outputs[0]: Load(place, (lane,))}
+        for op in self.chain[:-1]:
+            arguments: list[Expr | None] = []
+            for position, name in enumerate(op.inputs):
+                own = operand_index(op, position, index, self.region)
+                known = None if own is None else values.get(name)
+                arguments.append(known if own is None or known is not None else self.operands.load(name, own))
+            values[op.outputs[0]] = self.tail.apply(op, arguments)
+        result = values[self.chain[-1].inputs[0]]
+        parts = vectorize(
+            (Store(place, (lane,), values[self.anchor.outputs[0]]), Store(place, (lane,), result)),
+            lane,
+            ix.const(0),
+            lanes,
+        )
+        sum_, steps = (part.value for part in parts if isinstance(part, Store))
+        self._known_steps[channel] = sum_, steps
+        return sum_, steps
 
     def _number(self, name: str, place: int, lanes: int) -> Expr:
         return splat(Load(self.operands.buffer(name), (ix.const(place),)), lanes)
