@@ -1,4 +1,4 @@
-"""Convolution of bfloat16 with float32 sums, two input channels a multiplication, where the machine has that."""
+"""Convolution of bfloat16 with float32 sums, two channels a multiplication, where the machine has that."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nestc.graph.region import Op, Region
 from nestc.kernels.api import CpuMachine, Layout, Lowered
 from nestc.kernels.conv import CONV, Direct, depthwise, lower_dense
 from nestc.kernels.conv_shape import conv_shape
+from nestc.kernels.depthwise import lower_depthwise
 from nestc.kernels.quantized import float_region, prologue
 from nestc.tensor import index as ix
 from nestc.tensor.ir import Dot, Expr, Load, Repeat
@@ -23,7 +24,8 @@ class ConvBfloat16Family:
     """Conv on a bfloat16 input that the prologue widens, with constant weights that are bfloat16 numbers.
 
     Only for machines with products of bfloat16 (``machine.bf16``); others widen the input in a kernel of its own
-    and compute in float32. What comes after the sums is float32 here as well.
+    and compute in float32. What comes after the sums is float32 here as well. Depthwise kernels, which have no
+    channels to add, widen what they read in registers.
     """
 
     name = "conv_bf16"
@@ -37,12 +39,12 @@ class ConvBfloat16Family:
         shape = conv_shape(op, inner)
         if not 1 <= len(shape.size) <= 3:
             return "only 1 to 3 spatial axes are blocked"
-        if depthwise(shape):
-            return f"Conv (node {op.name!r}) is depthwise"
+        refusal = CONV.refusal(float_region(region))
+        if refusal is not None or depthwise(shape):
+            return refusal
         if shape.in_channels < _LEAST_CHANNELS or (shape.group > 1 and shape.in_channels // shape.group % 2):
             return f"Conv (node {op.name!r}) has few input channels, or an odd number of them a group"
-        wide = float_region(region)
-        return CONV.refusal(wide) or _inexact(op, inner)
+        return _inexact(op, inner)
 
     def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
         """Blocked input and output."""
@@ -52,7 +54,10 @@ class ConvBfloat16Family:
     def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
         """One kernel, after one that picks the pixels of a strided pointwise convolution."""
         inner, op = _read(region)
-        return lower_dense(inner, op, conv_shape(op, inner), machine, layouts, _Pairs)
+        shape = conv_shape(op, inner)
+        if depthwise(shape):
+            return lower_depthwise(inner, op, shape, machine, layouts)
+        return lower_dense(inner, op, shape, machine, layouts, _Pairs)
 
 
 def _read(region: Region) -> tuple[Region, Op]:

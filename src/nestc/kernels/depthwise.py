@@ -15,6 +15,7 @@ from nestc.kernels.tail import Tail
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, constant, load, within
 from nestc.tensor.ir import Expr, Fma, Load, Var
+from nestc.tensor.rewrite import cast
 from nestc.tensor.vectorize import vectorize
 
 _ITEM_FLOPS = 100_000  # depthwise kernels are bound by memory: an item of some 4 us
@@ -25,6 +26,8 @@ def lower_depthwise(
     region: Region, op: Op, shape: ConvShape, machine: CpuMachine, layouts: Mapping[str, Layout]
 ) -> Lowered:
     """One kernel for a depthwise Conv whose input and output are blocked by ``machine.lanes('float32')``.
+
+    An input of bfloat16 is widened as it is read, once for all taps of a row.
 
     Items of the parallel loop are (batch, channel block, chunk of output rows). A tile holds as many neighbouring
     outputs of a row as registers allow; each input column is loaded once for every tap that reads it.
@@ -40,7 +43,7 @@ class _Depthwise:
         self.trailing = (ix.const(0),) * (len(shape.out) - len(self.shape.out))
         shape = self.shape
         self.lanes = machine.lanes("float32")
-        self.dtype = region.types[op.inputs[0]].dtype
+        self.dtype = region.types[op.outputs[0]].dtype
         self.columns = shape.kernel[-1]
         registers = machine.vector_registers if self.dtype == "float32" else machine.vector_registers // 2
         # Weights of one kernel row stay in registers beside the accumulators and one input.
@@ -144,11 +147,8 @@ class _Depthwise:
                 for j in range(tile.width):
                     w = ix.add(first, j * stride, ix.mul(kw, dilation))
                     mask = None if tile.taps is None else within(w, s.size[-1])
-                    k.store(
-                        self.xreg,
-                        (0,),
-                        load(self.input, n, block, *places, w, *self.trailing, 0, lanes=lanes, mask=mask),
-                    )
+                    value = load(self.input, n, block, *places, w, *self.trailing, 0, lanes=lanes, mask=mask)
+                    k.store(self.xreg, (0,), cast(value, self.dtype))
                     self.multiply(j, 0)
             return
         for kw in range(self.columns):
@@ -158,11 +158,8 @@ class _Depthwise:
             for j in range(tile.width) if tile.taps is None else tile.taps[kw]:
                 reach.setdefault(j * stride + kw * dilation, []).append((j, kw))
         for column in sorted(reach):
-            k.store(
-                self.xreg,
-                (0,),
-                load(self.input, n, block, *places, ix.add(first, column), *self.trailing, 0, lanes=lanes),
-            )
+            value = load(self.input, n, block, *places, ix.add(first, column), *self.trailing, 0, lanes=lanes)
+            k.store(self.xreg, (0,), cast(value, self.dtype))
             for j, kw in reach[column]:
                 self.multiply(j, kw)
 
