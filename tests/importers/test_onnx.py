@@ -315,6 +315,7 @@ def test_not_a_model(tmp_path: Path) -> None:
         ("text", b"this is no model, but some text of fair length" * 9, "is not an ONNX model"),
         ("nothing", b"\x08\x0a", "no graph in it"),
         ("cut", parse(RELU).SerializeToString()[:-9], "is not an ONNX model, or is cut"),
+        ("bundle", b"PK\x03\x04" + bytes(60), "if it is a bundle, run it"),
     ):
         refused(ModelError, part, content)
         (tmp_path / name).write_bytes(content)

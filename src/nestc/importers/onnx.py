@@ -78,7 +78,7 @@ def _read(source: str | os.PathLike[str] | onnx.ModelProto | bytes) -> tuple[onn
         mapped = parse_mapped(path)
         proto = _parse(path.read_bytes(), str(path)) if mapped is None else mapped
     except google.protobuf.message.DecodeError as error:
-        raise ModelError(f"{path} is not an ONNX model, or is cut") from error
+        raise _unreadable(str(path), path.read_bytes()[:4]) from error
     except OSError as error:
         raise ModelError(f"cannot read the model {str(path)!r}: {error.strerror or error}") from error
     return proto, str(path), path.parent
@@ -90,7 +90,14 @@ def _parse(content: bytes, name: str) -> onnx.ModelProto:
     try:
         return onnx.ModelProto.FromString(content)
     except google.protobuf.message.DecodeError as error:
-        raise ModelError(f"{name} is not an ONNX model, or is cut") from error
+        raise _unreadable(name, content[:4]) from error
+
+
+def _unreadable(name: str, begin: bytes) -> ModelError:
+    """What is not ONNX; a bundle begins as a ZIP file does."""
+    if begin == b"PK\x03\x04":
+        return ModelError(f"{name} is not an ONNX model; if it is a bundle, run it (nestc.open, nestc run)")
+    return ModelError(f"{name} is not an ONNX model, or is cut")
 
 
 def _inline(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
