@@ -162,6 +162,10 @@ def _place(
         progress("solve", 1.0)
         return solve(problem, objective, time_limit=time_limit / 3)
 
+    def proved(problem: Problem) -> Solution:
+        progress("bound", 1.0)
+        return solve(problem, objective, time_limit=time_limit)
+
     def evaluated(solution: Solution) -> Evaluation | None:
         if solution.stages in found.evaluations:  # in turns with ours, so that they compare
             return found.evaluations[solution.stages]
@@ -177,7 +181,7 @@ def _place(
     good = [
         each for each in _solutions(costed.problem, ways, objective).values() if each.value <= (1 + CLOSE) * first.value
     ]
-    found = refine(costed.problem, first, solved, measure, [*singles.values(), *good], compare=compare)
+    found = refine(costed.problem, first, solved, measure, [*singles.values(), *good], compare=compare, prove=proved)
     final = replace(costed, problem=found.problem)
     alone = {
         name: _milliseconds(objective, evaluation)

@@ -74,12 +74,14 @@ def refine(
     others: Sequence[Solution] = (),
     rounds: int = ROUNDS,
     compare: Callable[[Sequence[Solution]], Sequence[Actuals]] | None = None,
+    prove: Callable[[Problem], Solution] | None = None,
 ) -> Refined:
     """Measure `first` and what `solve` finds after it, and `others`; the best by what was measured.
 
     Where several are about as good they are measured once more by `compare`, if there is one, `others` among them. The
     lower bound is that of the problem in which all that was measured is learned, the stages of the best one last: by
-    its costs they take what was measured, so that the two compare. Raises PlanError if no plan can run.
+    its costs they take what was measured, so that the two compare. `prove`, or else `solve`, finds it where the last
+    solution was not proven to be the best. Raises PlanError if no plan can run.
     """
     learned = problem
     tried: dict[tuple[Stage, ...], tuple[Problem, Solution] | None] = {}
@@ -118,8 +120,8 @@ def refine(
         runnable = [each for each in tried.values() if each is not None]
     own, best = _surest(problem, runnable)
     learned = corrected(learned, best.stages, taken[best.stages])
-    if learned != solved:
-        solution = solve(learned)
+    if learned != solved or (prove is not None and not solution.optimal):
+        solution = (prove or solve)(learned)
     bound = min(solution.lower_bound, best.value)
     done = replace(
         best,

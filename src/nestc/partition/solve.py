@@ -78,7 +78,9 @@ def _latency(network: Network, deadline: float) -> tuple[tuple[Group, ...], floa
     value = start.latency
     fits = network.fits(units_of(network, best))
     if cuts and not _closed(value, bound):
-        found = chain.solve(network, cuts, seconds=0.6 * (deadline - time.thread_time()))
+        # Where the whole is too large for an exact method, only its segments have one.
+        share = 0.6 if len(network.tasks) <= cpsat.TASKS else 0.85
+        found = chain.solve(network, cuts, seconds=share * (deadline - time.thread_time()))
         bound = max(bound, found.bound)
         least = timeline(network, found.groups)[2]
         if network.fits(units_of(network, found.groups)) and (least < value or not fits):
