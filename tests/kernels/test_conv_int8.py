@@ -152,13 +152,14 @@ def quantized_case(
     multiplied = acc.astype(np.float32) * (scale / float(sy)).astype(np.float32)
     if offset is not None:
         multiplied = multiplied + (offset / float(sy)).astype(np.float32).reshape(channels)
+    values["tie"] = np.abs(multiplied - np.floor(multiplied) - 0.5) < 1e-4 + 1e-5 * np.abs(multiplied)
     low = max(0.0 if relu else -np.inf, -float(zy))
     values["yq"] = (np.rint(np.clip(multiplied, low, 255 - float(zy))) + zy).astype(np.uint8)
     return nodes, feeds, values
 
 
 def check(nodes: list[Any], feeds: Arrays, values: Arrays, output: str, which: str = "host", jit: bool = True) -> None:
-    """The kernel's result is exact, but for one unit where a product lies on the border of two."""
+    """The kernel's result is exact, but for one unit where a quotient lies on the border of two."""
     made_for, run_on = MACHINES[which]
     constants = [name for name in feeds if name not in ("xq", "zero")]
     anchor = next(n.op_type for n in nodes if n.op_type in ("Conv", "ConvInteger"))
@@ -173,7 +174,7 @@ def check(nodes: list[Any], feeds: Arrays, values: Arrays, output: str, which: s
     assert found.shape == expected.shape and found.dtype == expected.dtype
     if output == "yq":
         difference = np.abs(found.astype(np.int32) - expected.astype(np.int32))
-        assert difference.max() <= 1 and np.count_nonzero(difference) <= max(1, difference.size // 100)
+        assert difference.max() <= 1 and not difference[~values["tie"]].any()
     else:
         np.testing.assert_array_equal(found, expected)
 

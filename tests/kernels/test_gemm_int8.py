@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import NodeProto, helper
 
 from nestc.graph.region import Region
-from nestc.kernels.api import CpuMachine
+from nestc.kernels.api import PLAIN, CpuMachine
 from nestc.kernels.gemm_int8 import GEMM_INT8
 from nestc.kernels.testing import host_machine, region_of, run_lowered
 
@@ -189,6 +189,27 @@ def test_matmul_between_quantizers(
     region = quantized_region(feeds, (m, n), tail, made, (*NUMBERS, *(("b",) if constant else ())))
     got = lowered(region, feeds, MACHINE, True)
     within_one(got, np.maximum(exact, 0) if relu else exact, float(feeds["sy"]), 20)
+
+
+@pytest.mark.parametrize(("largest", "halves"), [(64, True), (127, False)])
+@pytest.mark.parametrize("a", ["uint8", "int8"])
+def test_weights_whose_products_are_added_in_16_bits(largest: int, halves: bool, a: str) -> None:
+    """Extremes on both sides: nothing saturates, and weights of 8 bits go another way."""
+    machine = dataclasses.replace(MACHINE, dot_bytes=32, vnni=False, dotprod=False)
+    rng = np.random.default_rng(3)
+    limits = np.iinfo(a)
+    feeds = {
+        "a": rng.choice(np.array([limits.min, limits.max], a), (13, 150)),
+        "b": rng.choice(np.array([-largest, largest - 1, largest], np.int8), (150, 40)),
+        "za": np.array(3, a),
+    }
+    check_integer(feeds, ("b", "za"), machine)
+    node = helper.make_node("MatMulInteger", ["a", "b", "za"], ["y"], "product")
+    values = {**feeds, "y": np.zeros((13, 40), np.int32)}
+    region = region_of([node], values, ["y"], ("b", "za"), "MatMulInteger")
+    layouts = GEMM_INT8.layouts(region, machine, dict.fromkeys(region.inputs, PLAIN))
+    kernel = GEMM_INT8.lower(region, machine, layouts).launches[-1].kernel
+    assert ("PairSum" in repr(kernel.body)) == halves
 
 
 @pytest.mark.parametrize("machine", [SSE2, VNNI, NEON, PORTABLE])

@@ -1,8 +1,9 @@
 """Products of 8-bit integers: MatMul and Gemm between DequantizeLinear and QuantizeLinear, and MatMulInteger.
 
 Sums are exact in int32. Where the machine multiplies 8-bit factors in fours (`Dot` on bytes), constant weights are used
-as they are and the activations' zero point is made up for by the columns' sums, where a sum starts; elsewhere both
-sides are widened to int16 with their zero points subtracted, which pmaddwd multiplies without saturation.
+as they are and the activations' zero point is made up for by the columns' sums, where a sum starts; so they are where
+pmaddubsw cannot saturate. Elsewhere both sides are widened to int16 with their zero points subtracted, which pmaddwd
+multiplies without saturation.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from nestc.kernels.requantize import Requantize
 from nestc.kernels.small import INTEGERS
 from nestc.kernels.tail import Tail, tail_refusal
 from nestc.tensor.build import constant, load, splat
-from nestc.tensor.ir import Binary, Bitcast, Buffer, Cast, Expr, Stmt
+from nestc.tensor.ir import Binary, Bitcast, Buffer, Cast, Dot, Expr, PairSum, Stmt
 from nestc.tensor.rewrite import cast
 
 _BYTES = frozenset({"int8", "uint8"})
 _WEIGHTS = _BYTES | frozenset(INTEGERS)
+_BOUND = 128  # of two weights of one sign whose products with bytes are summed in 16 bits: 255 * 128 < 2**15
+HALVES = Numbers("uint8", "int8", 4, "int32", 3, 1)
+"""Bytes in fours, two of which pmaddubsw adds in 16 bits, pmaddwd with ones both, and an addition."""
 
 
 @dataclass(frozen=True)
@@ -154,15 +158,30 @@ def _largest(operand: Quantized, region: Region) -> int:
     return 31
 
 
+def _pairs_fit(weights: np.ndarray | None) -> bool:
+    """Whether no sum of two products of a byte and an int8 weight (batch, k, n), neighbours along k from an even place
+    on, leaves 16 bits."""
+    if weights is None or weights.size == 0:
+        return False
+    if weights.min() >= -64 and weights.max() <= 64:
+        return True
+    even, odd = weights[:, 0::2].astype(np.int16), weights[:, 1::2]
+    return bool(np.abs(even[:, : odd.shape[1]] + odd).max(initial=0) <= _BOUND)
+
+
 class _IntegerPanels(Panels):
-    """The kernel. ``quads``: 8-bit factors in fours, else pairs of int16."""
+    """The kernel. ``quads``: 8-bit factors in fours, else pairs of int16. Where there is no instruction for fours,
+    pmaddubsw makes sums of two (``halves``), if none of them can saturate: then all weights have 7 bits, or nearly."""
 
     def __init__(self, region: Region, integers: Integers, machine: CpuMachine) -> None:
         self.integers = integers
         self.zero = integers.a_zero if isinstance(integers.a_zero, str) else f"{integers.product.a}.zero"
         self.weights = constant_weights(integers.product, region, integers.b_zero)
-        self.quads = machine.dot_group == 4 and self.weights is not None and self.weights.dtype == np.int8
-        numbers = Numbers(*machine.dot_dtypes, 4, "int32", 1, 5) if self.quads else PAIRS
+        narrow = self.weights is not None and self.weights.dtype == np.int8
+        self.halves = narrow and machine.dot_group != 4 and machine.dot_bytes >= 32 and _pairs_fit(self.weights)
+        self.quads = self.halves or (narrow and machine.dot_group == 4)
+        fours = HALVES if self.halves else Numbers(*machine.dot_dtypes, 4, "int32", 1, 5)
+        numbers = fours if self.quads else PAIRS
         super().__init__("gemm_int8", region, integers.op, integers.product, machine, numbers)
         self.staged = self.staged and self.weights is not None and not self.quads
 
@@ -222,6 +241,12 @@ class _IntegerPanels(Panels):
         wide = self.lanes * self.numbers.group
         value = load(self.b, self.matrix_panel(batch, panel), step, c * wide, lanes=wide)
         return cast(value, "int8" if self.quads else "int16")
+
+    def added(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        if not self.halves:
+            return super().added(acc, a, b)
+        sums = PairSum(a, b)
+        return Dot(acc, sums, constant(1, "int16", sums.lanes))
 
     def start(self, batch: tuple[Expr, ...], row: Expr, panel: Expr, c: int) -> Expr:
         if not self.quads:

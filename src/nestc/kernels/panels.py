@@ -137,6 +137,10 @@ class Panels(ABC):
     def stores(self, batch: tuple[Expr, ...], row: Expr, column: Expr, value: Expr) -> tuple[Stmt, ...]:
         """Scalar stores of the element of the output whose sum is `value`."""
 
+    def added(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        """`acc` and the products of a row's numbers in every lane with a column's."""
+        return Fma(a, b, acc) if self.numbers.group == 1 else Dot(acc, a, b)
+
     def start(self, batch: tuple[Expr, ...], row: Expr, panel: Expr, c: int) -> Expr:
         """What the sums of vector `c` of a row start from."""
         return constant(0, self.numbers.acc, self.lanes)
@@ -307,7 +311,7 @@ class Panels(ABC):
         def multiply(r: int, c: int) -> None:
             acc = load(self.acc, r, c, 0, lanes=lanes)
             a, b = load(self.row, r, 0, lanes=wide), load(self.column, c, 0, lanes=wide)
-            k.store(self.acc, (r, c, 0), Fma(a, b, acc) if group == 1 else Dot(acc, a, b))
+            k.store(self.acc, (r, c, 0), self.added(acc, a, b))
 
         if rows < self.tile.vectors:
             for r in range(rows):
