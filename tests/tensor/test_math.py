@@ -109,8 +109,8 @@ def test_special_values(op: str, x: float, expected: float) -> None:
     assert math.copysign(1.0, y) == math.copysign(1.0, expected) or math.isnan(expected)
 
 
-def test_exponential_of_what_is_not_positive() -> None:
-    x = np.concatenate([np.linspace(-90, 0, 50001), [-np.inf, -1e30, -0.0, np.nan]]).astype(np.float32)
+def test_exponential_that_is_not_denormal_or_infinite() -> None:
+    x = np.concatenate([np.linspace(-90, 88, 50001), [-np.inf, -1e30, -0.0, np.nan]]).astype(np.float32)
     k = Builder("exp_below")
     source, out = k.param("x", "float32", x.shape), k.param("y", "float32", x.shape)
     k.store(out, (0,), exp_below(load(source, 0, lanes=x.size)))

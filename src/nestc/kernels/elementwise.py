@@ -47,7 +47,7 @@ def _b(op: str, a: Expr, b: Expr) -> Expr:
 
 def softplus(x: Expr) -> Expr:
     """log(1 + e ** x), written so that nothing overflows."""
-    tail = Unary("log", Binary("add", _like(1, x), Unary("exp", Unary("neg", Unary("abs", x)))))
+    tail = Unary("log", Binary("add", _like(1, x), math.exp_below(Unary("neg", Unary("abs", x)))))
     return Binary("add", Binary("max", _like(0, x), x), tail)
 
 
@@ -74,14 +74,14 @@ def _leaky_relu(op: Op, x: Expr) -> Expr:
 
 
 def _elu(op: Op, x: Expr) -> Expr:
-    below = Binary("mul", _like(_number(op, "alpha", 1.0), x), Binary("sub", Unary("exp", x), _like(1, x)))
+    below = Binary("mul", _like(_number(op, "alpha", 1.0), x), Binary("sub", math.exp_below(x), _like(1, x)))
     return Select(Binary("lt", x, _like(0, x)), below, x)
 
 
 def _selu(op: Op, x: Expr) -> Expr:
     alpha = _like(_number(op, "alpha", 1.67326319217681884765625), x)
     gamma = _like(_number(op, "gamma", 1.05070102214813232421875), x)
-    below = Binary("sub", Binary("mul", alpha, Unary("exp", x)), alpha)
+    below = Binary("sub", Binary("mul", alpha, math.exp_below(x)), alpha)
     return Binary("mul", gamma, Select(Binary("le", x, _like(0, x)), below, x))
 
 
@@ -108,7 +108,7 @@ def _swish(op: Op, x: Expr) -> Expr:
 
 def _mish(op: Op, x: Expr) -> Expr:
     """x * tanh(softplus(x)) with one exponential: tanh(log(1 + e)) = (e * e + 2 * e) / (e * e + 2 * e + 2)."""
-    e = Unary("exp", Binary("min", _like(20.0, x), x))  # beyond 20 the quotient is 1 in float32 and float64 alike
+    e = math.exp_below(Binary("min", _like(20.0, x), x))  # beyond 20 the quotient is 1 in float32 and float64 alike
     n = Binary("mul", e, Binary("add", e, _like(2, x)))
     return Binary("mul", x, Binary("div", n, Binary("add", n, _like(2, x))))
 

@@ -9,6 +9,7 @@ from nestc.kernels.api import CpuMachine
 from nestc.tensor import index as ix
 from nestc.tensor.build import constant
 from nestc.tensor.ir import Expr, Fma, Unary
+from nestc.tensor.math import sigmoid
 from nestc.tensor.rewrite import binary, select
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -34,16 +35,11 @@ def like(value: float, x: Expr) -> Expr:
     return constant(value, x.dtype, x.lanes)
 
 
-def _sigmoid(x: Expr) -> Expr:
-    one = like(1, x)
-    return binary("div", one, binary("add", one, Unary("exp", Unary("neg", x))))
-
-
 def _activate(name: str, alpha: float, beta: float, x: Expr) -> Expr:
     """One of ONNX's activation functions for recurrent operators."""
     zero, a, b = like(0, x), like(alpha, x), like(beta, x)
     if name == "sigmoid":
-        return _sigmoid(x)
+        return sigmoid(x)
     if name == "tanh":
         return Unary("tanh", x)
     if name == "relu":

@@ -125,7 +125,7 @@ def exp(x: Expr) -> Expr:
 
 
 def exp_below(x: Expr) -> Expr:
-    """e**x for x <= 0 or NaN, for softmax: two thirds of the work of `exp`, because what would be denormal is 0.
+    """e**x for x <= 88 or NaN: two thirds of the work of `exp`, because what would be denormal is 0.
 
     Other dtypes than float32 get the plain operation.
     """
