@@ -16,6 +16,7 @@ from nestc.errors import PlanError
 from nestc.graph import pipeline
 from nestc.graph.model import Model
 from nestc.graph.regions import form, regions
+from nestc.partition.evaluate import evaluate
 from nestc.partition.problem import HOST, Cost, Crossing, Edge, Evaluation, Problem, Solution, Stage, Task, Unit
 from nestc.partition.split import Split, channels_of, propose, split
 
@@ -208,3 +209,43 @@ def test_the_way_takes_from_the_other_share_and_one_resource_is_not_shared() -> 
     assert propose(problem, solution, {region.name: region}) == [Split("product", (64, 32))]
     beside = Problem(units, (Task(region.name, {"cpu": Cost(300e-6), "lib": Cost(200e-6)}),), edges)
     assert propose(beside, solution, {region.name: region}) == []
+
+
+@pytest.mark.parametrize(("seconds", "found"), [(250e-6, False), (80e-6, True)])
+def test_a_device_that_is_busy_beside_a_region_takes_no_part_of_it(seconds: float, found: bool) -> None:
+    """The NPU has a branch of its own for so long, between the tasks before and behind both; 300 us in all."""
+    model = pipeline.optimize(nestc.load(net("Conv").SerializeToString()))
+    (region,) = regions(form(model))
+    units = (Unit("cpu", "cpu"), Unit("npu", "npu"))
+    tasks = (
+        Task("before", {"cpu": Cost(10e-6)}),
+        Task(region.name, {"cpu": Cost(300e-6), "npu": Cost(300e-6)}),
+        Task("beside", {"npu": Cost(seconds)}),
+        Task("behind", {"cpu": Cost(10e-6)}),
+    )
+    pairs = (("before", region.name), ("before", "beside"), (region.name, "behind"), ("beside", "behind"))
+    edges = (Edge("x", None, "before"), *(Edge(f"{a} {b}", a, b) for a, b in pairs), Edge("y", "behind", None))
+    problem = Problem(units, tasks, edges)
+    stages = (
+        Stage("cpu", ("before",)),
+        Stage("npu", ("beside",)),
+        Stage("cpu", (region.name,)),
+        Stage("cpu", ("behind",)),
+    )
+    solution = Solution(stages, evaluate(problem, stages), "latency", 0.0, False, "by hand")
+    assert solution.value == pytest.approx(320e-6)
+    # Half of it would take 150 us there.
+    assert bool(propose(problem, solution, {region.name: region})) == found
+
+
+def test_what_saves_little_of_the_whole_is_not_split() -> None:
+    model = pipeline.optimize(nestc.load(net("Conv").SerializeToString()))
+    (region,) = regions(form(model))
+    units = (Unit("cpu", "cpu"), Unit("npu", "npu"))
+    for rest, found in ((1e-3, True), (0.2, False)):  # a third of 300 us is saved
+        tasks = (Task(region.name, {"cpu": Cost(300e-6), "npu": Cost(600e-6)}), Task("rest", {"cpu": Cost(rest)}))
+        edges = (Edge("x", None, region.name), Edge("v", region.name, "rest"), Edge("y", "rest", None))
+        problem = Problem(units, tasks, edges)
+        stages = (Stage("cpu", (region.name, "rest")),)
+        solution = Solution(stages, evaluate(problem, stages), "latency", 0.0, False, "by hand")
+        assert bool(propose(problem, solution, {region.name: region})) == found

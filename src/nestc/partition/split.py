@@ -17,7 +17,9 @@ import onnx_ir as ir
 from nestc.errors import PlanError
 from nestc.graph.model import Model
 from nestc.graph.region import Op, Region
+from nestc.partition.network import compiled
 from nestc.partition.problem import HOST, Crossing, Edge, Problem, Solution, edges_from, edges_into
+from nestc.partition.segments import comparable
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 
@@ -42,11 +44,11 @@ class Split:
 def propose(problem: Problem, solution: Solution, regions: Mapping[str, Region]) -> list[Split]:
     """Regions that two devices would compute in less time than the one they are on, borders counted.
 
-    The share of each is such that both end together. Where the other device has more to do meanwhile than would leave
-    it the time, a region is left alone.
+    The share of each is such that both end together. Where the other device has not the time, a region is left alone:
+    it must be idle that long between what comes before everything beside the region and what comes after it.
     """
     into, out = edges_into(problem), edges_from(problem)
-    when = _when(problem, solution)
+    when = _windows(problem, solution)
     resource = {unit.name: unit.resource for unit in problem.units}
     launch, at = {unit.name: unit.launch for unit in problem.units}, solution.assignment
     found: list[Split] = []
@@ -71,11 +73,11 @@ def propose(problem: Problem, solution: Solution, regions: Mapping[str, Region])
             if not 0 < part < channels:
                 continue
             took = max((1 - part / channels) * here, part / channels * (there + back) + way)
-            busy = _busy(problem, solution, resource[other], when.get(task.name, (0.0, 0.0)))
-            least = max(LEAST_GAIN * here, LEAST_SHARE * solution.value)
-            if max(took, busy + part / channels * there + way) > here - least:
+            begin, end = when.get(task.name, (0.0, here))
+            idle = end - begin - _busy(problem, solution, resource[other], (begin, end))
+            if took > here - max(LEAST_GAIN * here, LEAST_SHARE * solution.value):
                 continue
-            if best is None or took < best[0]:
+            if part / channels * there + way <= idle and (best is None or took < best[0]):
                 best = took, (channels - part, part)
         if best is not None:
             found.append(Split(_product(region).name, best[1]))
@@ -94,6 +96,25 @@ def _when(problem: Problem, solution: Solution) -> dict[str, tuple[float, float]
             end = at + (timed.end - timed.begin) * seconds[task][stage.unit] / total
             found[task] = at, end
             at = end
+    return found
+
+
+def _windows(problem: Problem, solution: Solution) -> dict[str, tuple[float, float]]:
+    """From when to when what runs beside each task may run: between the tasks that everything passes through."""
+    when = _when(problem, solution)
+    if not when:
+        return {}
+    names = [task.name for task in problem.tasks]
+    through = set(comparable(compiled(problem)))
+    found: dict[str, tuple[float, float]] = {}
+    begin = 0.0
+    for index, name in enumerate(names):
+        if index in through:
+            found[name] = when[name]
+            begin = when[name][1]
+            continue
+        after = next((when[names[other]][0] for other in range(index, len(names)) if other in through), None)
+        found[name] = begin, solution.value if after is None else after
     return found
 
 
