@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,6 +22,7 @@ from partition_fakes import (
 from nestc.errors import TargetError
 from nestc.graph.region import Op, Region
 from nestc.partition.measure import attribute
+from nestc.targets.api import Artifact, Partition
 
 
 def test_a_chain_is_shared_by_what_its_steps_take(tmp_path: Path) -> None:
@@ -58,6 +60,24 @@ def test_a_modelled_chain_sums_to_its_artifacts_time(tmp_path: Path) -> None:
     found = meter(tmp_path).chain(target, CHAIN, models(*CHAIN))
     assert [(entry.seconds, entry.kind) for entry in found.values()] == [(pytest.approx(2e-5), "modelled")] * 3
     assert sum(entry.joules or 0.0 for entry in found.values()) == pytest.approx(3e-9)
+
+
+class Foretelling(Scripted):
+    """A simulator whose compiler can leave out proofs."""
+
+    def compile_unproven(self, partition: Partition) -> Artifact:
+        self._compiled.append(("unproven",))
+        return replace(self.compile(partition), metadata={"timing": {"seconds": 5e-5}})
+
+
+def test_a_chain_is_modelled_without_proofs_and_a_region_with_them(tmp_path: Path) -> None:
+    target = Foretelling(timing={"seconds": 1e-5})
+    measured = meter(tmp_path)
+    assert measured.region(target, NEG, models(NEG)).seconds == 1e-5
+    assert target._compiled == [("Neg",)]
+    chain = measured.chain(target, CHAIN, models(*CHAIN))
+    assert sum(entry.seconds for entry in chain.values()) == pytest.approx(5e-5)
+    assert target._compiled.count(("unproven",)) == 1
 
 
 def test_a_chain_of_one_is_the_region_alone(tmp_path: Path) -> None:

@@ -15,8 +15,13 @@ from reference import run_qdq
 import nestc
 from nestc.commands.targets import describe
 from nestc.errors import BundleError, TargetError
+from nestc.graph import pipeline
+from nestc.graph.regions import form, regions, submodel
+from nestc.partition.group import partitions
+from nestc.partition.match import takes
 from nestc.runtime.vta.config import PRESETS
 from nestc.targets import make
+from nestc.targets.vta import compiler
 from nestc.targets.vta.target import VtaTarget
 
 KEYS = PRESETS["pynq_1x16x16"].to_json()
@@ -135,6 +140,21 @@ def test_the_cost_of_a_region_is_near_what_the_simulator_says(tmp_path: Path) ->
     for layer in layers[:2]:
         assert predicted[layer["name"]] == pytest.approx(layer["cycles"] / 100e6 * 1e3, rel=0.15)
     assert executable.plan.predicted_ms == pytest.approx(sum(each["cycles"] for each in layers) / 100e3, rel=0.2)
+
+
+@pytest.mark.parametrize("target", ["vta", "vta:count=2"])
+def test_what_is_not_proven_states_the_same_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    formed = form(pipeline.optimize(nestc.load(residual(tmp_path / "m.onnx"))))
+    made = vta(target)
+    taken = [region for region in regions(formed) if takes(made, region)]
+    outputs = [value.name or "" for value in submodel(formed, [region.name for region in taken]).graph.outputs]
+    (partition,) = partitions([taken], dict.fromkeys((r.name for r in taken), "vta"), outputs, lambda _: formed.ir)
+    proven = made.compile(partition)
+    for name in ("verify", "verify_kernel", "_require_apart"):
+        monkeypatch.delattr(compiler, name)
+    unproven = made.compile_unproven(partition)
+    assert unproven.metadata == proven.metadata and unproven.files == proven.files
+    assert [array.nbytes for array in unproven.weights.values()] == [a.nbytes for a in proven.weights.values()]
 
 
 def test_parts_that_it_refuses_run_on_the_cpu_in_between(tmp_path: Path) -> None:
