@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -122,6 +125,15 @@ def channels_last() -> onnx.ModelProto:
         constants,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_explain_says_what_was_chosen(nestc: Callable[..., Any], tmp_path: Path) -> None:
+    onnx.save(channels_last(), tmp_path / "net.onnx")
+    assert nestc("compile", tmp_path / "net.onnx", "-o", tmp_path / "net.nest", "--threads", 1).status == 0
+    told = nestc("explain", tmp_path / "net.nest").out
+    assert "layouts of cpu_0: 0 conversions, modelled " in told and "proven best by this model" in told
+    (report,) = json.loads(nestc("explain", tmp_path / "net.nest", "--json").out)["layouts"].values()
+    assert report["conversions"] == 0 < report["greedy_conversions"]
 
 
 def test_a_network_needs_fewer_conversions_than_greedy() -> None:

@@ -45,6 +45,7 @@ def explain(
     words: list[str] = []
     told: dict[str, Any] = {}
     ways: dict[str, str] = {}
+    layouts: dict[str, dict[str, Any]] = {}
     if common.is_bundle(model):
         if scheme is not None:
             raise Error(f"{model} is a bundle, which is compiled already; --quantize takes a model (.onnx)")
@@ -52,6 +53,7 @@ def explain(
         plan, notes = opened.plan, list[str]()
         for part in opened.bundle.partitions:
             ways |= ways_of(part.artifact)
+            layouts |= {part.name: part.artifact.metadata["layouts"]} if "layouts" in part.artifact.metadata else {}
     else:
         from nestc.driver import explain as explain_model
         from nestc.graph.bind import bind, bind_batch
@@ -84,7 +86,8 @@ def explain(
     if json:
         report = {**plan.to_json(), "fallback_ops": plan.fallback_ops, "passes": notes}
         report |= {"quantized": told} if told else {}
-        common.print_json({**report, "ways": ways} if ways else report)
+        report |= {"ways": ways} if ways else {}
+        common.print_json({**report, "layouts": layouts} if layouts else report)
         return
     for line in words:
         print(line)
@@ -97,3 +100,14 @@ def explain(
     print(plan.explain())
     if ways:
         print("\nkernels of the CPU: " + ", ".join(f"{way} {count}" for way, count in Counter(ways.values()).items()))
+    for name, found in layouts.items():
+        print(f"layouts of {name}: {_layouts_text(found)}")
+
+
+def _layouts_text(found: dict[str, Any]) -> str:
+    """What choosing layouts over the whole partition has done, in words."""
+    text = f"{found['conversions']} conversions, modelled {found['modelled_seconds'] * 1e3:.3g} ms on one core"
+    if found["conversions"] != found["greedy_conversions"]:
+        greedy = found["greedy_modelled_seconds"] * 1e3
+        text += f" (chosen one by one: {found['greedy_conversions']} conversions, {greedy:.3g} ms)"
+    return text + (", proven best by this model" if found["optimal"] else "")
