@@ -23,6 +23,7 @@ from nestc.graph.passes.own_outputs import OwnOutputs
 from nestc.graph.passes.quantized_weights import DequantizeWeights, QuantizeWeights
 from nestc.graph.passes.simplify import Simplify
 from nestc.graph.passes.sink import Sink
+from nestc.graph.passes.trim_taps import TrimTaps
 from nestc.graph.passes.unroll import UnrollAll
 from nestc.graph.quiet import quiet
 
@@ -59,6 +60,8 @@ def passes(notes: list[str]) -> list[ir.passes.PassBase]:
         ir.passes.PassManager([Cancel(notes), Sink(notes), Simplify(notes)], steps=8),
         # Before FoldAffine, which leaves alone a shift in front of a padded convolution.
         FusePad(notes),
+        # Once all padding is the convolution's own; FoldAffine can do more where none is left.
+        TrimTaps(notes),
         # After FusePad, which wants the padding beside the convolution, not on the integers. What meets on integers may
         # cancel there, and then more can move.
         ir.passes.PassManager([IntegerMoves(notes), Cancel(notes), Simplify(notes)], steps=8),
