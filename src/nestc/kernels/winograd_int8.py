@@ -244,15 +244,17 @@ class _Winograd:
         weights = self.conv.read_weights()
         steps, wide = t.steps(cut), cut.nr * self.lanes
         taps = self.vertical.r * self.horizontal.r
-        padded = np.zeros((steps * cut.columns * wide, t.pairs * self.wide, taps), np.int16)
-        padded[: s.out_channels, : s.in_channels] = weights.reshape(s.out_channels, s.in_channels, taps)
-        # In the order of the result first, while there is least of it; then it is one product a step.
-        split = padded.reshape(steps, cut.columns, wide, t.pairs, lanes, 2, taps).transpose(0, 6, 1, 3, 4, 2, 5)
+        padded = np.zeros((taps, steps * cut.columns * wide, t.pairs * self.wide), np.float32)
+        padded[:, : s.out_channels, : s.in_channels] = np.moveaxis(
+            weights.reshape(s.out_channels, s.in_channels, taps), 2, 0
+        )
+        split = padded.reshape(taps, steps, cut.columns, wide, t.pairs, lanes, 2)
         both = np.kron(*(np.array(axis.g, np.float32) for axis in (self.vertical, self.horizontal)))
         packed = np.empty((steps, self.positions, cut.columns, t.pairs, lanes, wide * 2), np.int16)
-        for target, source in zip(packed, split):
-            kernel = source.astype(np.float32, order="C").reshape(taps, -1)
-            target[...] = (both @ kernel).reshape(target.shape)
+        # In the order of the result first, while there is least of it; then it is one product a register column.
+        for step, column in np.ndindex(steps, cut.columns):
+            kernel = np.ascontiguousarray(split[:, step, column].transpose(0, 2, 3, 1, 4)).reshape(taps, -1)
+            packed[step, :, column] = (both @ kernel).reshape(self.positions, t.pairs, lanes, wide * 2)
         return packed
 
     # -- the input transform
