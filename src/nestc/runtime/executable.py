@@ -6,7 +6,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
@@ -238,7 +237,7 @@ class Executable:
         for stage, values in session.sources(checked):
             about = {"partition": stage.partition.name, "device": stage.partition.device}
             if isinstance(stage.runnable, NativeProgram):
-                rows.extend({**about, **asdict(step)} for step in stage.runnable.profile(values, runs))
+                rows.extend({**about, **step._asdict()} for step in stage.runnable.profile(values, runs))
                 continue
             about["symbol"] = stage.partition.artifact.kind
             elapsed = stage.runnable(values, [None] * len(stage.outputs))[1]

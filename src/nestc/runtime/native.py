@@ -6,9 +6,8 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -35,8 +34,7 @@ SMALL_BYTES = 4096
 """Outputs up to here need not be aligned: what vectors across cache lines cost is less than a microsecond."""
 
 
-@dataclass(frozen=True)
-class StepTime:
+class StepTime(NamedTuple):
     """Measured time of one kernel call, medians over some runs, in microseconds.
 
     ``us`` is on one thread; ``team_us`` is from the first worker's begin to the last one's end with all threads

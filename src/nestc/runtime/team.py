@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,8 +28,7 @@ _running = 0
 _RUN_SPINS, _IDLE_SPINS = 4000, 2000
 
 
-@dataclass(frozen=True)
-class ContextLayout:
+class ContextLayout(NamedTuple):
     """Sizes and places in the context that all workers share, in bytes, as `codegen.main` has put them down."""
 
     bytes: int
