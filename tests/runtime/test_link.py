@@ -8,12 +8,13 @@ import re
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
-from handmade import chain
+from handmade import chain, chain_result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -148,6 +149,24 @@ def test_running_a_bundle_imports_neither_the_compiler_nor_llvm(tmp_path):
         [sys.executable, "-c", script, str(tmp_path / "m.nest")], capture_output=True, text=True, check=True
     )
     assert found.stdout.splitlines()[1] == "[]"
+
+
+def test_what_our_linker_does_not_take_llvms_does(monkeypatch):
+    monkeypatch.setattr(objects, "_ours", lambda blobs: False)
+    x = np.linspace(-1, 1, 64, dtype=np.float32)
+    with Executable(chain(2, 64, 1)) as executable:
+        np.testing.assert_allclose(executable(x), chain_result(2, x), rtol=1e-6)
+
+
+@LINUX
+def test_arm_makes_code_visible_by_a_function_of_libgcc_or_leaves_it_to_llvm(monkeypatch):
+    monkeypatch.setattr(objects.os, "uname", lambda: types.SimpleNamespace(machine="aarch64"))
+    monkeypatch.setattr(objects, "_address", lambda name: None)
+    assert objects._flush() is None
+    called: list[str] = []
+    monkeypatch.setattr(objects, "_address", lambda name: called.append(name) or 4096)
+    assert objects._flush() is not None
+    assert called == ["__clear_cache"]
 
 
 def test_the_system_lists_the_features_that_llvm_finds():
