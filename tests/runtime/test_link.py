@@ -313,12 +313,13 @@ def test_damaged_objects_are_refused_or_linked_within_their_bounds(triple, chang
 def test_damaged_tables_are_refused_or_linked_within_their_bounds(data):
     """Changes where they hurt most: in headers, symbols and relocations."""
     triple = data.draw(st.sampled_from([X86, ARM]))
-    blob = bytearray(_whole(triple))
+    whole = _whole(triple)
+    blob = bytearray(whole)
     (table,) = struct.unpack_from("<Q", blob, 40)
     (count,) = struct.unpack_from("<H", blob, 60)
     for _ in range(data.draw(st.integers(1, 4))):
         header = table + 64 * data.draw(st.integers(0, count - 1))
-        kind, offset, nbytes = struct.unpack_from("<4xI16xQQ", blob, header)
+        kind, offset, nbytes = struct.unpack_from("<4xI16xQQ", whole, header)
         inside = kind in (2, 4) and nbytes and data.draw(st.booleans())
         begin, end = (offset, offset + nbytes) if inside else (header, header + 64)
         at = data.draw(st.integers(begin, end - 8)) & ~3
