@@ -238,6 +238,15 @@ def test_time_that_runs_out_leaves_a_bound():
         assert 0 < found.lower_bound <= found.value
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_was_known_before_is_where_it_begins(seed: int):
+    problem = drawn(seed, 40, "any")
+    known = solve(problem, "latency", time_limit=1.0)
+    again = solve(problem, "latency", time_limit=0.0, start=known.stages)
+    assert again.value <= known.value * (1 + 1e-12)
+    assert again.lower_bound <= again.value
+
+
 def test_equal_problems_get_equal_answers():
     problem = drawn(8, 14, "any")
     assert solve(problem, "latency", time_limit=2.0).stages == solve(problem, "latency", time_limit=2.0).stages

@@ -22,13 +22,16 @@ from nestc.partition.heft import heft
 from nestc.partition.match import unknown_at_compile_time
 from nestc.partition.place import Placed, assemble
 from nestc.partition.plan import Alternative, PlannedRegion, PlannedSplit, Transfer
-from nestc.partition.problem import HOST, Edge, Evaluation, Objective, Problem, Solution, Task, stage_of
+from nestc.partition.problem import HOST, Edge, Evaluation, Objective, Problem, Solution, Stage, Task, stage_of
 from nestc.partition.refine import CLOSE, Actual, corrected, refine
 from nestc.partition.sizes import constant_bytes
 from nestc.partition.solve import solve
 from nestc.partition.split import Split, propose, split
 from nestc.partition.store import Entry
 from nestc.targets.api import Target
+
+FIRST, NEXT, LAST = 1 / 3, 1 / 6, 1 / 2
+"""Parts of the solver's time for the first solution, for each one after something was learned, and for the bound."""
 
 SPLIT_GAIN = 0.02
 """Operators are split over devices for a gain of so much at least: it makes a plan harder to read."""
@@ -158,13 +161,11 @@ def _place(
             [_actual([next(again)]) if _varies(chain, actual) else actual for chain, actual in plan] for plan in pairs
         ]
 
-    def solved(problem: Problem) -> Solution:
+    def solved(problem: Problem, part: float = FIRST) -> Solution:
         progress("solve", 1.0)
-        return solve(problem, objective, time_limit=time_limit / 3)
-
-    def proved(problem: Problem) -> Solution:
-        progress("bound", 1.0)
-        return solve(problem, objective, time_limit=time_limit)
+        found = solve(problem, objective, time_limit=part * time_limit, start=before)
+        before[:] = found.stages
+        return found
 
     def evaluated(solution: Solution) -> Evaluation | None:
         if solution.stages in found.evaluations:  # in turns with ours, so that they compare
@@ -174,6 +175,7 @@ def _place(
             return None
         return evaluate(corrected(costed.problem, solution.stages, actuals), solution.stages)
 
+    before: list[Stage] = []
     first = solved(costed.problem)
     if first.value >= below:
         return None
@@ -181,7 +183,15 @@ def _place(
     good = [
         each for each in _solutions(costed.problem, ways, objective).values() if each.value <= (1 + CLOSE) * first.value
     ]
-    found = refine(costed.problem, first, solved, measure, [*singles.values(), *good], compare=compare, prove=proved)
+    found = refine(
+        costed.problem,
+        first,
+        lambda learned: solved(learned, NEXT),
+        measure,
+        [*singles.values(), *good],
+        compare=compare,
+        prove=lambda learned: solved(learned, LAST),
+    )
     final = replace(costed, problem=found.problem)
     alone = {
         name: _milliseconds(objective, evaluation)

@@ -14,8 +14,8 @@ from nestc.partition.arrange import arranged
 from nestc.partition.branch import Found
 from nestc.partition.evaluate import evaluate
 from nestc.partition.heft import by_rank
-from nestc.partition.network import Group, Network, compiled, in_runs, joules, named, timeline, units_of
-from nestc.partition.problem import Objective, Problem, Solution
+from nestc.partition.network import Group, Network, compiled, grouped, in_runs, joules, named, timeline, units_of
+from nestc.partition.problem import Objective, Problem, Solution, Stage
 from nestc.partition.search import improve, measure, repaired
 from nestc.partition.segments import hubs
 
@@ -26,12 +26,13 @@ NEAR = 1e-3
 """Within this part of the bound local search stops: what it could still gain is less than the numbers are known to."""
 
 
-def solve(problem: Problem, objective: Objective, *, time_limit: float = 30.0) -> Solution:
+def solve(problem: Problem, objective: Objective, *, time_limit: float = 30.0, start: Sequence[Stage] = ()) -> Solution:
     """Stages that make the objective small, and how far from the least possible they can be.
 
     ``time_limit``: seconds of computing (of this thread, so that results do not depend on what else runs); methods
     not done by then give the best they found and its bound. Latency is found by dynamic programming between
     hubs (`chain`), throughput and energy over assignments (`assign`).
+    ``start``: stages, for instance those found when costs were others; the latency found is not above theirs.
     Raises PlanError if a task has no unit, or no placement was found that the memories hold.
     """
     for task in problem.tasks:
@@ -42,7 +43,7 @@ def solve(problem: Problem, objective: Objective, *, time_limit: float = 30.0) -
     if not problem.tasks:
         return _solution(problem, network, (), objective, 0.0, "nothing to place")
     if objective == "latency":
-        groups, bound, method = _latency(network, deadline)
+        groups, bound, method = _latency(network, deadline, grouped(network, start))
     elif objective == "throughput":
         groups, bound, method = _throughput(network, deadline)
     else:
@@ -71,11 +72,13 @@ def _closed(value: float, bound: float) -> bool:
     return value - bound <= PROVEN * abs(value)
 
 
-def _latency(network: Network, deadline: float) -> tuple[tuple[Group, ...], float, str]:
+def _latency(network: Network, deadline: float, before: Sequence[Group]) -> tuple[tuple[Group, ...], float, str]:
     cuts = hubs(network)
     start = latency.known(network, serial=cuts, tries=100)
     best, bound, method = start.groups, start.bound, "list scheduling"
     value = start.latency
+    if before and network.fits(units_of(network, before)) and timeline(network, before)[2] < value:
+        best, value, method = tuple(before), timeline(network, before)[2], "as before"
     fits = network.fits(units_of(network, best))
     if cuts and not _closed(value, bound):
         # Where the whole is too large for an exact method, only its segments have one.
