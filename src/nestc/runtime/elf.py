@@ -16,8 +16,8 @@ MAGIC = b"\x7fELF"
 X86_64, AARCH64 = 62, 183
 """Machines (``e_machine``)."""
 
-MOST_BYTES = 1 << 30
-"""What a program may take in memory: offsets of 32 bits reach from any of its places to any other."""
+MOST_BYTES = 1 << 28
+"""What a program may take in memory, far more than generated code does: offsets of 32 bits reach all over it."""
 
 MOST_ALIGNMENT = 4096
 """The smallest page there is: memory that is mapped begins at a multiple of it, not of more."""
