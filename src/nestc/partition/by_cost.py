@@ -42,9 +42,9 @@ class Placement:
     """A network placed by cost: what was solved, how, and what became of it.
 
     ``given`` is the problem by what regions take, before partitions were measured, and ``first`` its solution.
-    ``describe`` makes partitions and a
-    plan of any other solution of it, so that it can be compiled and run; ``measure`` evaluates one by what its own
-    partitions take, and gives None if a device does not take one.
+    ``describe`` makes partitions and a plan of any other solution of it, so that it can be compiled and run;
+    ``measure`` evaluates one by what its own partitions take (what was measured in turns with ours, if it was), and
+    gives None if a device does not take one.
     """
 
     placed: Placed
