@@ -87,3 +87,16 @@ def test_a_person_may_write_only_what_matters(tmp_path: Path) -> None:
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="cannot write the plan"):
         PLAN.save(tmp_path / "missing" / "plan.yaml")
+
+
+def test_the_gap_of_the_plan_and_that_of_the_solver_are_told_apart() -> None:
+    plan = replace(PLAN, predicted_ms=14.3, lower_bound_ms=13.0, promised_ms=13.26, optimal=False, objective="latency")
+    first, second, *_ = plan.predictions()
+    assert "lower bound 13 ms: at most 10 % above the best" in first
+    assert second == (
+        "the solver's last solution: 13.26 ms, at most 2 % above the best if partitions take what their regions say"
+    )
+    assert ", the best if partitions" in replace(plan, promised_ms=13.0).predictions()[1]
+    assert not any("last solution" in line for line in replace(plan, optimal=True).predictions())
+    crossing = Transfer("t", "cpu", "vta", 64, 2.5, "estimated", 4.0)
+    assert "64 bytes, 2.5 us estimated, 4 us of conversions" in replace(plan, transfers=(crossing,)).explain()

@@ -174,9 +174,10 @@ class Plan:
         lines[0] += f"; lower bound {self.lower_bound_ms:.4g} {unit}: {known} by these costs ({self.method})"
         if self.promised_ms is not None and self.lower_bound_ms and not self.optimal:
             above = 100 * max(self.promised_ms / self.lower_bound_ms - 1, 0.0)
+            words = "the best" if above < 1e-4 else f"at most {above:.2g} % above the best"
             lines.append(
-                f"the solver's last solution: {self.promised_ms:.4g} {unit}, at most {above:.2g} % above the best, if"
-                " partitions take what their regions say"
+                f"the solver's last solution: {self.promised_ms:.4g} {unit}, {words} if partitions take what their"
+                " regions say"
             )
         for device, single in self.single_device_ms.items():
             lines.append(f"all that {device} takes on {device}: {single:.4g} ms")
