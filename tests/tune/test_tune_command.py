@@ -36,13 +36,14 @@ def test_tune_measures_and_compile_uses_it(net: Path, nestc: Run, tmp_path: Path
     assert {row["count"] for row in told["regions"]} == {1, 2}
     assert json.loads(defaults.read_text())["machines"]
     assert len(own()) == 2
-    again = nestc("tune", net, "--threads", 1, "--seconds", 60)
-    assert again.status == 0 and "net.onnx, 1 threads" in again.out and "kernels of the network" in again.out
     assert nestc("compile", net, "--threads", 1, "-o", tmp_path / "net.nest").status == 0
     assert ways(tmp_path / "net.nest") == {row["best"] for row in told["regions"]}
     explained = json.loads(nestc("explain", tmp_path / "net.nest", "--json").out)
     assert set(explained["ways"].values()) == ways(tmp_path / "net.nest")
     assert "kernels of the CPU: " in nestc("explain", tmp_path / "net.nest").out
+    # Measured again, another way may be the best.
+    again = nestc("tune", net, "--threads", 1, "--seconds", 60)
+    assert again.status == 0 and "net.onnx, 1 threads" in again.out and "kernels of the network" in again.out
 
 
 def test_too_little_time_is_said(net: Path, nestc: Run) -> None:
