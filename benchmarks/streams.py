@@ -12,6 +12,7 @@ onnxruntime runs the float32 layer beside them.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -57,7 +58,9 @@ def main() -> None:
     parser.add_argument("--layers", default="4096x4096,4096x11008,25088x4096", help="INPUTSxOUTPUTS, by commas")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=21)
+    parser.add_argument("--json", action="store_true", help="print one JSON object (GB/s) instead of the lines")
     options = parser.parse_args()
+    told: dict[str, dict[str, float]] = {}
     with pinned(options.threads), tempfile.TemporaryDirectory() as folder:
         for text in options.layers.split(","):
             inputs, outputs = (int(part) for part in text.split("x"))
@@ -81,12 +84,17 @@ def main() -> None:
                     call()
                     if turn:
                         rates[name].append(nbytes / (time.perf_counter() - begin) / 1e9)
-            sums = statistics.median(rates["sum"])
+            medians = told[text] = {name: statistics.median(rates[name]) for name in calls}
+            if options.json:
+                continue
+            sums = medians["sum"]
             print(f"{text}, {options.threads} thread(s): plain sum {sums:.1f} GB/s")
             for name, (_, nbytes) in calls.items():
-                rate = statistics.median(rates[name])
+                rate = medians[name]
                 ms, of_sum = nbytes / rate / 1e6, rate / sums
                 print(f"  {name:18} {nbytes / 1e6:8.1f} MB {ms:9.3f} ms {rate:6.1f} GB/s {of_sum:5.2f} of the sum")
+    if options.json:
+        print(json.dumps(told))
 
 
 if __name__ == "__main__":

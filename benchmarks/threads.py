@@ -11,6 +11,7 @@ is the wall time of all calls over their number. Ratios are of onnxruntime's med
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import multiprocessing
 import os
@@ -108,7 +109,7 @@ def taken(core: int | None) -> Iterator[None]:
 
 
 def show(label: str, times: Mapping[str, list[float]]) -> None:
-    """One line of a situation."""
+    """Print one line of a situation."""
     cells = [f"{name} {statistics.median(all_):7.2f} ({np.percentile(all_, 90):7.2f})" for name, all_ in times.items()]
     ratios = [
         f"{n} {statistics.median(times[f'onnxruntime {n}']) / statistics.median(times[f'nestc {n}']):.2f}"
@@ -122,20 +123,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="mobilenetv2", help="names of the zoo, by commas")
     parser.add_argument("--runs", type=int, default=60)
+    parser.add_argument("--json", action="store_true", help="print one JSON object (times in ms) instead of the lines")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
+    told: dict[str, dict[str, object]] = {}
     for name in options.models.split(","):
         path, inputs = str(zoo.path(name)), zoo.inputs(name)
         makers = {"nestc": executable, "onnxruntime": session}
         calls = {f"{engine} {n}": make(path, inputs, n) for engine, make in makers.items() for n in (1, 2)}
-        print(f"{name}: ms a call, median (90th percentile), by threads")
-        show("alone", in_turns(calls, options.runs))
+        situations = {"alone": in_turns(calls, options.runs)}
         for label, core in (("one core taken", cores[-1]), ("a busy process anywhere", None)):
             with taken(core):
-                show(label, in_turns(calls, options.runs))
-        for engine, make in makers.items():
-            both = at_once(make(path, inputs, 2), make(path, inputs, 2), options.runs)
-            print(f"  two at once: {engine} {both:.2f} ms a call", flush=True)
+                situations[label] = in_turns(calls, options.runs)
+        both = {
+            engine: at_once(make(path, inputs, 2), make(path, inputs, 2), options.runs)
+            for engine, make in makers.items()
+        }
+        told[name] = {**situations, "two at once": both}
+        if not options.json:
+            print(f"{name}: ms a call, median (90th percentile), by threads")
+            for label, times in situations.items():
+                show(label, times)
+            for engine, took in both.items():
+                print(f"  two at once: {engine} {took:.2f} ms a call", flush=True)
+    if options.json:
+        print(json.dumps(told))
 
 
 if __name__ == "__main__":
