@@ -20,7 +20,8 @@ from nestc.kernels.families import alternatives
 from nestc.kernels.testing import host_machine, region_of, run_lowered
 from nestc.kernels.winograd import WINOGRAD, WinogradFamily
 from nestc.kernels.winograd_matrices import strided, transform
-from nestc.kernels.winograd_plan import Plan, Tiling, plan, tile
+from nestc.kernels.winograd_plan import Tiling, plan, tile
+from nestc.kernels.winograd_tiles import Plan
 from nestc.targets.cpu.machine import machine
 from nestc.tensor import math
 from nestc.tensor.text import kernel_text

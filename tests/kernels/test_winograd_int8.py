@@ -20,7 +20,7 @@ from nestc.kernels.testing import host_machine, region_of, run_lowered
 from nestc.kernels.winograd_int8 import WINOGRAD_INT8, WinogradInt8Family
 from nestc.kernels.winograd_int8_plan import IntegerTiling, plan, tile
 from nestc.kernels.winograd_int8_transform import integer_transform
-from nestc.kernels.winograd_plan import Plan
+from nestc.kernels.winograd_tiles import Plan
 from nestc.targets.cpu.machine import machine
 
 HOST = host_machine()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from math import ceil, prod
+from collections.abc import Mapping, Sequence
+from math import prod
 
 import numpy as np
 
@@ -17,9 +16,9 @@ from nestc.kernels.requantize import Requantize
 from nestc.kernels.tail import Tail
 from nestc.kernels.winograd_int8_plan import IntegerTiling, cycles, direct_cycles, plan
 from nestc.kernels.winograd_int8_transform import IntegerTransform, IntegerTransforms, integer_transform
-from nestc.kernels.winograd_plan import Plan
+from nestc.kernels.winograd_tiles import Code, Plan, TileKernel, otherwise
 from nestc.tensor import index as ix
-from nestc.tensor.build import Builder, binary, clamp, constant, load, select, splat, within
+from nestc.tensor.build import Builder, binary, clamp, constant, load, select, splat
 from nestc.tensor.ir import Binary, Buffer, Cast, Const, Dot, Expr, Load, Repeat, Shuffle, Var
 from nestc.tensor.vectorize import vectorize
 
@@ -124,35 +123,22 @@ def _sums_fit(region: Region, conv: IntegerConv, s: ConvShape, axes: tuple[Integ
     return int(most.max(initial=0)) <= room
 
 
-class _Winograd:
+class _Winograd(TileKernel[IntegerTransform]):
     """Builds the kernels of one convolution, laid out as those of `winograd._Winograd`.
 
     - V[position][group][pair of blocks][mr][2 * lanes] int16, scratch memory of the item or a temporary;
     - U[chunk of outputs][position][register column][pair of blocks][two channels][nr * lanes * 2] int16, constant;
     - M[register column][tile][position][nr * lanes] int32, scratch memory.
-
-    Positions of V lie an odd number of cache lines apart, since a transform touches all of them at once.
     """
+
+    factor, total = "int16", "int32"
 
     def __init__(
         self, region: Region, conv: IntegerConv, layouts: Mapping[str, Layout], tiling: IntegerTiling, cut: Plan
     ) -> None:
-        self.region, self.conv, self.layouts = region, conv, layouts
-        self.tiling, self.cut = tiling, cut
-        self.shape = tiling.shape
-        self.lanes = tiling.lanes
-        self.wide = 2 * self.lanes
-        self.vertical, self.horizontal = tiling.axes
-        self.positions = tiling.positions
-        self.rank = len(self.shape.out)
-        # A missing axis counts as one pixel.
-        self.size, self.pads = (
-            (axis[0], axis[1]) if self.rank == 2 else (lone, axis[0])
-            for axis, lone in ((self.shape.size, 1), (self.shape.pads_begin, 0))
-        )
-        self.out = tiling.out
-        self.slack = 16
-        self.chunks = ceil(tiling.groups(cut) / cut.groups)
+        super().__init__(region, layouts, tiling, cut, tiling.pairs, 2 * tiling.lanes)
+        self.conv, self.tiling = conv, tiling
+        self.ahead = max(1, _AHEAD // (tiling.pairs * self.column_lines() * _CACHE_LINE))
         self.zero: Expr | None = None
         self.bytes_out: Buffer | None = None
         self.bytes_added: Buffer | None = None
@@ -170,9 +156,9 @@ class _Winograd:
         types = {name: TensorType(str(array.dtype), array.shape) for name, array in constants.items()}
         launches: list[Launch] = []
         temporaries: dict[str, TensorType] = {}
-        block = self.tiling.pairs * cut.mr * self.wide  # elements of V of one group and position
         if not cut.fused:
-            temporaries[v_name] = TensorType("int16", (self.positions, _odd_lines(self.tiling.groups(cut) * block)))
+            elements = self.lines(self.tiling.groups(cut) * self.block())
+            temporaries[v_name] = TensorType("int16", (self.positions, elements))
             launches.append(self.transform_kernel(v_name, temporaries[v_name]))
             types[v_name] = temporaries[v_name]
         k = Builder("winograd_int8")
@@ -180,35 +166,35 @@ class _Winograd:
         for name, type_ in types.items():
             operands.define(name, type_)
         u = operands.buffer(weights)
-        bias = operands.buffer(bias_name) if bias_name in types else None
+        self.bias = operands.buffer(bias_name) if bias_name in types else None
         if cut.fused:
             source = self.declare_input(operands)
         else:
             source = operands.buffer(v_name)
-        tail: Tail | Requantize = (
+        self.tail: Tail | Requantize = (
             Tail(operands, self.conv.op)
             if self.conv.scale is None
             else Requantize(operands, self.region, self.conv.op, self.conv.scale, 1, self.conv.offset)
         )
-        self.narrow_view(operands, tail)
+        self.narrow_view(operands, self.tail)
         if self.bytes_out is None:
-            tail.declare()
-        m = k.scratch("m", (cut.columns, cut.groups * cut.mr, self.positions * cut.nr * lanes + self.slack), "int32")
-        v = k.scratch("v", (self.positions, _odd_lines(cut.groups * block)), "int16") if cut.fused else source
+            self.tail.declare()
+        m = self.products(k)
+        v = k.scratch("v", (self.positions, self.lines(cut.groups * self.block())), "int16") if cut.fused else source
         back = IntegerTransforms(k, lanes, "int32")
         steps = self.tiling.steps(cut)
         if cut.fused:
             code = IntegerTransforms(k, self.wide, "int16")
             with k.parallel("item", self.chunks) as (chunk,):
                 with k.loop("ib", self.tiling.pairs) as pair:
-                    self.input_pair(k, code, source, v, chunk, pair, True)
+                    self.input_block(k, code, source, v, chunk, pair, True)
                 with k.loop("o", steps) as o:
                     self.multiply(k, u, v, m, chunk, o)
-                    self.output_tiles(k, back, m, bias, tail, chunk, o)
+                    self.output_tiles(k, back, m, chunk, o)
         else:
             with k.parallel("item", self.chunks, steps) as (chunk, o):
                 self.multiply(k, u, v, m, chunk, o)
-                self.output_tiles(k, back, m, bias, tail, chunk, o)
+                self.output_tiles(k, back, m, chunk, o)
         launches.append(operands.launch())
         return Lowered(tuple(launches), temporaries, {**operands.constants, **constants})
 
@@ -267,82 +253,38 @@ class _Winograd:
         source, v = self.declare_input(operands), operands.buffer(target)
         code = IntegerTransforms(k, self.wide, "int16")
         with k.parallel("item", self.chunks, self.tiling.pairs) as (chunk, pair):
-            self.input_pair(k, code, source, v, chunk, pair, False)
+            self.input_block(k, code, source, v, chunk, pair, False)
         return operands.launch()
 
-    def input_pair(
-        self, k: Builder, code: IntegerTransforms, x: Buffer, v: Buffer, chunk: Expr, pair: Expr, local: bool
-    ) -> None:
-        """Transform a pair of blocks of input channels of the tiles of a chunk; `local`: V holds this chunk only."""
-        cut, wide = self.cut, self.wide
-        rows, columns = self.vertical, self.horizontal
-        half = k.stack("half", (rows.n, columns.n, wide), "int16")
-        last = ix.const(self.tiling.groups(cut) - 1)
-        with k.loop("q", cut.groups) as q, k.loop("j", cut.mr) as j:
-            group = ix.add(ix.mul(chunk, cut.groups), q)
-            with k.when(binary("le", group, last)):
-                group = binary("min", group, last)
-                n, top, left = self.corner(group, j)
-                h, w = ix.add(ix.mul(top, rows.m), -self.pads[0]), ix.add(ix.mul(left, columns.m), -self.pads[1])
-                self.load_tile(k, code, x, half, n, pair, h, w)
-                place = ix.add(ix.mul(q if local else group, self.tiling.pairs), pair)
-                offset = ix.mul(ix.add(ix.mul(place, cut.mr), j), wide)
-                with k.loop("a", rows.n) as a:
-                    d = [code.name(load(half, a, i, 0, lanes=wide)) for i in range(columns.n)]
-                    for i, value in enumerate(code.inputs(columns, d)):
-                        k.store(v, (ix.add(ix.mul(a, columns.n), i), offset), value)
+    def column(self, code: Code[IntegerTransform], x: Buffer, n: Expr, block: Expr, h: Expr, w: Expr) -> list[Expr]:
+        """The named inputs of a tile in column `w` from row `h` on, all inside the map."""
+        return [self.pixels(code, x, n, block, ix.add(h, i), w) for i in range(self.vertical.n)]
 
-    def corner(self, group: Expr, j: Expr) -> tuple[Expr, Expr, Expr]:
-        """Image, tile row and tile column of a tile; of tiles past the last one, the first ones."""
-        t = self.tiling
-        number = ix.mod(ix.add(ix.mul(group, self.cut.mr), j), t.count)
-        n, top, left = ix.unflatten(number, (self.shape.batch, *t.grid))
-        return n, top, left
-
-    def load_tile(
-        self, k: Builder, code: IntegerTransforms, x: Buffer, half: Buffer, n: Expr, pair: Expr, h: Expr, w: Expr
-    ) -> None:
-        """A tile of inputs less their zero point, zeros outside the map, transformed along its columns."""
-        rows, columns, wide = self.vertical.n, self.horizontal.n, self.wide
+    def ragged_column(
+        self,
+        code: Code[IntegerTransform],
+        x: Buffer,
+        n: Expr,
+        block: Expr,
+        h: Expr,
+        w: Expr,
+        rows: Sequence[Expr],
+        here: Expr,
+    ) -> list[Expr]:
+        """The same where the map ends: `rows` say which of them are inside, `here` that the column is."""
         height, width = self.size
+        nothing = constant(0, "int16", self.wide)
+        column = clamp(w, 0, width - 1)
+        found: list[Expr] = []
+        for i, inside in enumerate(rows):
+            if isinstance(inside, Const) and not inside.value:
+                found.append(nothing)
+                continue
+            value = self.pixels(code, x, n, block, clamp(ix.add(h, i), 0, height - 1), column)
+            found.append(code.name(select(inside, value, nothing)))
+        return found
 
-        def transformed(b: Expr, d: Sequence[Expr]) -> None:
-            for i, value in enumerate(code.inputs(self.vertical, d)):
-                k.store(half, (i, b, 0), value)
-
-        def ragged() -> None:
-            known = [within(ix.add(h, i), height) for i in range(rows)]
-            nothing = constant(0, "int16", wide)
-            with k.loop("b", columns) as b:
-                across = ix.add(w, b)
-                here = within(across, width)
-                with k.when(here):
-                    column = clamp(across, 0, width - 1)
-                    found: list[Expr] = []
-                    for i, inside in enumerate(known):
-                        if isinstance(inside, Const) and not inside.value:
-                            found.append(nothing)
-                            continue
-                        value = self.pixels(code, x, n, pair, clamp(ix.add(h, i), 0, height - 1), column)
-                        found.append(code.name(select(inside, value, nothing)))
-                    transformed(b, found)
-                with _otherwise(k, here):
-                    for i in range(rows):
-                        k.store(half, (i, b, 0), nothing)
-
-        if height < rows or width < columns:
-            ragged()
-            return
-        inside = binary("and", _between(h, 0, height - rows), _between(w, 0, width - columns))
-        with k.when(inside):
-            # Both are as they were; limited, they are known to lie inside.
-            top, left = clamp(h, 0, height - rows), clamp(w, 0, width - columns)
-            with k.loop("b", columns) as b:
-                transformed(b, [self.pixels(code, x, n, pair, ix.add(top, i), ix.add(left, b)) for i in range(rows)])
-        with _otherwise(k, inside):
-            ragged()
-
-    def pixels(self, code: IntegerTransforms, x: Buffer, n: Expr, pair: Expr, h: Expr, w: Expr) -> Expr:
+    def pixels(self, code: Code[IntegerTransform], x: Buffer, n: Expr, pair: Expr, h: Expr, w: Expr) -> Expr:
         """A pair of blocks of channels of one pixel, less the zero point. Where the last pair has one block only, that
         one twice: the weights of the other are zero."""
         first = ix.mul(pair, 2)
@@ -353,107 +295,23 @@ class _Winograd:
         value: Expr = Cast(Shuffle(a, b, tuple(range(self.wide))), "int16")
         return code.name(value if self.zero is None else Binary("sub", value, self.zero))
 
-    def pixel(self, h: Expr, w: Expr) -> tuple[Expr, ...]:
-        """Spatial index of a pixel in the tensor's own axes."""
-        return (h, w) if self.rank == 2 else (w,)
+    def broadcast(self, v: Buffer, p: Expr, place: Expr, j: int, c: Expr) -> Expr:
+        """The factors of two channels of tile `j` in all lanes."""
+        both = load(v, p, ix.add(place, j * self.wide, ix.mul(c, 2)), lanes=2)
+        return Repeat(both, self.lanes)
 
-    # -- the products
-
-    def multiply(self, k: Builder, u: Buffer, v: Buffer, m: Buffer, chunk: Expr, o: Expr) -> None:
-        """M = V U at all positions, for a chunk of tiles and a chunk of outputs."""
-        cut, lanes, wide, t = self.cut, self.lanes, self.wide, self.tiling
-        acc = k.regs("acc", (cut.mr, cut.nr), lanes, "int32")
-        wreg, xreg = k.regs("w", (cut.nr,), wide, "int16"), k.regs("x", (), wide, "int16")
-        with k.loop("p", self.positions) as p, k.loop("g", cut.columns) as g, k.loop("q", cut.groups) as q:
-            group = ix.add(ix.mul(chunk, cut.groups), q)
-            with k.when(binary("lt", group, ix.const(t.groups(cut)))):
-                # Limited as the condition says, so that it is known to lie inside.
-                own = q if cut.fused else binary("min", group, ix.const(t.groups(cut) - 1))
-                first = ix.mul(own, t.pairs)
-                for j in range(cut.mr):
-                    for i in range(cut.nr):
-                        k.store(acc, (j, i, 0), constant(0, "int32", lanes))
-                with k.loop("c", t.pairs) as pair:
-                    self.prefetch(k, u, o, p, g, pair, q)
-                    place = ix.mul(ix.add(first, pair), cut.mr * wide)
-                    with k.unroll("l", lanes) as c:
-                        for i in range(cut.nr):
-                            k.store(wreg, (i, 0), load(u, o, p, g, pair, c, i * wide, lanes=wide))
-                        for j in range(cut.mr):
-                            both = load(v, p, ix.add(place, j * wide, ix.mul(c, 2)), lanes=2)
-                            k.store(xreg, (0,), Repeat(both, lanes))
-                            for i in range(cut.nr):
-                                total = Dot(
-                                    load(acc, j, i, 0, lanes=lanes),
-                                    Load(xreg, (ix.const(0),), wide),
-                                    load(wreg, i, 0, lanes=wide),
-                                )
-                                k.store(acc, (j, i, 0), total)
-                for j in range(cut.mr):
-                    for i in range(cut.nr):
-                        place = ix.add(ix.mul(p, cut.nr * lanes), i * lanes)
-                        k.store(m, (g, ix.add(ix.mul(q, cut.mr), j), place), load(acc, j, i, 0, lanes=lanes))
-
-    def prefetch(self, k: Builder, u: Buffer, o: Expr, p: Expr, g: Expr, pair: Expr, q: Expr) -> None:
-        """Ask for the weights of a later register column, or position, while these are used: each group of tiles for
-        its share of the cache lines."""
-        line = _CACHE_LINE // 2
-        lines = self.lanes * self.cut.nr * self.wide // line
-        share = ceil(lines / self.cut.groups)
-        ahead = max(1, _AHEAD // (self.tiling.pairs * lines * _CACHE_LINE))
-        for each in range(share):
-            number = ix.mod(ix.add(ix.mul(q, share), each), lines)
-            k.prefetch(u, o, p, ix.add(g, ahead), pair, 0, ix.mul(number, line))
+    def added(self, acc: Expr, x: Expr, w: Expr) -> Expr:
+        """``acc + x * w``, of two channels."""
+        return Dot(acc, x, w)
 
     # -- the output transform
 
-    def output_tiles(
-        self,
-        k: Builder,
-        code: IntegerTransforms,
-        m: Buffer,
-        bias: Buffer | None,
-        tail: Tail | Requantize,
-        chunk: Expr,
-        o: Expr,
-    ) -> None:
-        """Transform the products of a chunk of tiles and outputs back and store them through the tail."""
-        cut, t = self.cut, self.tiling
-        with k.loop("g", cut.columns) as g, k.loop("i", cut.nr) as i:
-            column = ix.add(ix.mul(o, cut.columns), g)
-            vector = ix.add(ix.mul(column, cut.nr), i)
-            with k.when(binary("lt", vector, ix.const(t.vectors))):
-                vector = binary("min", vector, ix.const(t.vectors - 1))
-                with k.loop("q", cut.groups) as q, k.loop("j", cut.mr) as j:
-                    group = ix.add(ix.mul(chunk, cut.groups), q)
-                    with k.when(binary("lt", ix.add(ix.mul(group, cut.mr), j), ix.const(t.count))):
-                        tile = (g, ix.add(ix.mul(q, cut.mr), j))
-                        self.output_tile(k, code, m, bias, tail, vector, self.corner(group, j), tile, i)
-
     def output_tile(
-        self,
-        k: Builder,
-        code: IntegerTransforms,
-        m: Buffer,
-        bias: Buffer | None,
-        tail: Tail | Requantize,
-        vector: Expr,
-        corner: tuple[Expr, Expr, Expr],
-        tile: tuple[Expr, Expr],
-        within_column: Expr,
+        self, k: Builder, code: Code[IntegerTransform], half: Buffer, vector: Expr, corner: tuple[Expr, Expr, Expr]
     ) -> None:
-        """One vector of output channels of one tile."""
+        """Transform the rows of a tile back, too, and store its outputs."""
         rows, columns, lanes = self.vertical, self.horizontal, self.lanes
         n, top, left = corner
-        half = k.stack("back", (rows.m, columns.n, lanes), "int32")
-        with k.loop("b", columns.n) as b:
-            places = [
-                ix.add(ix.mul(ix.add(b, i * columns.n), self.cut.nr * lanes), ix.mul(within_column, lanes))
-                for i in range(rows.n)
-            ]
-            found = [code.name(load(m, *tile, place, lanes=lanes)) for place in places]
-            for i, value in enumerate(code.outputs(rows, found)):
-                k.store(half, (i, b, 0), value)
         h, w = ix.mul(top, rows.m), ix.mul(left, columns.m)
         result = k.regs("y", (columns.m,), lanes, "int32")
         # Where the map ends within a tile, what is left of it.
@@ -465,19 +323,17 @@ class _Winograd:
                 found = [code.name(load(half, a, i, 0, lanes=lanes)) for i in range(columns.n)]
                 for i, value in enumerate(code.outputs(columns, found)):
                     value = self.exact(value, rows.shifts[a] + columns.shifts[i])
-                    if bias is not None:
-                        value = Binary("add", value, load(bias, vector, 0, lanes=lanes))
+                    if self.bias is not None:
+                        value = Binary("add", value, load(self.bias, vector, 0, lanes=lanes))
                     k.store(result, (i, 0), value)
                 # An output row narrower than a tile has no whole tiles; as it is, `whole` is then known to be false.
                 whole = binary("le", w, ix.const(self.out[1] - columns.m))
                 with k.when(whole):
                     start = binary("min", w, ix.const(max(0, self.out[1] - columns.m)))
-                    self.finish(k, tail, result, n, vector, row, start, columns.m)
+                    self.finish(k, result, n, vector, row, start, columns.m)
                 if rest:
-                    with _otherwise(k, whole):
-                        self.finish(
-                            k, tail, result, n, vector, row, binary("min", w, ix.const(self.out[1] - rest)), rest
-                        )
+                    with otherwise(k, whole):
+                        self.finish(k, result, n, vector, row, binary("min", w, ix.const(self.out[1] - rest)), rest)
 
     def exact(self, value: Expr, shift: int) -> Expr:
         """An output of the last transform as the sum that it stands for."""
@@ -488,19 +344,9 @@ class _Winograd:
             value = Binary("mul", value, constant(inverse, "int32", self.lanes))
         return Binary("shr", value, constant(shift, "int32", self.lanes)) if shift else value
 
-    def finish(
-        self,
-        k: Builder,
-        tail: Tail | Requantize,
-        result: Buffer,
-        n: Expr,
-        vector: Expr,
-        row: Expr,
-        column: Expr,
-        count: int,
-    ) -> None:
+    def finish(self, k: Builder, result: Buffer, n: Expr, vector: Expr, row: Expr, column: Expr, count: int) -> None:
         """Store `count` neighbouring outputs of a row through the tail."""
-        lanes = self.lanes
+        lanes, tail = self.lanes, self.tail
         if self.bytes_out is None:
             for i in range(count):
                 lane = Var(f"lane{i}", lanes)
@@ -518,23 +364,6 @@ class _Winograd:
             others = [] if added is None else [load(added, n, vector, row, each, lanes=lanes) for each in columns]
             k.store(self.bytes_out, (n, vector, row, columns[0]), tail.narrow(ix.mul(vector, lanes), sums, others))
             done += together
-
-
-def _between(i: Expr, low: int, high: int) -> Expr:
-    """low <= i <= high, decided now where intervals allow."""
-    return binary("and", binary("ge", i, ix.const(low)), binary("le", i, ix.const(high)))
-
-
-@contextmanager
-def _otherwise(k: Builder, condition: Expr) -> Iterator[None]:
-    """Statements for where the condition of the `when` just closed does not hold."""
-    with k.when(Const(not condition.value, "bool")) if isinstance(condition, Const) else k.otherwise():
-        yield
-
-
-def _odd_lines(elements: int) -> int:
-    """At least `elements` int16 that fill an odd number of cache lines."""
-    return (ceil(elements / 32) | 1) * 32
 
 
 WINOGRAD_INT8 = tuple(WinogradInt8Family(m) for m in (2, 4))

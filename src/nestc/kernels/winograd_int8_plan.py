@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
 
-from nestc.kernels.api import CpuMachine
 from nestc.kernels.choices import below
-from nestc.kernels.conv_shape import ConvShape
 from nestc.kernels.winograd_int8_transform import IntegerTransform
-from nestc.kernels.winograd_plan import Plan
+from nestc.kernels.winograd_tiles import Plan, Tiles
 
 _FUSED_TILES = 40  # tiles from which on there are enough items for each to transform its inputs itself
 _LEAST_TILES, _MOST_TILES = 10, 42  # of an item: so often is a weight used that was read from L3 or memory
@@ -26,65 +23,13 @@ _DIRECT = {True: 0.55, False: 1.45}  # cycles of four channels and one accumulat
 _SEVEN_BITS = 0.85  # the same where weights have 7 bits and there is no such instruction
 
 
-@dataclass(frozen=True)
-class IntegerTiling:
-    """The tiles of a convolution: `axes` are the transforms along rows (vertical) and columns (horizontal).
-
-    Two blocks of input channels are a *pair*, which fills a vector of int16.
-    """
-
-    shape: ConvShape
-    axes: tuple[IntegerTransform, IntegerTransform]
-    machine: CpuMachine
-
-    @property
-    def lanes(self) -> int:
-        """Channels of a block."""
-        return self.machine.lanes("float32")
-
-    @property
-    def out(self) -> tuple[int, int]:
-        """Outputs along both axes; a missing one counts as one pixel."""
-        out = self.shape.out if len(self.shape.out) == 2 else (1, *self.shape.out)
-        return out[0], out[1]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Tiles along each axis of an image."""
-        return ceil(self.out[0] / self.axes[0].m), ceil(self.out[1] / self.axes[1].m)
-
-    @property
-    def count(self) -> int:
-        """Tiles of all images."""
-        return self.shape.batch * prod(self.grid)
-
-    @property
-    def positions(self) -> int:
-        """Products of a tile and a pair of channels."""
-        return self.axes[0].n * self.axes[1].n
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of input channels."""
-        return ceil(self.shape.in_channels / self.lanes)
+class IntegerTiling(Tiles[IntegerTransform]):
+    """The tiles of a convolution of integers; two blocks of channels are a *pair*, which fills an int16 vector."""
 
     @property
     def pairs(self) -> int:
         """Pairs of blocks of input channels, of which the last one may be half for nothing."""
         return ceil(self.blocks / 2)
-
-    @property
-    def vectors(self) -> int:
-        """Vectors of output channels."""
-        return ceil(self.shape.out_channels / self.lanes)
-
-    def groups(self, cut: Plan) -> int:
-        """Register tiles' tiles in all."""
-        return ceil(self.count / cut.mr)
-
-    def steps(self, cut: Plan) -> int:
-        """Chunks of outputs."""
-        return ceil(ceil(self.vectors / cut.nr) / cut.columns)
 
 
 @lru_cache(maxsize=1024)

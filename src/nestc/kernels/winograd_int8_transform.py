@@ -16,10 +16,10 @@ from functools import cache
 from math import lcm
 
 from nestc.kernels.winograd_matrices import transform
-from nestc.tensor.build import Builder, constant, load
+from nestc.kernels.winograd_tiles import Named
+from nestc.tensor.build import constant
 from nestc.tensor.ir import Binary, Expr
 
-_SLOTS = 64  # values that the transforms of one kernel name
 _POINTS = {1: (), 4: (1,), 6: (1, 2)}  # beside 0 and infinity, by the inputs of a tile: small integers for small sums
 
 Rows = tuple[tuple[int, ...], ...]
@@ -42,6 +42,11 @@ class IntegerTransform:
     bt: Rows
     odd: int
     shifts: tuple[int, ...]
+
+    @property
+    def stride(self) -> int:
+        """Inputs from one output to the next."""
+        return 1
 
     @property
     def n(self) -> int:
@@ -96,21 +101,8 @@ def _integers(rows: Sequence[Sequence[Fraction]]) -> Rows:
     return tuple(tuple(int(x) for x in row) for row in rows)
 
 
-class IntegerTransforms:
+class IntegerTransforms(Named):
     """Emits ``bt d`` and ``at m`` for vectors of integers; values have names, so that each is computed once."""
-
-    def __init__(self, builder: Builder, lanes: int, dtype: str) -> None:
-        self.builder = builder
-        self.lanes, self.dtype = lanes, dtype
-        self.values = builder.regs("v", (_SLOTS,), lanes, dtype)
-        self.next = 0
-
-    def name(self, value: Expr) -> Expr:
-        """Compute `value` here, once."""
-        slot = self.next % _SLOTS
-        self.next += 1
-        self.builder.store(self.values, (slot, 0), value)
-        return load(self.values, slot, 0, lanes=self.lanes)
 
     def combination(self, factors: Sequence[int], xs: Sequence[Expr]) -> Expr:
         """Sum of products with small factors, of which one is not zero; those of 1 come first."""

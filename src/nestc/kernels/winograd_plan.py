@@ -2,76 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
 
-from nestc.kernels.api import CpuMachine
 from nestc.kernels.choices import below
-from nestc.kernels.conv_shape import ConvShape, kept_weights
+from nestc.kernels.conv_shape import kept_weights
 from nestc.kernels.winograd_matrices import Transform
+from nestc.kernels.winograd_tiles import Plan, Tiles
 
 
-@dataclass(frozen=True)
-class Plan:
-    """``mr`` tiles and ``nr`` vectors of outputs a register tile; ``groups`` register tiles' tiles and ``columns``
-    register columns of outputs an item. ``fused``: an item transforms its tiles' inputs itself and loops over the
-    chunks of outputs; else the items are all pairs, those of one chunk of outputs together if ``outputs_first``."""
-
-    mr: int
-    nr: int
-    groups: int
-    columns: int
-    fused: bool
-    outputs_first: bool = False
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """The tiles of a convolution: `axes` are the transforms along rows (vertical) and columns (horizontal)."""
-
-    shape: ConvShape
-    axes: tuple[Transform, Transform]
-    machine: CpuMachine
-
-    @property
-    def lanes(self) -> int:
-        """Channels of a block."""
-        return self.machine.lanes("float32")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Tiles along each axis of an image."""
-        out = self.shape.out if len(self.shape.out) == 2 else (1, *self.shape.out)
-        return ceil(out[0] / self.axes[0].m), ceil(out[1] / self.axes[1].m)
-
-    @property
-    def count(self) -> int:
-        """Tiles of all images."""
-        return self.shape.batch * prod(self.grid)
-
-    @property
-    def positions(self) -> int:
-        """Products of a tile and a pair of channels."""
-        return self.axes[0].n * self.axes[1].n
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of input channels."""
-        return ceil(self.shape.in_channels / self.lanes)
-
-    @property
-    def vectors(self) -> int:
-        """Vectors of output channels."""
-        return ceil(self.shape.out_channels / self.lanes)
-
-    def groups(self, cut: Plan) -> int:
-        """Register tiles' tiles in all."""
-        return ceil(self.count / cut.mr)
-
-    def steps(self, cut: Plan) -> int:
-        """Chunks of outputs."""
-        return ceil(ceil(self.vectors / cut.nr) / cut.columns)
+class Tiling(Tiles[Transform]):
+    """The tiles of a convolution of floats."""
 
 
 _FUSED_TILES = 96  # tiles from which on there are enough items for each to transform its inputs itself

@@ -6,27 +6,16 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from nestc.kernels.winograd_matrices import Transform
-from nestc.tensor.build import Builder, constant, load
+from nestc.kernels.winograd_tiles import Named
+from nestc.tensor.build import Builder, constant
 from nestc.tensor.ir import Binary, Expr, Fma
 
-_SLOTS = 64  # values that the transforms of one kernel name
 
-
-class Transforms:
+class Transforms(Named):
     """Emits ``bt d`` and ``at m`` for vectors of channels; values have names, so that each is computed once."""
 
     def __init__(self, builder: Builder, lanes: int) -> None:
-        self.builder = builder
-        self.lanes = lanes
-        self.values = builder.regs("v", (_SLOTS,), lanes)
-        self.next = 0
-
-    def name(self, value: Expr) -> Expr:
-        """Compute `value` here, once."""
-        slot = self.next % _SLOTS
-        self.next += 1
-        self.builder.store(self.values, (slot, 0), value)
-        return load(self.values, slot, 0, lanes=self.lanes)
+        super().__init__(builder, lanes, "float32")
 
     def scaled(self, factor: Fraction, x: Expr, plus: Expr | None) -> Expr:
         """``factor * x + plus``, in the cheapest way."""
