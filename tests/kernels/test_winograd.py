@@ -17,11 +17,11 @@ from nestc.codegen.objects import compile_ir
 from nestc.graph.region import Region
 from nestc.kernels.api import Layout
 from nestc.kernels.families import alternatives
+from nestc.kernels.position_products import Plan
 from nestc.kernels.testing import host_machine, region_of, run_lowered
 from nestc.kernels.winograd import WINOGRAD, WinogradFamily
 from nestc.kernels.winograd_matrices import strided, transform
 from nestc.kernels.winograd_plan import Tiling, plan, tile
-from nestc.kernels.winograd_tiles import Plan
 from nestc.targets.cpu.machine import machine
 from nestc.tensor import math
 from nestc.tensor.text import kernel_text

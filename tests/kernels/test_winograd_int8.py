@@ -15,12 +15,12 @@ from nestc.graph.region import Region
 from nestc.kernels.api import PLAIN
 from nestc.kernels.conv_int8 import CONV_INT8
 from nestc.kernels.families import alternatives
+from nestc.kernels.position_products import Plan
 from nestc.kernels.requantize import Requantize
 from nestc.kernels.testing import host_machine, region_of, run_lowered
 from nestc.kernels.winograd_int8 import WINOGRAD_INT8, WinogradInt8Family
 from nestc.kernels.winograd_int8_plan import IntegerTiling, plan, tile
 from nestc.kernels.winograd_int8_transform import integer_transform
-from nestc.kernels.winograd_tiles import Plan
 from nestc.targets.cpu.machine import machine
 
 HOST = host_machine()

@@ -10,10 +10,11 @@ from nestc.graph.region import Op, Region, TensorType
 from nestc.kernels.api import CpuMachine, Launch, Layout, Lowered
 from nestc.kernels.conv_shape import conv_shape
 from nestc.kernels.operands import Operands
+from nestc.kernels.position_products import Plan
 from nestc.kernels.tail import Tail, tail_refusal
 from nestc.kernels.winograd_matrices import Transform, strided, transform
 from nestc.kernels.winograd_plan import Tiling, cycles, direct_cycles, plan
-from nestc.kernels.winograd_tiles import Code, Plan, TileKernel, otherwise
+from nestc.kernels.winograd_tiles import Code, TileKernel, otherwise
 from nestc.kernels.winograd_transform import Transforms
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, load, splat

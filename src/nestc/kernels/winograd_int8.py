@@ -12,11 +12,12 @@ from nestc.kernels.api import CpuMachine, Launch, Layout, Lowered
 from nestc.kernels.conv_int8 import CONV_INT8, IntegerConv, read_convolution
 from nestc.kernels.conv_shape import ConvShape, conv_shape
 from nestc.kernels.operands import Operands
+from nestc.kernels.position_products import Plan
 from nestc.kernels.requantize import Requantize
 from nestc.kernels.tail import Tail
 from nestc.kernels.winograd_int8_plan import IntegerTiling, cycles, direct_cycles, plan
 from nestc.kernels.winograd_int8_transform import IntegerTransform, IntegerTransforms, integer_transform
-from nestc.kernels.winograd_tiles import Code, Plan, TileKernel, otherwise
+from nestc.kernels.winograd_tiles import Code, TileKernel, otherwise
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, clamp, constant, load, select, splat
 from nestc.tensor.ir import Binary, Buffer, Cast, Const, Dot, Expr, Load, Repeat, Shuffle, Var

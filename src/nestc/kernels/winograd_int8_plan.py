@@ -6,8 +6,9 @@ from functools import lru_cache
 from math import ceil, prod
 
 from nestc.kernels.choices import below
+from nestc.kernels.position_products import Plan
 from nestc.kernels.winograd_int8_transform import IntegerTransform
-from nestc.kernels.winograd_tiles import Plan, Tiles
+from nestc.kernels.winograd_tiles import Tiles
 
 _FUSED_TILES = 40  # tiles from which on there are enough items for each to transform its inputs itself
 _LEAST_TILES, _MOST_TILES = 10, 42  # of an item: so often is a weight used that was read from L3 or memory

@@ -7,8 +7,9 @@ from math import ceil, prod
 
 from nestc.kernels.choices import below
 from nestc.kernels.conv_shape import kept_weights
+from nestc.kernels.position_products import Plan
 from nestc.kernels.winograd_matrices import Transform
-from nestc.kernels.winograd_tiles import Plan, Tiles
+from nestc.kernels.winograd_tiles import Tiles
 
 
 class Tiling(Tiles[Transform]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +12,10 @@ from typing import Generic, Protocol, TypeVar
 from nestc.graph.region import Region
 from nestc.kernels.api import CpuMachine, Layout
 from nestc.kernels.conv_shape import ConvShape
+from nestc.kernels.position_products import Plan, PositionProducts
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, clamp, constant, load, within
-from nestc.tensor.ir import Buffer, Const, Expr, Load
+from nestc.tensor.ir import Buffer, Const, Expr
 
 _CACHE_LINE = 64
 _SLOTS = 64  # values that the transforms of one kernel name
@@ -33,20 +34,6 @@ class Side(Protocol):
 
 
 S = TypeVar("S", bound=Side)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """``mr`` tiles and ``nr`` vectors of outputs a register tile; ``groups`` register tiles' tiles and ``columns``
-    register columns of outputs an item. ``fused``: an item transforms its tiles' inputs itself and loops over the
-    chunks of outputs; else the items are all pairs, those of one chunk of outputs together if ``outputs_first``."""
-
-    mr: int
-    nr: int
-    groups: int
-    columns: int
-    fused: bool
-    outputs_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,23 +125,16 @@ class Code(Protocol[S_contra]):
         ...
 
 
-class TileKernel(ABC, Generic[S]):
-    """Builds the kernels of one convolution; what the numbers are is the subclass's business.
-
-    ``factor``, ``total``: dtypes of factors and sums. ``depth``: steps of input channels, each of `wide` factors.
-    """
-
-    factor: str
-    total: str
+class TileKernel(PositionProducts, Generic[S]):
+    """Builds the kernels of one convolution; what the numbers are is the subclass's business."""
 
     def __init__(
         self, region: Region, layouts: Mapping[str, Layout], tiling: Tiles[S], cut: Plan, depth: int, wide: int
     ) -> None:
-        self.region, self.layouts, self.cut = region, layouts, cut
-        self.tiles, self.shape, self.lanes = tiling, tiling.shape, tiling.lanes
-        self.depth, self.wide = depth, wide
+        super().__init__(cut, tiling.lanes, tiling.positions, tiling.groups(cut), depth, wide)
+        self.region, self.layouts = region, layouts
+        self.tiles, self.shape = tiling, tiling.shape
         self.vertical, self.horizontal = tiling.axes
-        self.positions = tiling.positions
         self.rank = len(self.shape.out)
         # A missing axis counts as one pixel.
         self.size, self.pads = (
@@ -162,9 +142,6 @@ class TileKernel(ABC, Generic[S]):
             for axis, lone in ((self.shape.size, 1), (self.shape.pads_begin, 0))
         )
         self.out = tiling.out
-        self.chunks = ceil(tiling.groups(cut) / cut.groups)
-        self.bytes = 2 if self.factor == "int16" else 4
-        self.ahead = 1  # register columns whose weights are asked for early
 
     # -- what a subclass supplies
 
@@ -178,34 +155,8 @@ class TileKernel(ABC, Generic[S]):
     ) -> list[Expr]:
         """The same where the map ends: `rows` say which of them are inside, `here` that the column is."""
 
-    @abstractmethod
-    def broadcast(self, v: Buffer, p: Expr, place: Expr, j: int, c: Expr) -> Expr:
-        """The factors of step `c` of tile `j` in all lanes; the block of its register tile begins at `place`."""
-
-    @abstractmethod
-    def added(self, acc: Expr, x: Expr, w: Expr) -> Expr:
-        """``acc + x * w``."""
-
     def prefetch_inputs(self, k: Builder, x: Buffer, n: Expr, block: Expr, h: Expr, w: Expr) -> None:
         """Ask for inputs that a tile needs next, where that pays."""
-
-    # -- buffers
-
-    def block(self) -> int:
-        """Elements of V of one group and position."""
-        return self.depth * self.cut.mr * self.wide
-
-    def lines(self, elements: int) -> int:
-        """At least `elements` factors that fill an odd number of cache lines: positions of V lie so far apart, since a
-        transform touches all of them at once."""
-        line = _CACHE_LINE // self.bytes
-        return (ceil(elements / line) | 1) * line
-
-    def products(self, k: Builder) -> Buffer:
-        """M[register column][tile][position][nr * lanes], scratch memory of an item."""
-        cut = self.cut
-        width = self.positions * cut.nr * self.lanes + _SLACK
-        return k.scratch("m", (cut.columns, cut.groups * cut.mr, width), self.total)
 
     # -- the input transform
 
@@ -216,7 +167,7 @@ class TileKernel(ABC, Generic[S]):
         cut, wide = self.cut, self.wide
         rows, columns = self.vertical, self.horizontal
         half = k.stack("half", (rows.n, columns.n, wide), self.factor)
-        last = ix.const(self.tiles.groups(cut) - 1)
+        last = ix.const(self.groups - 1)
         with k.loop("q", cut.groups) as q, k.loop("j", cut.mr) as j:
             group = ix.add(ix.mul(chunk, cut.groups), q)
             with k.when(binary("le", group, last)):
@@ -279,52 +230,6 @@ class TileKernel(ABC, Generic[S]):
     def pixel(self, h: Expr, w: Expr) -> tuple[Expr, ...]:
         """Spatial index of a pixel in the tensor's own axes."""
         return (h, w) if self.rank == 2 else (w,)
-
-    # -- the products
-
-    def multiply(self, k: Builder, u: Buffer, v: Buffer, m: Buffer, chunk: Expr, o: Expr) -> None:
-        """M = V U at all positions, for a chunk of tiles and a chunk of outputs."""
-        cut, lanes, wide, t = self.cut, self.lanes, self.wide, self.tiles
-        acc = k.regs("acc", (cut.mr, cut.nr), lanes, self.total)
-        wreg, xreg = k.regs("w", (cut.nr,), wide, self.factor), k.regs("x", (), wide, self.factor)
-        with k.loop("p", self.positions) as p, k.loop("g", cut.columns) as g, k.loop("q", cut.groups) as q:
-            group = ix.add(ix.mul(chunk, cut.groups), q)
-            with k.when(binary("lt", group, ix.const(t.groups(cut)))):
-                # Limited as the condition says, so that it is known to lie inside.
-                own = q if cut.fused else binary("min", group, ix.const(t.groups(cut) - 1))
-                first = ix.mul(own, self.depth)
-                for j in range(cut.mr):
-                    for i in range(cut.nr):
-                        k.store(acc, (j, i, 0), constant(0 if self.bytes == 2 else 0.0, self.total, lanes))
-                with k.loop("c", self.depth) as block:
-                    self.prefetch(k, u, o, p, g, block, q)
-                    place = ix.mul(ix.add(first, block), cut.mr * wide)
-                    with k.unroll("l", lanes) as c:
-                        for i in range(cut.nr):
-                            k.store(wreg, (i, 0), load(u, o, p, g, block, c, i * wide, lanes=wide))
-                        for j in range(cut.mr):
-                            k.store(xreg, (0,), self.broadcast(v, p, place, j, c))
-                            for i in range(cut.nr):
-                                x, w = Load(xreg, (ix.const(0),), wide), load(wreg, i, 0, lanes=wide)
-                                k.store(acc, (j, i, 0), self.added(load(acc, j, i, 0, lanes=lanes), x, w))
-                for j in range(cut.mr):
-                    for i in range(cut.nr):
-                        place = ix.add(ix.mul(p, cut.nr * lanes), i * lanes)
-                        k.store(m, (g, ix.add(ix.mul(q, cut.mr), j), place), load(acc, j, i, 0, lanes=lanes))
-
-    def prefetch(self, k: Builder, u: Buffer, o: Expr, p: Expr, g: Expr, block: Expr, q: Expr) -> None:
-        """Ask for the weights of a later register column, or position, while these are used: each group of tiles for
-        its share of the cache lines."""
-        line = _CACHE_LINE // self.bytes
-        lines = self.column_lines()
-        share = ceil(lines / self.cut.groups)
-        for each in range(share):
-            number = ix.mod(ix.add(ix.mul(q, share), each), lines)
-            k.prefetch(u, o, p, ix.add(g, self.ahead), block, 0, ix.mul(number, line))
-
-    def column_lines(self) -> int:
-        """Cache lines of the weights of a register column and one step of input channels."""
-        return self.lanes * self.cut.nr * self.wide * self.bytes // _CACHE_LINE
 
     # -- the output transform
 

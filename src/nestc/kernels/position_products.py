@@ -1,0 +1,117 @@
+"""Products of matrices at many positions at once: what is left of a convolution or product after its transforms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import ceil
+
+from nestc.tensor import index as ix
+from nestc.tensor.build import Builder, binary, constant, load
+from nestc.tensor.ir import Buffer, Expr, Load
+
+_CACHE_LINE = 64
+_SLACK = 16  # elements of M between tiles, so that they do not fall into the same sets of the cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``mr`` tiles and ``nr`` vectors of outputs a register tile; ``groups`` register tiles' tiles and ``columns``
+    register columns of outputs an item. ``fused``: an item transforms its tiles' inputs itself and loops over the
+    chunks of outputs; else the items are all pairs, those of one chunk of outputs together if ``outputs_first``."""
+
+    mr: int
+    nr: int
+    groups: int
+    columns: int
+    fused: bool
+    outputs_first: bool = False
+
+
+class PositionProducts(ABC):
+    """Multiplies V[tiles][inputs] by U[inputs][outputs] at each of `positions`; `groups` register tiles' tiles in all.
+
+    ``factor``, ``total``: dtypes of factors and sums. ``depth``: steps of inputs, each of `wide` factors.
+
+    - V[position][group][step][mr][wide];
+    - U[chunk of outputs][position][register column][step][lane][nr * wide];
+    - M[register column][tile][position][nr * lanes], scratch memory.
+    """
+
+    factor: str
+    total: str
+
+    def __init__(self, cut: Plan, lanes: int, positions: int, groups: int, depth: int, wide: int) -> None:
+        self.cut, self.lanes, self.positions, self.groups = cut, lanes, positions, groups
+        self.depth, self.wide = depth, wide
+        self.chunks = ceil(groups / cut.groups)
+        self.bytes = 2 if self.factor == "int16" else 4
+        self.ahead = 1  # register columns whose weights are asked for early
+
+    @abstractmethod
+    def broadcast(self, v: Buffer, p: Expr, place: Expr, j: int, c: Expr) -> Expr:
+        """The factors of step `c` of tile `j` in all lanes; the block of its register tile begins at `place`."""
+
+    @abstractmethod
+    def added(self, acc: Expr, x: Expr, w: Expr) -> Expr:
+        """``acc + x * w``."""
+
+    def block(self) -> int:
+        """Elements of V of one group and position."""
+        return self.depth * self.cut.mr * self.wide
+
+    def lines(self, elements: int) -> int:
+        """At least `elements` factors that fill an odd number of cache lines: positions of V lie so far apart, since a
+        transform touches all of them at once."""
+        line = _CACHE_LINE // self.bytes
+        return (ceil(elements / line) | 1) * line
+
+    def products(self, k: Builder) -> Buffer:
+        """M[register column][tile][position][nr * lanes], scratch memory of an item."""
+        cut = self.cut
+        width = self.positions * cut.nr * self.lanes + _SLACK
+        return k.scratch("m", (cut.columns, cut.groups * cut.mr, width), self.total)
+
+    def multiply(self, k: Builder, u: Buffer, v: Buffer, m: Buffer, chunk: Expr, o: Expr) -> None:
+        """M = V U at all positions, for a chunk of tiles and a chunk of outputs."""
+        cut, lanes, wide = self.cut, self.lanes, self.wide
+        acc = k.regs("acc", (cut.mr, cut.nr), lanes, self.total)
+        wreg, xreg = k.regs("w", (cut.nr,), wide, self.factor), k.regs("x", (), wide, self.factor)
+        with k.loop("p", self.positions) as p, k.loop("g", cut.columns) as g, k.loop("q", cut.groups) as q:
+            group = ix.add(ix.mul(chunk, cut.groups), q)
+            with k.when(binary("lt", group, ix.const(self.groups))):
+                # Limited as the condition says, so that it is known to lie inside.
+                own = q if cut.fused else binary("min", group, ix.const(self.groups - 1))
+                first = ix.mul(own, self.depth)
+                for j in range(cut.mr):
+                    for i in range(cut.nr):
+                        k.store(acc, (j, i, 0), constant(0 if self.bytes == 2 else 0.0, self.total, lanes))
+                with k.loop("c", self.depth) as block:
+                    self.prefetch(k, u, o, p, g, block, q)
+                    place = ix.mul(ix.add(first, block), cut.mr * wide)
+                    with k.unroll("l", lanes) as c:
+                        for i in range(cut.nr):
+                            k.store(wreg, (i, 0), load(u, o, p, g, block, c, i * wide, lanes=wide))
+                        for j in range(cut.mr):
+                            k.store(xreg, (0,), self.broadcast(v, p, place, j, c))
+                            for i in range(cut.nr):
+                                x, w = Load(xreg, (ix.const(0),), wide), load(wreg, i, 0, lanes=wide)
+                                k.store(acc, (j, i, 0), self.added(load(acc, j, i, 0, lanes=lanes), x, w))
+                for j in range(cut.mr):
+                    for i in range(cut.nr):
+                        place = ix.add(ix.mul(p, cut.nr * lanes), i * lanes)
+                        k.store(m, (g, ix.add(ix.mul(q, cut.mr), j), place), load(acc, j, i, 0, lanes=lanes))
+
+    def prefetch(self, k: Builder, u: Buffer, o: Expr, p: Expr, g: Expr, block: Expr, q: Expr) -> None:
+        """Ask for the weights of a later register column, or position, while these are used: each group of tiles for
+        its share of the cache lines."""
+        line = _CACHE_LINE // self.bytes
+        lines = self.column_lines()
+        share = ceil(lines / self.cut.groups)
+        for each in range(share):
+            number = ix.mod(ix.add(ix.mul(q, share), each), lines)
+            k.prefetch(u, o, p, ix.add(g, self.ahead), block, 0, ix.mul(number, line))
+
+    def column_lines(self) -> int:
+        """Cache lines of the weights of a register column and one step of input channels."""
+        return self.lanes * self.cut.nr * self.wide * self.bytes // _CACHE_LINE
