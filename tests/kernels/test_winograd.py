@@ -302,7 +302,7 @@ def test_what_is_refused():
 
     good = sized_region(16, 16, (8, 8))
     assert reason(good) is None
-    assert reason(sized_region(15, 16, (8, 8))) == "fewer than 16 channels are not worth transforming"
+    assert reason(sized_region(7, 16, (8, 8))) == "fewer than 8 channels are not worth transforming"
     assert reason(sized_region(16, 16, (8, 8), (1, 1))) == "F(4, r) of kernel (1, 1) is not among the transforms"
     assert reason(sized_region(16, 16, (8, 8), (7, 7))) == "F(4, r) of kernel (7, 7) is not among the transforms"
     assert reason(sized_region(16, 16, (8, 8), (3, 3), dilations=[1, 1]), 2) is None

@@ -30,6 +30,7 @@ from nestc.kernels.shuffle import SHUFFLE
 from nestc.kernels.softmax import SOFTMAX
 from nestc.kernels.weight_only import WEIGHT_ONLY
 from nestc.kernels.winograd import WINOGRAD
+from nestc.kernels.winograd_folded import WINOGRAD_FOLDED
 from nestc.kernels.winograd_int8 import WINOGRAD_INT8
 
 GENERIC = Generic()
@@ -93,7 +94,7 @@ def alternatives(region: Region, machine: CpuMachine, exact: bool = False) -> tu
     direct = conv_ways(region, machine)
     if exact:
         return direct
-    return (*by_cost(CONV, WINOGRAD, region, machine), *direct[1:])
+    return (*by_cost(CONV, (*WINOGRAD, *WINOGRAD_FOLDED), region, machine), *direct[1:])
 
 
 class _Transforming(Family, Protocol):

@@ -22,7 +22,8 @@ from nestc.tensor.ir import Binary, Buffer, Const, Expr, Fma, Load, Var
 from nestc.tensor.vectorize import vectorize
 
 _CACHE_LINE = 64
-_LEAST_CHANNELS = 16  # of inputs and of outputs: below that the transforms cost more than they save
+# Of inputs and of outputs: below that the transforms cost more than they save; with stride 2 they save less.
+_LEAST_CHANNELS, _LEAST_STRIDED = 8, 32
 
 
 class WinogradFamily:
@@ -37,7 +38,7 @@ class WinogradFamily:
 
     def refusal(self, region: Region) -> str | None:
         """Why this family does not lower `region`; None if it does."""
-        op = _anchor(region)
+        op = anchor_of(region)
         if op is None:
             return "its anchor is not Conv"
         if region.types[op.inputs[0]].dtype != "float32":
@@ -58,7 +59,7 @@ class WinogradFamily:
             return f"tiles of {self.m} outputs are of stride 1"
         if self.m % 2 == 0 and (max(s.kernel) == 1 or any(k > 1 and self.points(k) is None for k in s.kernel)):
             return f"F({self.m}, r) of kernel {s.kernel} is not among the transforms"
-        least = _LEAST_CHANNELS * max(s.strides)  # with stride 2 less is saved
+        least = _LEAST_CHANNELS if max(s.strides) == 1 else _LEAST_STRIDED
         if min(s.in_channels, s.out_channels) < least:
             return f"fewer than {least} channels are not worth transforming"
         return tail_refusal(region, op)
@@ -72,13 +73,13 @@ class WinogradFamily:
         """Blocked input and output, and operands of the tail as the direct convolution wants them."""
         from nestc.kernels.conv import CONV
 
-        op = _anchor(region)
+        op = anchor_of(region)
         assert op is not None
         return {**CONV.layouts(region, machine, incoming), op.inputs[0]: Layout(machine.lanes("float32"))}
 
     def tiling(self, region: Region, machine: CpuMachine) -> Tiling:
         """How the region's output is cut into tiles."""
-        op = _anchor(region)
+        op = anchor_of(region)
         assert op is not None
         shape = conv_shape(op, region)
         if self.m % 2:
@@ -103,16 +104,17 @@ class WinogradFamily:
 
     def lower_with(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout], cut: Plan) -> Lowered:
         """`lower` under a given plan."""
-        op = _anchor(region)
+        op = anchor_of(region)
         assert op is not None
-        return _Winograd(region, op, layouts, self.tiling(region, machine), cut).lower()
+        return WinogradKernel(region, op, layouts, self.tiling(region, machine), cut).lower()
 
 
-def _anchor(region: Region) -> Op | None:
+def anchor_of(region: Region) -> Op | None:
+    """The convolution of the region."""
     return next((op for op in region.ops if op.op_type == "Conv" and not op.domain), None)
 
 
-class _Winograd(TileKernel[Transform]):
+class WinogradKernel(TileKernel[Transform]):
     """Builds the kernels of one convolution.
 
     Tiles (image, tile row, tile column) are numbered row-major, `mr` of them are a group: the rows of a register tile.
