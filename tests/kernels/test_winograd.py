@@ -293,6 +293,12 @@ def test_cuts_cover_all_tiles_and_outputs(channels, outputs, size, m):
     assert t.steps(cut) * cut.columns == ceil(t.vectors / cut.nr)
 
 
+def test_few_tiles_are_transformed_in_the_kernel_only_if_all_items_can_read_the_weights():
+    small, large = sized_region(8, 16, (14, 14), (5, 5)), sized_region(64, 64, (14, 14))
+    assert plan(WinogradFamily(4).tiling(small, MACHINE)).fused
+    assert not plan(WinogradFamily(4).tiling(large, MACHINE)).fused
+
+
 # -- the family
 
 

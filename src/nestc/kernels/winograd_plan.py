@@ -17,15 +17,16 @@ class Tiling(Tiles[Transform]):
 
 
 _FUSED_TILES = 96  # tiles from which on there are enough items for each to transform its inputs itself
+_FUSED_WEIGHTS = 8  # or weights that are no larger than one part of L2 in so many, since every item reads them
 _LEAST_TILES, _MOST_TILES = 10, 42  # of an item: so often is a weight used that was read from L3 or memory
 _REUSE = 0.1  # share of the time that an item takes to read its weights which nothing hides
 _PRODUCTS = 8  # share of L2 that M may take, which is read soon after it was written: one part in so many
 
 # Of the cycles that the model counts (measured on a Zen 3 with layers of ResNet-18 and VGG16, one core).
 _TRANSFORM = 0.5  # cycles of an instruction of the transforms
-_TILE = 25.0  # cycles that a register tile takes beside its multiply-adds, and a tile beside its transform
-_MEMORY = 4.5  # bytes a cycle that weights come from memory with
-_L2, _L3 = 32.0, 10.0  # bytes a cycle that weights come from there with, or V is written and read
+TILE = 25.0  # cycles that a register tile takes beside its multiply-adds, and a tile beside its transform
+MEMORY = 4.5  # bytes a cycle that weights come from memory with
+_L2, L3 = 32.0, 10.0  # bytes a cycle that weights come from there with, or V is written and read
 _EXPOSED = 0.25  # part of the shorter of two things that are done at once, and which is not hidden by the longer one
 _DIRECT = 0.85  # share of the peak that direct kernels reach
 
@@ -34,7 +35,8 @@ _DIRECT = 0.85  # share of the peak that direct kernels reach
 def plan(t: Tiling, fused: bool | None = None) -> Plan:
     """A cut for `t` by sizes alone; `fused` may be given."""
     mr, nr = tile(t.count, t.vectors, t.blocks * t.lanes, t.machine.tile_registers)
-    fused = t.count >= _FUSED_TILES if fused is None else fused
+    if fused is None:
+        fused = t.count >= _FUSED_TILES or _weight_bytes(t) <= t.machine.l2_bytes // _FUSED_WEIGHTS
     count = ceil(t.count / mr)
     columns = ceil(t.vectors / nr)
     least, most = ceil(_LEAST_TILES / mr), max(1, _MOST_TILES // mr)
@@ -52,11 +54,16 @@ def _item_cost(t: Tiling, count: int, groups: int, mr: int, fused: bool) -> floa
     waiting = 1.0
     if fused:
         waiting = sum(share * (ceil(items / n) + 0.5) * n * groups / count for n, share in ((2, 0.7), (4, 0.3)))
-    weights = 4 * t.positions * t.blocks * t.lanes * t.vectors * t.lanes
-    rate = _L2 if weights <= t.machine.l2_bytes else _L3 if weights <= t.machine.l3_bytes / 2 else _MEMORY
+    weights = _weight_bytes(t)
+    rate = _L2 if weights <= t.machine.l2_bytes else L3 if weights <= t.machine.l3_bytes / 2 else MEMORY
     # A vector of weights is used for as many multiply-adds as the item has tiles, two a cycle.
     reading = _REUSE * 8 * t.lanes / (groups * mr) / rate
     return (1 + reading) * waiting + 0.001 * (items * groups - count)
+
+
+def _weight_bytes(t: Tiling) -> int:
+    """Bytes of the transformed weights."""
+    return 4 * t.positions * t.blocks * t.lanes * t.vectors * t.lanes
 
 
 def tile(tiles: int, vectors: int, channels: int, registers: int) -> tuple[int, int]:
@@ -69,7 +76,7 @@ def tile(tiles: int, vectors: int, channels: int, registers: int) -> tuple[int, 
         for mr in range(1, min(tiles, registers) + 1):
             if mr * nr + kept_weights(nr, registers) + 1 > registers:
                 break
-            cost = ceil(tiles / mr) * ceil(vectors / nr) * (channels * step_cycles(mr, nr) + _TILE)
+            cost = ceil(tiles / mr) * ceil(vectors / nr) * (channels * step_cycles(mr, nr) + TILE)
             if cost < best_cost - 1e-9:
                 best, best_cost = (mr, nr), cost
     return best
@@ -85,26 +92,26 @@ def cycles(t: Tiling, cut: Plan) -> float:
     """Modelled cycles on one core, its weights in memory; only comparisons with `direct_cycles` mean something."""
     rows, columns = t.axes
     tiles = t.groups(cut) * ceil(t.vectors / cut.nr)
-    products = t.positions * tiles * (t.blocks * t.lanes * step_cycles(cut.mr, cut.nr) + _TILE)
+    products = t.positions * tiles * (t.blocks * t.lanes * step_cycles(cut.mr, cut.nr) + TILE)
     into = columns.n * (2 * rows.n + _input_steps(rows)) + rows.n * (2 * columns.n + _input_steps(columns))
     back = columns.n * (rows.n + rows.m + _output_steps(rows))
     back += rows.m * (columns.n + 3 * columns.m + _output_steps(columns))
     inputs = 4.0 * t.positions * t.groups(cut) * cut.mr * t.blocks * t.lanes
-    spilled = 0.0 if cut.fused or inputs <= t.machine.l2_bytes / 2 else 2 * inputs / _L3
-    transforms = t.count * (t.blocks * (_TRANSFORM * into + _TILE) + t.vectors * (_TRANSFORM * back + _TILE))
-    weights = 4.0 * t.positions * t.blocks * t.lanes * t.vectors * t.lanes / _MEMORY
-    return transforms + spilled + _together(products, weights)
+    spilled = 0.0 if cut.fused or inputs <= t.machine.l2_bytes / 2 else 2 * inputs / L3
+    transforms = t.count * (t.blocks * (_TRANSFORM * into + TILE) + t.vectors * (_TRANSFORM * back + TILE))
+    weights = 4.0 * t.positions * t.blocks * t.lanes * t.vectors * t.lanes / MEMORY
+    return transforms + spilled + together(products, weights)
 
 
 def direct_cycles(t: Tiling) -> float:
     """Modelled cycles of the direct kernel on the same terms."""
     s = t.shape
     products = s.flops / (4 * t.lanes) / _DIRECT
-    weights = 4.0 * prod(s.kernel) * t.blocks * t.lanes * t.vectors * t.lanes / _MEMORY
-    return _together(products, weights)
+    weights = 4.0 * prod(s.kernel) * t.blocks * t.lanes * t.vectors * t.lanes / MEMORY
+    return together(products, weights)
 
 
-def _together(a: float, b: float) -> float:
+def together(a: float, b: float) -> float:
     """Cycles of two things that are done at once."""
     return max(a, b) + _EXPOSED * min(a, b)
 
