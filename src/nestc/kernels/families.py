@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Protocol
 
 from nestc.graph.region import Region
@@ -28,6 +29,7 @@ from nestc.kernels.recurrent import RECURRENT
 from nestc.kernels.resize import RESIZE
 from nestc.kernels.shuffle import SHUFFLE
 from nestc.kernels.softmax import SOFTMAX
+from nestc.kernels.strassen import STRASSEN
 from nestc.kernels.weight_only import WEIGHT_ONLY
 from nestc.kernels.winograd import WINOGRAD
 from nestc.kernels.winograd_folded import WINOGRAD_FOLDED
@@ -84,7 +86,8 @@ def alternatives(region: Region, machine: CpuMachine, exact: bool = False) -> tu
     if plain is None:
         return ()
     if plain is GEMM:
-        return gemm_ways(region, machine)
+        products = gemm_ways(region, machine)
+        return products if exact else (*by_cost(GEMM, (STRASSEN,), region, machine), *products[1:])
     if plain is CONV_INT8:
         return by_cost(plain, WINOGRAD_INT8, region, machine)
     if plain is DEQUANTIZE and machine.bf16 and CONV_BF16.refusal(region) is None:
@@ -94,7 +97,7 @@ def alternatives(region: Region, machine: CpuMachine, exact: bool = False) -> tu
     direct = conv_ways(region, machine)
     if exact:
         return direct
-    return (*by_cost(CONV, (*WINOGRAD, *WINOGRAD_FOLDED), region, machine), *direct[1:])
+    return (*by_cost(CONV, (*WINOGRAD, *WINOGRAD_FOLDED, STRASSEN), region, machine), *direct[1:])
 
 
 class _Transforming(Family, Protocol):
@@ -112,12 +115,17 @@ def by_cost(
     their other forms."""
     faster: list[tuple[float, Family]] = []
     slower: list[tuple[float, Family]] = []
-    usable = [family for family in transforming if family.refusal(region) is None]
-    for family in usable:
+    others: list[Family] = []
+    for family in transforming:
+        if family.refusal(region) is not None:
+            continue
         took, limit = family.cycles(region, machine)
+        if took == inf:  # not in vectors of this machine
+            continue
         (faster if took < limit else slower).append((took, family))
+        others.append(family.other(region, machine))
     before, after = ([family for _, family in sorted(ways, key=lambda way: way[0])] for ways in (faster, slower))
-    return (*before, plain, *after, *(family.other(region, machine) for family in usable))
+    return (*before, plain, *after, *others)
 
 
 DEQUANTIZE = DequantizeFamily(choose)

@@ -23,7 +23,7 @@ def panel_shape(product: Product, width: int) -> tuple[int, int, int, int]:
     return prod(product.b_batch), ceil(product.n / width), product.k, width
 
 
-def _matrices(product: Product, region: Region) -> np.ndarray:
+def constant_matrices(product: Product, region: Region) -> np.ndarray:
     """The constant `b` as (batch, k, n), a view."""
     b = region.constant(product.b)
     assert b is not None
@@ -34,7 +34,7 @@ def _matrices(product: Product, region: Region) -> np.ndarray:
 
 def pack_constant(product: Product, region: Region, width: int, dtype: str) -> np.ndarray:
     """The constant `b` times `alpha` as panels of `dtype`."""
-    b = _matrices(product, region)
+    b = constant_matrices(product, region)
     shape = panel_shape(product, width)
     packed = np.zeros(shape, numpy_dtype(dtype))
     whole, rest = divmod(product.n, width)
@@ -48,7 +48,7 @@ def pack_constant(product: Product, region: Region, width: int, dtype: str) -> n
 
 def pack_columns(product: Product, region: Region, dtype: str) -> np.ndarray:
     """The constant `b` times `alpha` transposed: (batch, n, k), so that columns lie in one piece."""
-    b = _matrices(product, region).transpose(0, 2, 1)
+    b = constant_matrices(product, region).transpose(0, 2, 1)
     return _scaled(np.ascontiguousarray(b, numpy_dtype(dtype)), product.alpha)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
+from typing import NamedTuple
 
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, constant, load
@@ -26,6 +30,27 @@ class Plan:
     columns: int
     fused: bool
     outputs_first: bool = False
+
+
+Fetch = Callable[[Buffer, Expr, Expr], None]
+"""Fills registers with the weights of a step: registers, block of inputs, place in the block."""
+
+
+class Place(NamedTuple):
+    """Chunk of outputs, position, register column of the chunk, and group of the item."""
+
+    o: Expr
+    p: Expr
+    g: Expr
+    q: Expr
+
+
+class _Registers(NamedTuple):
+    """Sums of a register tile, weights of a step, and a factor in all lanes."""
+
+    acc: Buffer
+    w: Buffer
+    x: Buffer
 
 
 class PositionProducts(ABC):
@@ -77,7 +102,7 @@ class PositionProducts(ABC):
         cut, lanes, wide = self.cut, self.lanes, self.wide
         acc = k.regs("acc", (cut.mr, cut.nr), lanes, self.total)
         wreg, xreg = k.regs("w", (cut.nr,), wide, self.factor), k.regs("x", (), wide, self.factor)
-        with k.loop("p", self.positions) as p, k.loop("g", cut.columns) as g, k.loop("q", cut.groups) as q:
+        with self.walk(k) as (p, g), k.loop("q", cut.groups) as q:
             group = ix.add(ix.mul(chunk, cut.groups), q)
             with k.when(binary("lt", group, ix.const(self.groups))):
                 # Limited as the condition says, so that it is known to lie inside.
@@ -86,31 +111,52 @@ class PositionProducts(ABC):
                 for j in range(cut.mr):
                     for i in range(cut.nr):
                         k.store(acc, (j, i, 0), constant(0 if self.bytes == 2 else 0.0, self.total, lanes))
-                with k.loop("c", self.depth) as block:
-                    self.prefetch(k, u, o, p, g, block, q)
-                    place = ix.mul(ix.add(first, block), cut.mr * wide)
-                    with k.unroll("l", lanes) as c:
-                        for i in range(cut.nr):
-                            k.store(wreg, (i, 0), load(u, o, p, g, block, c, i * wide, lanes=wide))
-                        for j in range(cut.mr):
-                            k.store(xreg, (0,), self.broadcast(v, p, place, j, c))
-                            for i in range(cut.nr):
-                                x, w = Load(xreg, (ix.const(0),), wide), load(wreg, i, 0, lanes=wide)
-                                k.store(acc, (j, i, 0), self.added(load(acc, j, i, 0, lanes=lanes), x, w))
+                at = Place(o, p, g, q)
+                self.sum_up(k, u, at, partial(self.steps, k, _Registers(acc, wreg, xreg), u, v, at, first))
                 for j in range(cut.mr):
                     for i in range(cut.nr):
                         place = ix.add(ix.mul(p, cut.nr * lanes), i * lanes)
                         k.store(m, (g, ix.add(ix.mul(q, cut.mr), j), place), load(acc, j, i, 0, lanes=lanes))
 
-    def prefetch(self, k: Builder, u: Buffer, o: Expr, p: Expr, g: Expr, block: Expr, q: Expr) -> None:
+    def steps(self, k: Builder, r: _Registers, u: Buffer, v: Buffer, at: Place, first: Expr, fetch: Fetch) -> None:
+        """The multiply-adds of a register tile, whose first step is `first` of V."""
+        cut, lanes, wide = self.cut, self.lanes, self.wide
+        with k.loop("c", self.depth) as block:
+            self.prefetch(k, u, at, block)
+            place = ix.mul(ix.add(first, block), cut.mr * wide)
+            with k.unroll("l", lanes) as c:
+                fetch(r.w, block, c)
+                for j in range(cut.mr):
+                    k.store(r.x, (0,), self.broadcast(v, at.p, place, j, c))
+                    for i in range(cut.nr):
+                        x, w = Load(r.x, (ix.const(0),), wide), load(r.w, i, 0, lanes=wide)
+                        k.store(r.acc, (j, i, 0), self.added(load(r.acc, j, i, 0, lanes=lanes), x, w))
+
+    @contextmanager
+    def walk(self, k: Builder) -> Iterator[tuple[Expr, Expr]]:
+        """The loops over positions and over the register columns of an item."""
+        with k.loop("p", self.positions) as p, k.loop("g", self.cut.columns) as g:
+            yield p, g
+
+    def sum_up(self, k: Builder, u: Buffer, at: Place, sums: Callable[[Fetch], None]) -> None:
+        """Emit `sums`, the multiply-adds of a register tile, with code that brings the weights of a step."""
+
+        def fetch(registers: Buffer, block: Expr, c: Expr) -> None:
+            for i in range(self.cut.nr):
+                weights = load(u, at.o, at.p, at.g, block, c, i * self.wide, lanes=self.wide)
+                k.store(registers, (i, 0), weights)
+
+        sums(fetch)
+
+    def prefetch(self, k: Builder, u: Buffer, at: Place, block: Expr) -> None:
         """Ask for the weights of a later register column, or position, while these are used: each group of tiles for
         its share of the cache lines."""
         line = _CACHE_LINE // self.bytes
         lines = self.column_lines()
         share = ceil(lines / self.cut.groups)
         for each in range(share):
-            number = ix.mod(ix.add(ix.mul(q, share), each), lines)
-            k.prefetch(u, o, p, ix.add(g, self.ahead), block, 0, ix.mul(number, line))
+            number = ix.mod(ix.add(ix.mul(at.q, share), each), lines)
+            k.prefetch(u, at.o, at.p, ix.add(at.g, self.ahead), block, 0, ix.mul(number, line))
 
     def column_lines(self) -> int:
         """Cache lines of the weights of a register column and one step of input channels."""
