@@ -227,7 +227,7 @@ class Direct:
         if self.flat:
             pixels = prod(shape.out)
             mr, nr = self.register_tile(group_vectors, min(pixels, 96), registers)
-            rows = fold_pixels(pixels, mr)
+            rows = self.fold(pixels, mr)
             self.shape = ConvShape(
                 shape.batch,
                 shape.group,
@@ -255,6 +255,10 @@ class Direct:
         self.builder = Builder("conv")
         self.operands = Operands(self.builder, region, layouts)
 
+    def fold(self, pixels: int, widest: int) -> tuple[int, int]:
+        """Rows, and their length, that the pixels of a pointwise convolution are taken as."""
+        return fold_pixels(pixels, widest)
+
     def register_tile(self, vectors: int, pixels: int, registers: int) -> tuple[int, int]:
         """The tile that was chosen, no larger than what there is; else by rule."""
         if self.choice.tile is None:
@@ -270,6 +274,18 @@ class Direct:
 
     def lower(self) -> Lowered:
         """The launch and the packed weights."""
+        s, k = self.shape, self.builder
+        constants = self.declare()
+        groups, parts = s.group * self.group_chunks, prod(s.out[:-1]) // self.row_chunk
+        rows_first = self.rows_first(constants[f"{self.op.inputs[1]}.packed"].nbytes, parts)
+        with k.parallel("item", s.batch, *((parts, groups) if rows_first else (groups, parts))) as (n, major, minor):
+            part, oc = (major, minor) if rows_first else (minor, major)
+            self.rows(n, oc, ix.mul(part, self.row_chunk), self.row_chunk)
+        launch = self.operands.launch()
+        return Lowered((launch,), constants={**self.operands.constants, **constants})
+
+    def declare(self) -> dict[str, np.ndarray]:
+        """Declare parameters and registers; gives the packed weights and bias."""
         s, k = self.shape, self.builder
         x, w = self.op.inputs[0], self.op.inputs[1]
         lanes, nr = self.lanes, self.nr
@@ -287,35 +303,31 @@ class Direct:
         self.operands.buffer(x)
         self.tail = Tail(self.operands, self.op)
         self.tail.declare()
-
-        rows, length = prod(s.out[:-1]), s.out[-1]
-        chunk = self.row_chunk
         self.tiles = cut_row(
-            length, s.size[-1], s.kernel[-1], s.strides[-1], s.dilations[-1], s.pads_begin[-1], self.mr
+            s.out[-1], s.size[-1], s.kernel[-1], s.strides[-1], s.dilations[-1], s.pads_begin[-1], self.mr
         )
         self.row_tiles = sum(t.count for t in self.tiles)
-        self.item_tiles = self.row_tiles * chunk
+        self.item_tiles = self.row_tiles * self.row_chunk
         self.acc = k.regs("acc", (max(t.width for t in self.tiles), nr), lanes, self.dtype)
         self.wreg = k.regs("w", (nr,), lanes * self.together, self.factor)
         self.xreg = k.regs("x", (), lanes * self.together, self.factor)
         self.block_chunks = self.blocks // self.block_chunk
         if self.block_chunks > 1:
-            self.partial = k.scratch("partial", (chunk, length, nr * lanes), self.dtype)
-        groups, parts = s.group * self.group_chunks, rows // chunk
-        rows_first = self.rows_first(packed.nbytes, parts)
-        with k.parallel("item", s.batch, *((parts, groups) if rows_first else (groups, parts))) as (n, major, minor):
-            part, oc = (major, minor) if rows_first else (minor, major)
-            with k.loop("ic", self.block_chunks) as ic:
-                with k.loop("r", chunk) as r:
-                    outer = ix.unflatten(ix.add(ix.mul(part, chunk), r), s.out[:-1])
-                    before = ix.mul(r, self.row_tiles)
-                    for tile in self.tiles:
-                        with k.loop("t", tile.count) as t:
-                            start = ix.add(ix.mul(t, tile.width), tile.start)
-                            self.tile(tile, _At(n, oc, outer, start, r, ic, ix.add(before, t)))
-                        before = ix.add(before, tile.count)
-        launch = self.operands.launch()
-        return Lowered((launch,), constants={**self.operands.constants, **constants})
+            self.partial = k.scratch("partial", (self.row_chunk, s.out[-1], nr * lanes), self.dtype)
+        return constants
+
+    def rows(self, n: Expr, oc: Expr, first: Expr, count: int) -> None:
+        """The outputs of group `oc` in `count` (at most `row_chunk`) rows from `first` on."""
+        k = self.builder
+        with k.loop("ic", self.block_chunks) as ic:
+            with k.loop("r", count) as r:
+                outer = ix.unflatten(ix.add(first, r), self.shape.out[:-1])
+                before = ix.mul(r, self.row_tiles)
+                for tile in self.tiles:
+                    with k.loop("t", tile.count) as t:
+                        start = ix.add(ix.mul(t, tile.width), tile.start)
+                        self.tile(tile, _At(n, oc, outer, start, r, ic, ix.add(before, t)))
+                    before = ix.add(before, tile.count)
 
     def rows_first(self, weight_bytes: int, parts: int) -> bool:
         """Whether the items of one part of the rows follow each other, rather than those of one group of outputs.

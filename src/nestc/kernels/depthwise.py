@@ -32,14 +32,16 @@ def lower_depthwise(
     Items of the parallel loop are (batch, channel block, chunk of output rows). A tile holds as many neighbouring
     outputs of a row as registers allow; each input column is loaded once for every tap that reads it.
     """
-    return _Depthwise(region, op, shape, machine, layouts).lower()
+    return Depthwise(Operands(Builder("depthwise"), region, layouts), op, shape, machine).lower()
 
 
-class _Depthwise:
-    def __init__(
-        self, region: Region, op: Op, shape: ConvShape, machine: CpuMachine, layouts: Mapping[str, Layout]
-    ) -> None:
-        self.region, self.op, self.shape = region, op, shape.squeezed()
+class Depthwise:
+    """Builds the kernel of one depthwise convolution, or rows of it within another kernel."""
+
+    def __init__(self, operands: Operands, op: Op, shape: ConvShape, machine: CpuMachine) -> None:
+        self.operands, self.builder = operands, operands.builder
+        self.region = region = operands.region
+        self.op, self.shape = op, shape.squeezed()
         self.trailing = (ix.const(0),) * (len(shape.out) - len(self.shape.out))
         shape = self.shape
         self.lanes = machine.lanes("float32")
@@ -48,10 +50,27 @@ class _Depthwise:
         registers = machine.vector_registers if self.dtype == "float32" else machine.vector_registers // 2
         # Weights of one kernel row stay in registers beside the accumulators and one input.
         self.widest = max(2, min(8, registers - min(self.columns, _UNROLLED_TAPS) - 2))
-        self.builder = Builder("depthwise")
-        self.operands = Operands(self.builder, region, layouts)
 
     def lower(self) -> Lowered:
+        """The kernel and its packed weights."""
+        s, k = self.shape, self.builder
+        constants = self.declare()
+        rows = prod(s.out[:-1])
+        chunk = min(rows, max(1, _ITEM_FLOPS // (2 * s.out[-1] * self.lanes * prod(s.kernel))))
+        while rows % chunk:
+            chunk -= 1
+        with k.parallel("item", s.batch, self.blocks, rows // chunk) as (n, block, part):
+            with k.loop("r", chunk) as r:
+                self.one_row(n, block, ix.add(ix.mul(part, chunk), r))
+        return Lowered((self.operands.launch(),), constants={**self.operands.constants, **constants})
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of channels."""
+        return ceil(self.shape.out_channels / self.lanes)
+
+    def declare(self) -> dict[str, np.ndarray]:
+        """Declare parameters and registers; gives the packed weights and bias."""
         s, k, lanes = self.shape, self.builder, self.lanes
         x = self.op.inputs[0]
         constants = self.pack()
@@ -61,23 +80,20 @@ class _Depthwise:
         self.input = self.operands.buffer(x)
         self.tail = Tail(self.operands, self.op)
         self.tail.declare()
-        tiles = cut_row(
+        self.tiles = cut_row(
             s.out[-1], s.size[-1], self.columns, s.strides[-1], s.dilations[-1], s.pads_begin[-1], self.widest
         )
-        self.acc = k.regs("acc", (max(t.width for t in tiles),), lanes, self.dtype)
+        self.acc = k.regs("acc", (max(t.width for t in self.tiles),), lanes, self.dtype)
         self.wreg = k.regs("w", (min(self.columns, _UNROLLED_TAPS),), lanes, self.dtype)
         self.xreg = k.regs("x", (), lanes, self.dtype)
-        rows = prod(s.out[:-1])
-        chunk = min(rows, max(1, _ITEM_FLOPS // (2 * s.out[-1] * lanes * prod(s.kernel))))
-        while rows % chunk:
-            chunk -= 1
-        with k.parallel("item", s.batch, ceil(s.out_channels / lanes), rows // chunk) as (n, block, part):
-            with k.loop("r", chunk) as r:
-                outer = ix.unflatten(ix.add(ix.mul(part, chunk), r), s.out[:-1])
-                for tile in tiles:
-                    with k.loop("t", tile.count) as t:
-                        self.tile(tile, n, block, outer, ix.add(ix.mul(t, tile.width), tile.start))
-        return Lowered((self.operands.launch(),), constants={**self.operands.constants, **constants})
+        return constants
+
+    def one_row(self, n: Expr, block: Expr, row: Expr) -> None:
+        """Row number `row` of the outputs of a block of channels."""
+        outer = ix.unflatten(row, self.shape.out[:-1])
+        for tile in self.tiles:
+            with self.builder.loop("t", tile.count) as t:
+                self.tile(tile, n, block, outer, ix.add(ix.mul(t, tile.width), tile.start))
 
     def pack(self) -> dict[str, np.ndarray]:
         """Weights [C, 1, *kernel] -> [C/lanes][*kernel][lanes] and bias [C] -> [C/lanes][lanes], zero-padded."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 
 import numpy as np
 
@@ -30,7 +31,20 @@ class Operands:
         self.args: list[str] = []
         self._buffers: dict[str, Buffer] = {}
         self._types: dict[str, TensorType] = dict(region.types)
+        self._places: dict[str, Callable[[Index], Index]] = {}
         self.constants: dict[str, np.ndarray] = {}
+
+    def part(self, region: Region) -> Operands:
+        """The same parameters, for the operators of a part of the region."""
+        other = copy(self)
+        other.region = region
+        return other
+
+    def hold(self, name: str, buffer: Buffer, place: Callable[[Index], Index]) -> None:
+        """Keep a value, or what an item needs of it, in memory of the kernel: `place` maps a logical index to one of
+        `buffer`, blocked like the value."""
+        self._buffers[name] = buffer
+        self._places[name] = place
 
     def define(self, name: str, type_: TensorType) -> None:
         """Announce a value that is not in the region: a temporary, or a packed constant."""
@@ -68,6 +82,8 @@ class Operands:
 
     def place(self, name: str, index: Index) -> Index:
         """Physical index of a logical one."""
+        if name in self._places:
+            return self._places[name](index)
         block = self.layout(name).block
         if block == 0:
             return index
@@ -110,7 +126,7 @@ class Operands:
                 continue
             if block and d == 1:
                 value = select(inside, value, constant(0, value.dtype))
-                inside = within(i, buffer.shape[1] * block)
+                inside = within(i, physical_shape(type_, self.layout(name))[1] * block)
             mask = inside if mask is None else binary("and", mask, inside)
         if isinstance(mask, Const):
             if not mask.value:

@@ -1,0 +1,61 @@
+"""Neighbouring regions of a partition that one kernel computes faster than two, as single regions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nestc.graph.region import Region
+from nestc.kernels.api import CpuMachine
+from nestc.kernels.fused import FusedFamily, join
+from nestc.kernels.fused_depthwise import DEPTHWISE_POINTWISE
+
+FUSED: tuple[FusedFamily, ...] = (DEPTHWISE_POINTWISE,)
+"""Families that are asked about each pair."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The regions that are left, in order, and of each that was joined of two its family and the name of the first."""
+
+    regions: Sequence[Region]
+    families: Mapping[str, FusedFamily] = field(default_factory=dict)
+    firsts: Mapping[str, str] = field(default_factory=dict)
+
+
+def merge_pairs(
+    regions: Sequence[Region], outputs: Sequence[str], machine: CpuMachine, threads: int, exact: bool
+) -> Merged:
+    """Join each region with its only reader where a fused family takes both and is modelled to save time.
+
+    `outputs` are the values of the partition that others read. With `exact`, only families that add and multiply as
+    two kernels do. A region is joined once; the earlier pair wins.
+    """
+    uses = Counter(name for region in regions for name in region.inputs)
+    uses.update(outputs)
+    readers = {name: region for region in regions for name in region.inputs if uses[name] == 1}
+    families: dict[str, FusedFamily] = {}
+    firsts: dict[str, str] = {}
+    joined: dict[str, Region] = {}
+    gone: set[str] = set()
+    for region in regions:
+        second = readers.get(region.outputs[0]) if len(region.outputs) == 1 else None
+        if second is None or region.name in joined or region.name in gone or second.name in joined:
+            continue
+        both = join(region, second)
+        family = None if both is None else _best(both, machine, threads, exact)
+        if both is None or family is None:
+            continue
+        joined[second.name], families[second.name], firsts[second.name] = both, family, region.name
+        gone.add(region.name)
+    left = tuple(joined.get(region.name, region) for region in regions if region.name not in gone)
+    return Merged(left, families, firsts)
+
+
+def _best(region: Region, machine: CpuMachine, threads: int, exact: bool) -> FusedFamily | None:
+    """The family that is modelled to save most of the time of a joined region; None if none saves any."""
+    found = [family for family in FUSED if not (exact and not family.exact) and family.refusal(region) is None]
+    gains = [(family.gain(region, machine, threads), family) for family in found]
+    gain, best = max(gains, key=lambda each: each[0], default=(0.0, None))
+    return best if gain > 0 else None
