@@ -322,14 +322,15 @@ class _Strassen(PositionProducts):
                 sums(as_kept)
 
     def prefetch(self, k: Builder, u: Buffer, at: Place, block: Expr) -> None:
-        """Ask for the weights of the next register column, a share in each group and position."""
+        """Ask for the stored sums that come next, each group for its share of the cache lines: not earlier, since V
+        streams through L2 meanwhile."""
         line = _CACHE_LINE // self.bytes
-        lines = self.stored * self.column_lines()
-        share = ceil(lines / (self.cut.groups * POSITIONS))
+        lines = self.column_lines()
+        share = ceil(lines / self.cut.groups)
+        following = binary("min", ix.add(at.p, 1), ix.const(self.stored))
         for each in range(share):
-            number = ix.add(ix.mul(ix.add(ix.mul(at.p, self.cut.groups), at.q), share), each)
-            which, rest = ix.unflatten(ix.mod(number, lines), (self.stored, self.column_lines()))
-            k.prefetch(u, at.o, ix.add(at.g, 1), which, block, 0, ix.mul(rest, line))
+            number = ix.mod(ix.add(ix.mul(at.q, share), each), lines)
+            k.prefetch(u, at.o, at.g, following, block, 0, ix.mul(number, line))
 
     def broadcast(self, v: Buffer, p: Expr, place: Expr, j: int, c: Expr) -> Expr:
         """The sum of inputs of step `c` of tile `j` in all lanes."""
