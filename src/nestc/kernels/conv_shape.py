@@ -140,23 +140,24 @@ def fold_pixels(pixels: int, widest: int) -> tuple[int, int]:
     return (1, pixels)
 
 
-def register_tile(lanes_out: int, pixels: int, registers: int) -> tuple[int, int]:
+def register_tile(lanes_out: int, pixels: int, registers: int, early: int = 1) -> tuple[int, int]:
     """Outputs a row tile may hold, and output vectors a tile, for `registers` vector registers.
 
     A step over one input channel loads ``nr`` weights and broadcasts ``mr`` inputs (two loads a cycle) for ``mr * nr``
-    multiply-adds (two a cycle, latency 4: fewer than 8 in flight stall), all of it in registers.
+    multiply-adds (two a cycle, latency 4: fewer than 8 in flight stall), all of it in registers. `early`: steps whose
+    weights are in registers at once.
     """
-    return register_tiles(lanes_out, pixels, registers)[0]
+    return register_tiles(lanes_out, pixels, registers, early)[0]
 
 
-def register_tiles(lanes_out: int, pixels: int, registers: int) -> list[tuple[int, int]]:
+def register_tiles(lanes_out: int, pixels: int, registers: int, early: int = 1) -> list[tuple[int, int]]:
     """For each number of vectors the tile with the least modelled cycles, the best of all first."""
     found: list[tuple[float, tuple[int, int]]] = []
     for nr in range(1, min(8, lanes_out) + 1):
         groups = ceil(lanes_out / nr)
         best, best_cost = (1, nr), float("inf")
         for mr in range(1, min(pixels, registers) + 1):
-            if mr * nr + kept_weights(nr, registers) + 1 > registers:
+            if mr * nr + early * kept_weights(nr, registers) + 1 > registers:
                 break
             tiles = ceil(pixels / mr)
             base, longer = divmod(pixels, tiles)
