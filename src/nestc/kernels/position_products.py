@@ -72,6 +72,7 @@ class PositionProducts(ABC):
         self.chunks = ceil(groups / cut.groups)
         self.bytes = 2 if self.factor == "int16" else 4
         self.ahead = 1  # register columns whose weights are asked for early
+        self.last = lanes  # inputs of the last block that are not padding
 
     @abstractmethod
     def broadcast(self, v: Buffer, p: Expr, place: Expr, j: int, c: Expr) -> Expr:
@@ -119,18 +120,25 @@ class PositionProducts(ABC):
                         k.store(m, (g, ix.add(ix.mul(q, cut.mr), j), place), load(acc, j, i, 0, lanes=lanes))
 
     def steps(self, k: Builder, r: _Registers, u: Buffer, v: Buffer, at: Place, first: Expr, fetch: Fetch) -> None:
-        """The multiply-adds of a register tile, whose first step is `first` of V."""
+        """The multiply-adds of a register tile, whose first step is `first` of V; padding is left out."""
         cut, lanes, wide = self.cut, self.lanes, self.wide
-        with k.loop("c", self.depth) as block:
+
+        def inputs(block: Expr, count: int) -> None:
             self.prefetch(k, u, at, block)
             place = ix.mul(ix.add(first, block), cut.mr * wide)
-            with k.unroll("l", lanes) as c:
+            with k.unroll("l", count) as c:
                 fetch(r.w, block, c)
                 for j in range(cut.mr):
                     k.store(r.x, (0,), self.broadcast(v, at.p, place, j, c))
                     for i in range(cut.nr):
                         x, w = Load(r.x, (ix.const(0),), wide), load(r.w, i, 0, lanes=wide)
                         k.store(r.acc, (j, i, 0), self.added(load(r.acc, j, i, 0, lanes=lanes), x, w))
+
+        whole = self.depth if self.last == lanes else self.depth - 1
+        with k.loop("c", whole) as block:
+            inputs(block, lanes)
+        if whole < self.depth:
+            inputs(ix.const(whole), self.last)
 
     @contextmanager
     def walk(self, k: Builder) -> Iterator[tuple[Expr, Expr]]:

@@ -132,6 +132,7 @@ class WinogradKernel(TileKernel[Transform]):
     def __init__(self, region: Region, op: Op, layouts: Mapping[str, Layout], tiling: Tiling, cut: Plan) -> None:
         super().__init__(region, layouts, tiling, cut, tiling.blocks, tiling.lanes)
         self.op, self.tiling = op, tiling
+        self.last = (tiling.shape.in_channels - 1) % tiling.lanes + 1
 
     def lower(self) -> Lowered:
         """The launches, the packed weights, and V where it is a temporary."""

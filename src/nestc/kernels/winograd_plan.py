@@ -34,7 +34,7 @@ _DIRECT = 0.85  # share of the peak that direct kernels reach
 @lru_cache(maxsize=1024)
 def plan(t: Tiling, fused: bool | None = None) -> Plan:
     """A cut for `t` by sizes alone; `fused` may be given."""
-    mr, nr = tile(t.count, t.vectors, t.blocks * t.lanes, t.machine.tile_registers)
+    mr, nr = tile(t.count, t.vectors, t.shape.in_channels, t.machine.tile_registers)
     if fused is None:
         fused = t.count >= _FUSED_TILES or _weight_bytes(t) <= t.machine.l2_bytes // _FUSED_WEIGHTS
     count = ceil(t.count / mr)
@@ -92,7 +92,7 @@ def cycles(t: Tiling, cut: Plan) -> float:
     """Modelled cycles on one core, its weights in memory; only comparisons with `direct_cycles` mean something."""
     rows, columns = t.axes
     tiles = t.groups(cut) * ceil(t.vectors / cut.nr)
-    products = t.positions * tiles * (t.blocks * t.lanes * step_cycles(cut.mr, cut.nr) + TILE)
+    products = t.positions * tiles * (t.shape.in_channels * step_cycles(cut.mr, cut.nr) + TILE)
     into = columns.n * (2 * rows.n + _input_steps(rows)) + rows.n * (2 * columns.n + _input_steps(columns))
     back = columns.n * (rows.n + rows.m + _output_steps(rows))
     back += rows.m * (columns.n + 3 * columns.m + _output_steps(columns))
