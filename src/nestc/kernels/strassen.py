@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from nestc.errors import UnsupportedOp
 from nestc.graph.region import Op, Region, TensorType
 from nestc.kernels.api import CpuMachine, Launch, Layout, Lowered
 from nestc.kernels.conv_shape import ConvShape, conv_shape
@@ -196,7 +197,10 @@ class StrassenFamily:
         self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout], cut: Plan, stored: int
     ) -> Lowered:
         """`lower` under a given plan, with 4 or all 7 of the sums of weights stored."""
-        return _Strassen(region, self.source(region, machine), layouts, cut, stored).lower()
+        source = self.source(region, machine)
+        if not source.halves.whole:
+            raise UnsupportedOp(f"region {region.name}: its halves are no whole vectors of {source.halves.lanes}")
+        return _Strassen(region, source, layouts, cut, stored).lower()
 
 
 def _anchor(region: Region) -> Op | None:

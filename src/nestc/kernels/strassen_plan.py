@@ -80,16 +80,17 @@ class Halves:
         return ceil(ceil(self.vectors / cut.nr) / cut.columns)
 
 
-_FUSED_ITEMS = 8  # from which on each may add up its inputs itself
+_ITEMS = 8  # so many or more balance between a few workers; then each may add up its inputs itself
+_LEAST_GROUPS = 6  # of an item, for which its weights are read
 _FUSED_PAIRS = 48  # pairs of rows of such an item: so often is a weight used that was read from L3
 _SPLIT_PAIRS = 100  # of an item whose inputs were added up before, at most
 _PRODUCTS = 4  # share of L2 that M may take, which is read soon after it was written: one part in so many
 
 # Of the cycles that the model counts (measured on a Zen 3 with layers of BERT, ViT and ResNet-50, one core).
 _INPUT, _OUTPUT = 12.0, 20.0  # cycles of the sums of a pair of rows: a block of inputs, a vector of outputs
-_PHASE = 4000.0  # cycles that a kernel more takes
+_PHASE = 8000.0  # cycles that a kernel more takes
 _MAKING = 1.04  # times the products take where sums of weights are made while running
-_DIRECT = 0.92  # share of the peak that direct kernels reach
+_DIRECT = 0.94  # share of the peak that direct kernels reach
 
 
 @lru_cache(maxsize=1024)
@@ -97,13 +98,15 @@ def plan(h: Halves, fused: bool | None = None) -> Plan:
     """A cut by sizes alone; `fused` may be given."""
     mr, nr = tile(h.pairs, h.vectors, h.blocks * h.lanes, h.machine.tile_registers)
     if fused is None:
-        fused = h.pairs >= _FUSED_ITEMS * _FUSED_PAIRS
+        fused = h.pairs >= _ITEMS * _FUSED_PAIRS
     count = ceil(h.pairs / mr)
-    chunks = ceil(count / max(1, (_FUSED_PAIRS if fused else _SPLIT_PAIRS) // mr))
-    groups = ceil(count / chunks)
     columns = ceil(h.vectors / nr)
-    chunk = max(1, h.machine.l2_bytes // _PRODUCTS // (4 * POSITIONS * groups * mr * nr * h.lanes))
-    return Plan(mr, nr, groups, below(columns, chunk), fused)
+    chunks = ceil(count / max(1, (_FUSED_PAIRS if fused else _SPLIT_PAIRS) // mr))
+    if not fused:
+        chunks = max(chunks, min(ceil(_ITEMS / columns), count // _LEAST_GROUPS))
+    groups = ceil(count / chunks)
+    most = max(1, h.machine.l2_bytes // _PRODUCTS // (4 * POSITIONS * groups * mr * nr * h.lanes))
+    return Plan(mr, nr, groups, below(columns, min(most, max(1, columns * chunks // _ITEMS))), fused)
 
 
 @lru_cache(maxsize=1024)
@@ -117,7 +120,7 @@ def cycles(h: Halves, cut: Plan) -> float:
     apart = 0.0
     if not cut.fused:
         inputs = 4.0 * POSITIONS * h.pairs * h.blocks * h.lanes
-        apart = _PHASE + (2 * inputs / L3 if inputs > h.machine.l2_bytes else 0.0)
+        apart = _PHASE + (inputs / L3 if inputs > h.machine.l2_bytes else 0.0)
     return sums + apart + together(products, h.bytes * h.stored / _QUARTERS / MEMORY)
 
 
