@@ -29,7 +29,13 @@ L3 is hidden behind arithmetic (inverted residuals ran as fast beyond L2 as with
 class FusedFamily(Family, Protocol):
     """A family for joined regions. ``exact``: its results are those of the two regions to the bit."""
 
-    exact: bool
+    @property
+    def exact(self) -> bool: ...
+
+    def replacing(self, first: Family, second: Family) -> FusedFamily | None:
+        """This family with what was chosen for the two regions alone; None if those ways are ones that it cannot
+        stand for."""
+        ...
 
     def gain(self, region: Region, machine: CpuMachine, threads: int) -> float:
         """Modelled seconds that a region takes less in one kernel than in two, on `threads` threads."""

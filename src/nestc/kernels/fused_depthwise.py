@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from math import ceil, prod
 
 from nestc.graph.region import Op, Region
-from nestc.kernels.api import CpuMachine, Layout, Lowered
+from nestc.kernels.api import CpuMachine, Family, Layout, Lowered
 from nestc.kernels.choices import CONV_BY_RULE, below
-from nestc.kernels.conv import CONV, Direct, depthwise
+from nestc.kernels.conv import CONV, ConvFamily, Direct, depthwise
 from nestc.kernels.conv_shape import ConvShape, conv_shape, register_tiles
 from nestc.kernels.depthwise import Depthwise
 from nestc.kernels.fused import BARRIER_SECONDS, FLOPS_PER_SECOND, Pair, element_bytes, idle, parts, rate
@@ -39,6 +39,10 @@ class DepthwisePointwise:
 
     name = "depthwise_pointwise"
     exact = True
+
+    def replacing(self, first: Family, second: Family) -> DepthwisePointwise | None:
+        """This family if both would be computed directly, else None."""
+        return self if isinstance(first, ConvFamily) and isinstance(second, ConvFamily) else None
 
     def refusal(self, region: Region) -> str | None:
         """Why this family does not lower `region`; None if it does."""

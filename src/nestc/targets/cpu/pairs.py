@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nestc.graph.region import Region
-from nestc.kernels.api import CpuMachine
+from nestc.kernels.api import CpuMachine, Family
 from nestc.kernels.fused import FusedFamily, join
 from nestc.kernels.fused_depthwise import DEPTHWISE_POINTWISE
+from nestc.kernels.fused_scale import SCALED_WEIGHTS
 
-FUSED: tuple[FusedFamily, ...] = (DEPTHWISE_POINTWISE,)
+FUSED: tuple[FusedFamily, ...] = (DEPTHWISE_POINTWISE, SCALED_WEIGHTS)
 """Families that are asked about each pair."""
 
 
@@ -25,12 +26,18 @@ class Merged:
 
 
 def merge_pairs(
-    regions: Sequence[Region], outputs: Sequence[str], machine: CpuMachine, threads: int, exact: bool
+    regions: Sequence[Region],
+    outputs: Sequence[str],
+    machine: CpuMachine,
+    threads: int,
+    exact: bool,
+    way: Callable[[Region], Family | None],
 ) -> Merged:
     """Join each region with its only reader where a fused family takes both and is modelled to save time.
 
     `outputs` are the values of the partition that others read. With `exact`, only families that add and multiply as
-    two kernels do. A region is joined once; the earlier pair wins.
+    two kernels do. `way` is what would compute a region alone: a fused kernel takes over its parameters, and nothing
+    is joined that it cannot stand for. A region is joined once; the earlier pair wins.
     """
     uses = Counter(name for region in regions for name in region.inputs)
     uses.update(outputs)
@@ -45,6 +52,10 @@ def merge_pairs(
             continue
         both = join(region, second)
         family = None if both is None else _best(both, machine, threads, exact)
+        alone = None if family is None else (way(region), way(second))
+        if family is None or alone is None or alone[0] is None or alone[1] is None:
+            continue
+        family = family.replacing(alone[0], alone[1])
         if both is None or family is None:
             continue
         joined[second.name], families[second.name], firsts[second.name] = both, family, region.name
@@ -55,7 +66,7 @@ def merge_pairs(
 
 def _best(region: Region, machine: CpuMachine, threads: int, exact: bool) -> FusedFamily | None:
     """The family that is modelled to save most of the time of a joined region; None if none saves any."""
-    found = [family for family in FUSED if not (exact and not family.exact) and family.refusal(region) is None]
+    found = [family for family in FUSED if (family.exact or not exact) and family.refusal(region) is None]
     gains = [(family.gain(region, machine, threads), family) for family in found]
     gain, best = max(gains, key=lambda each: each[0], default=(0.0, None))
     return best if gain > 0 else None
