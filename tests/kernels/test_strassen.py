@@ -171,7 +171,7 @@ def test_machine_code_does_what_the_interpreter_does(fused, stored):
 
 
 def test_large_weights_are_not_stored_more_than_once():
-    small, large = Halves(128, 768, 768, MACHINE), Halves(128, 768, 3072, MACHINE)
+    small, large = Halves(128, 384, 768, MACHINE), Halves(128, 768, 768, MACHINE)
     assert (small.stored, large.stored) == (POSITIONS, 4)
     region, values = product_region((12,), 1024, 1040)
     halves = STRASSEN.source(region, MACHINE).halves
