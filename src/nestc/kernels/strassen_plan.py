@@ -21,9 +21,7 @@ WEIGHTS = ((1, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (-1, 1, 0, 0), (1, -1, 0, 1
 OUTPUTS = ((1, 1, 0, 0, 0, 0, 0), (1, 0, 1, 1, 1, 0, 0), (1, 0, 0, 0, 1, 1, -1), (1, 0, 0, 1, 1, 1, 0))
 
 _QUARTERS = 4  # stored sums from which the others can be made
-_MOST_BYTES = (
-    4 << 20
-)  # weights from which on only so many are stored: they take no more memory then than the weights do
+_MOST_BYTES = 2 << 20  # of weights of which all sums are stored; larger ones take no more memory so
 
 
 @dataclass(frozen=True)
