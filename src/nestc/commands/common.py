@@ -60,7 +60,7 @@ Exact = Annotated[
     bool,
     typer.Option(
         "--exact",
-        help="On the CPU, no kernels that change the order of arithmetic more than a direct sum (no Winograd).",
+        help="On the CPU, no kernels that add up before they multiply (no Winograd, no Strassen).",
     ),
 ]
 Shapes = Annotated[
