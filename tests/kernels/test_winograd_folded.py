@@ -150,6 +150,7 @@ def test_what_is_refused():
 
     assert reason() is None and reason(3) is None
     assert reason(stride=1) == "there is no stride to fold"
+    assert reason(stride=5) == "strides above 4 are not folded"
     assert reason(4) == "F(4, r) of (4, 4) taps is not among the transforms"
     assert reason(kernel=2) == "F(5, r) of (1, 1) taps is not among the transforms"
     assert reason(channels=16) == "16 channels or more are not folded"

@@ -22,6 +22,7 @@ from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, constant, load, within
 from nestc.tensor.ir import Expr
 
+_LARGEST_STRIDE = 4  # beyond that windows share little, and folded maps have many channels
 _FEW_CHANNELS = 16  # maps of more are blocked already, and cost more to fold
 _LEAST_OUTPUTS = 16
 _MOST_POINTS = 8  # for the sake of accuracy
@@ -60,6 +61,8 @@ class FoldedWinogradFamily:
             return "groups and dilations are not transformed"
         if max(s.strides) == 1:
             return "there is no stride to fold"
+        if max(s.strides) > _LARGEST_STRIDE:
+            return f"strides above {_LARGEST_STRIDE} are not folded"
         taps = folded_taps(s)
         if max(taps) == 1 or any(r > 1 and not self._fits(r) for r in taps):
             return f"F({self.m}, r) of {taps} taps is not among the transforms"
