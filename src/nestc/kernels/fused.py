@@ -21,6 +21,9 @@ FLOPS_PER_SECOND = 80e9
 BARRIER_SECONDS = 2e-6
 """Of float32 multiply-adds in these kernels on one core, and what threads lose where they wait for each other."""
 
+STREAM_RATE = 45e9
+"""Bytes a second that a kernel reads and writes which does little else (1.6 MB multiplied in 74 us on a Zen 3)."""
+
 _L2_RATE, _L3_RATE, _MEMORY_RATE = 800e9, 200e9, 10e9
 """Bytes a second of what is read and written in streams, as far as the time shows: on a Zen 3 nearly all of the way to
 L3 is hidden behind arithmetic (inverted residuals ran as fast beyond L2 as within)."""

@@ -228,7 +228,7 @@ class Pool:
         if op.op_type in WINDOWED and op.output(1) and op.output(1) in region.outputs:
             _with_indices(op, operands)
         else:
-            lower_pool(_pooling(op, operands), operands, machine)
+            lower_pool(pooling_of(op, operands), operands, machine)
         return Lowered((operands.launch(),), {}, operands.constants)
 
 
@@ -250,7 +250,7 @@ class Pooling:
     stores: Callable[[tuple[Expr, ...], Expr, Expr | None], Block]
 
 
-def _pooling(op: Op, operands: Operands) -> Pooling:
+def pooling_of(op: Op, operands: Operands) -> Pooling:
     """A pool of the values of its own input, followed by the region's tail."""
     kind = GLOBAL.get(op.op_type) or WINDOWED[op.op_type]
     combine = _combine(op, kind, operands.type(op.inputs[0]).dtype)
@@ -268,7 +268,7 @@ def lower_pool(pooling: Pooling, operands: Operands, machine: CpuMachine) -> Non
     if pooling.op.op_type in GLOBAL:
         _whole(pooling, operands, machine)
     else:
-        _Windowed(pooling, operands, machine).build()
+        Windowed(pooling, operands, machine).build()
 
 
 def _whole(pooling: Pooling, operands: Operands, machine: CpuMachine) -> None:
@@ -325,8 +325,9 @@ def _whole(pooling: Pooling, operands: Operands, machine: CpuMachine) -> None:
         builder.emit(vectorize(pooling.stores(at, Load(total, (ix.const(0), lane)), scale), lane, ix.const(0), lanes))
 
 
-class _Windowed:
-    """Builds the kernel of a windowed pool: rows and stretches of rows whose windows lie inside need no tests."""
+class Windowed:
+    """Builds the kernel of a windowed pool, or rows of it within another kernel: rows and stretches of rows whose
+    windows lie inside need no tests."""
 
     def __init__(self, pooling: Pooling, operands: Operands, machine: CpuMachine) -> None:
         self.pooling = pooling
@@ -349,30 +350,39 @@ class _Windowed:
 
     def build(self) -> None:
         """The kernel: a parallel iteration is one row of outputs of a channel (block)."""
-        builder, outer = self.builder, self.windows[:-1]
+        self.declare()
+        images = ceil(self.channels / self.block) if self.block else self.channels
+        outer = (w.out for w in self.windows[:-1])
+        with self.builder.parallel("row", self.batch, images, *outer) as (n, channel, *row):
+            self.one_row(n, channel, row)
+
+    def declare(self) -> None:
+        """Declare parameters and registers."""
         self.operands.buffer(self.source)
         if self.combine.kind == "mean" and not self.combine.integer:
             self.declare_counts()
         self.pooling.declare()
-        self.total = {n: builder.regs("total", (1,), n, self.combine.dtype) for n in {1, self.width}}
-        images = ceil(self.channels / self.block) if self.block else self.channels
-        with builder.parallel("row", self.batch, images, *(w.out for w in outer)) as (n, channel, *row):
-            self.n, self.channel, self.row = n, channel, row
-            inside: Expr = Const(all(low < high for low, high in map(Window.inner, outer)), "bool")
-            limited: list[Expr] = []
-            for w, o in zip(outer, row):
-                low, high = w.inner()
-                for test in (binary("ge", o, ix.const(low)), binary("lt", o, ix.const(high))):
-                    inside = binary("and", inside, test)
-                # The same row, in a form whose interval shows that its taps are inside.
-                limited.append(clamp(o, low, max(low, high - 1)))
-            if isinstance(inside, Const):
-                self.cut(limited if inside.value else row, not inside.value)
-                return
-            with builder.when(inside):
-                self.cut(limited, False)
-            with builder.otherwise():
-                self.cut(row, True)
+        self.total = {n: self.builder.regs("total", (1,), n, self.combine.dtype) for n in {1, self.width}}
+
+    def one_row(self, n: Expr, channel: Expr, row: Sequence[Expr]) -> None:
+        """A row of outputs of a channel (block), at `row` on the outer axes."""
+        builder, outer = self.builder, self.windows[:-1]
+        self.n, self.channel, self.row = n, channel, row
+        inside: Expr = Const(all(low < high for low, high in map(Window.inner, outer)), "bool")
+        limited: list[Expr] = []
+        for w, o in zip(outer, row):
+            low, high = w.inner()
+            for test in (binary("ge", o, ix.const(low)), binary("lt", o, ix.const(high))):
+                inside = binary("and", inside, test)
+            # The same row, in a form whose interval shows that its taps are inside.
+            limited.append(clamp(o, low, max(low, high - 1)))
+        if isinstance(inside, Const):
+            self.cut(limited if inside.value else row, not inside.value)
+            return
+        with builder.when(inside):
+            self.cut(limited, False)
+        with builder.otherwise():
+            self.cut(row, True)
 
     def declare_counts(self) -> None:
         """Tables of the number of taps, for the axes along which it varies."""

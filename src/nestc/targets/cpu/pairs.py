@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from nestc.graph.region import Region
 from nestc.kernels.api import CpuMachine, Family
 from nestc.kernels.fused import FusedFamily, join
-from nestc.kernels.fused_depthwise import DEPTHWISE_POINTWISE
+from nestc.kernels.fused_bands import DEPTHWISE_POINTWISE, ELEMENTWISE_POINTWISE
+from nestc.kernels.fused_pool import CONV_POOL
 from nestc.kernels.fused_scale import SCALED_WEIGHTS
 
-FUSED: tuple[FusedFamily, ...] = (DEPTHWISE_POINTWISE, SCALED_WEIGHTS)
+FUSED: tuple[FusedFamily, ...] = (DEPTHWISE_POINTWISE, ELEMENTWISE_POINTWISE, CONV_POOL, SCALED_WEIGHTS)
 """Families that are asked about each pair."""
 
 
