@@ -48,7 +48,7 @@ CONTRACTS = {
 ALLOWED = {("importers", f"nestc.graph.{name}") for name in ("bind", "infer_shapes", "passes.rewrite", "quiet")}
 
 # Everything above the stages: the command line and the driver see all.
-TOP = {"driver", "cli", "commands", "specialise", "demo", "datasets", "images", "evaluation"}
+TOP = {"__main__", "driver", "cli", "commands", "specialise", "demo", "datasets", "images", "evaluation"}
 TOP |= {"quantization", "autoscheme", "compiled", "tuning"}
 
 # What finds the fastest ways compiles and runs them, so it is above the targets; what was found (`tune.store`, by

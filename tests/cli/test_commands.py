@@ -37,6 +37,11 @@ def test_compile_reports_what_it_made(nestc, mlp: Path) -> None:
     assert partition == {"device": "cpu", "regions": 1, "ops": {"Gemm": 1, "Relu": 1}}
 
 
+def test_the_module_is_the_command() -> None:
+    found = subprocess.run([sys.executable, "-m", "nestc", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == f"nestc {package.__version__}"
+
+
 def test_a_dimension_is_bound_from_the_command_line(nestc, open_mlp: Path, tmp_path: Path) -> None:
     for option, value in (("--dim", "batch=3"), ("--shape", "x=3,4")):
         assert nestc("compile", open_mlp, "-o", tmp_path / "o.nest", option, value).status == 0

@@ -1,0 +1,5 @@
+"""``python -m nestc``: the command line."""
+
+from nestc.cli import main
+
+main()
