@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -238,17 +239,18 @@ def test_the_kernel_store_alone_gives_the_same_bundle(tmp_path, cache):
 
 def test_a_kernel_that_is_not_valid_is_refused_every_time(cache):
     from nestc.kernels.testing import host_machine
-    from nestc.targets.cpu.target import _Compiler
+    from nestc.targets.cpu.assemble import Assembler
     from nestc.tensor.build import Builder, constant
 
     builder = Builder("bad")
     buffer = builder.param("p0", "float32", (4,))
     builder.store(buffer, (4,), constant(1.0, "float32"))
     kernel = builder.finish(())
-    for _ in range(2):
-        worker = _Compiler(host_machine(), None, None, 1)
-        with pytest.raises(Error, match="outside its extent"):
-            worker.add_kernel(kernel, None)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(2):
+            worker = Assembler(host_machine(), (), None, pool)
+            with pytest.raises(Error, match="outside its extent"):
+                worker.add_kernel(kernel)
 
 
 def test_machines_differ_in_the_key(monkeypatch, tmp_path, cache):

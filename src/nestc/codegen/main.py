@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from nestc.codegen.objects import cached_object
-from nestc.codegen.schedule import PARALLEL, Alias, Schedule, Step, schedule
+from nestc.codegen.schedule import PARALLEL, Alias, Loop, Schedule, Step, schedule
 from nestc.codegen.spmd import emit
 from nestc.codegen.spmd_wait import CONTEXT_BYTES, CONTEXT_SPINS, CONTEXT_THREADS, CONTEXT_TRACE
 from nestc.graph.region import TensorType
 from nestc.kernels.api import CpuMachine
 
-__all__ = ["Alias", "Main", "Step", "build_main"]
+__all__ = ["Alias", "Loop", "Main", "Step", "build_main"]
 
 LAYOUT_VERSION = 1
 """Version of the table, the context and the metadata; `runtime.native` reads exactly this one."""
@@ -54,11 +54,13 @@ def build_main(
     sizes: Mapping[str, int],
     machine: CpuMachine,
     aliases: Mapping[str, Alias] | None = None,
+    loops: Sequence[Loop] = (),
     scratch_bytes: int = 0,
     threads: int = 1,
     prefix: str = "nestc",
 ) -> Main:
-    """Schedule `steps` and generate the program of a partition; see `schedule` for `sizes`, `aliases` and `threads`.
+    """Schedule `steps` and generate the program of a partition; see `schedule` for `sizes`,
+    `aliases`, `loops` and `threads`.
 
     `constants` are names of the artifact's weights. The object for the kernels and ``Main.object`` go into
     ``Artifact.files`` (names ending in ``.o``) and ``Main.metadata`` is ``Artifact.metadata``. Raises ValueError if the
@@ -71,6 +73,7 @@ def build_main(
         constants=constants,
         sizes=sizes,
         aliases=aliases,
+        loops=loops,
         scratch_bytes=scratch_bytes,
         threads=threads,
     )

@@ -57,10 +57,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Alias:
-    """A value without storage of its own: `value` from byte `offset` on (a view, or a part of a concatenation)."""
+    """A value without storage of its own: `value` from byte `offset` on (a view, or a part of a concatenation).
+
+    In a `Loop` it lies `stride` bytes further at each turn.
+    """
 
     value: str
     offset: int = 0
+    stride: int = 0
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The steps [first, end) are issued `turns` times in a row, each time on the next slice of what has a stride.
+
+    What no step outside uses, and has no stride, holds its contents for one turn only.
+    """
+
+    first: int
+    end: int
+    turns: int
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,12 @@ class Schedule:
 _Access: TypeAlias = tuple[int, int, int, bool]
 """What a step touches: slot, first byte, end, whether it writes."""
 
+_Call: TypeAlias = tuple[Step, tuple[Place, ...]]
+"""One call of a step, with the places of its arguments."""
+
+_Root: TypeAlias = tuple[str, int, int]
+"""The value that owns the storage of another one, the byte offset in it, and by how much that moves each turn."""
+
 
 def schedule(
     steps: Sequence[Step],
@@ -133,6 +155,7 @@ def schedule(
     constants: Sequence[str],
     sizes: Mapping[str, int],
     aliases: Mapping[str, Alias] | None = None,
+    loops: Sequence[Loop] = (),
     scratch_bytes: int = 0,
     threads: int = 1,
 ) -> Schedule:
@@ -140,37 +163,38 @@ def schedule(
 
     `sizes` gives the bytes of every value that is not an input, output or constant, aliases included. `threads` is
     only a hint (chunk sizes, and whether arena memory may be reused among steps that can overlap): the schedule is
-    right for any number of workers. Raises ValueError if a value is unknown or read before it is written.
+    right for any number of workers. `loops` are unrolled: in order and apart from each other. Raises ValueError if a
+    value is unknown or read before it is written.
     """
     aliases = aliases or {}
     slots = {name: slot for slot, name in enumerate((*inputs, *outputs, *constants))}
     if len(slots) != len(inputs) + len(outputs) + len(constants):
         raise ValueError("a value is listed twice among inputs, outputs and constants")
     roots = {name: _root(name, aliases) for step in steps for name in step.args}
-    _check(steps, roots, slots, sizes, frozenset(inputs) | frozenset(constants))
+    _check(steps, roots, slots, sizes, frozenset(inputs) | frozenset(constants), loops)
     arena_slot = len(slots)
 
     # Before the arena is planned each value has a slot of its own, so that only true dependences count.
-    temporaries = sorted({root for root, _ in roots.values()} - set(slots))
+    temporaries = sorted({root for root, *_ in roots.values()} - set(slots))
     own = {name: arena_slot + 2 + number for number, name in enumerate(temporaries)}
-    apart = {name: _place(name, roots, {**own, **slots}, {}, sizes) for name in roots}
-    lanes = _lanes(steps, apart, threads)
-    phases = _phases(steps, apart, lanes)
-    arena = _plan(steps, roots, own, sizes, _epochs(phases, lanes) if threads > 1 else None)
+    apart = _calls(steps, roots, {**own, **slots}, {}, sizes)
+    lanes = _lanes(apart, threads)
+    epochs = _epochs(_phases(apart, lanes), lanes) if threads > 1 else None
+    arena = _plan(steps, roots, own, sizes, epochs, loops)
 
-    places = {
-        name: _place(name, roots, {**dict.fromkeys(own, arena_slot), **slots}, arena.offsets, sizes) for name in roots
-    }
-    phases = _phases(steps, places, lanes)
+    calls = _calls(steps, roots, {**dict.fromkeys(own, arena_slot), **slots}, arena.offsets, sizes, loops)
+    if loops:
+        lanes = _lanes(_calls(steps, roots, {**own, **slots}, {}, sizes, loops), threads)
+    phases = _phases(calls, lanes)
     scheduled = tuple(
         ScheduledStep(
             step,
-            tuple(places[name] for name in step.args),
+            places,
             lanes[number],
             _grain(step, threads),
             barrier=number > 0 and phases[number] != phases[number - 1],
         )
-        for number, step in enumerate(steps)
+        for number, (step, places) in enumerate(calls)
     )
     return Schedule(
         tuple(inputs),
@@ -183,26 +207,34 @@ def schedule(
     )
 
 
-def _root(name: str, aliases: Mapping[str, Alias]) -> tuple[str, int]:
-    """The value that owns the storage of `name`, and the byte offset in it."""
-    offset = 0
+def _root(name: str, aliases: Mapping[str, Alias]) -> _Root:
+    """The value that owns the storage of `name`, and where in it that is."""
+    offset = stride = 0
     seen: set[str] = set()
     while name in aliases:
         if name in seen:
             raise ValueError(f"value {name!r} is an alias of itself")
         seen.add(name)
         offset += aliases[name].offset
+        stride += aliases[name].stride
         name = aliases[name].value
-    return name, offset
+    return name, offset, stride
 
 
 def _check(
     steps: Sequence[Step],
-    roots: Mapping[str, tuple[str, int]],
+    roots: Mapping[str, _Root],
     slots: Mapping[str, int],
     sizes: Mapping[str, int],
     given: frozenset[str],
+    loops: Sequence[Loop],
 ) -> None:
+    last = 0
+    for loop in loops:
+        if not last <= loop.first < loop.end <= len(steps) or loop.turns < 1:
+            raise ValueError(f"a loop of {loop.turns} turns over the steps [{loop.first}, {loop.end})")
+        last = loop.end
+    turns = {number: loop.turns for loop in loops for number in range(loop.first, loop.end)}
     written = set(given)
     for number, step in enumerate(steps):
         where = f"step {number} ({step.symbol})"
@@ -211,7 +243,8 @@ def _check(
         if step.extent < 1 or step.grain < 0:
             raise ValueError(f"{where} has extent {step.extent} and grain {step.grain}")
         for name, write in zip(step.args, step.writes, strict=True):
-            root, offset = roots[name]
+            root, offset, stride = roots[name]
+            offset += stride * (turns.get(number, 1) - 1)
             if name not in slots and name not in sizes:
                 raise ValueError(f"{where} uses {name!r}, which has no size")
             if root not in slots and offset + sizes[name] > sizes[root]:
@@ -224,35 +257,55 @@ def _check(
         written.update(roots[name][0] for name, write in zip(step.args, step.writes, strict=True) if write)
 
 
-def _place(
-    name: str,
-    roots: Mapping[str, tuple[str, int]],
+def _calls(
+    steps: Sequence[Step],
+    roots: Mapping[str, _Root],
     slots: Mapping[str, int],
     offsets: Mapping[str, int],
     sizes: Mapping[str, int],
+    loops: Sequence[Loop] = (),
+) -> list[_Call]:
+    """The steps in the order in which they are called, with the places of their arguments; `loops` unrolled."""
+
+    def called(step: Step, turn: int) -> _Call:
+        return step, tuple(_place(name, roots[name], slots, offsets, sizes, turn) for name in step.args)
+
+    found: list[_Call] = []
+    number = 0
+    for loop in loops:
+        found += [called(step, 0) for step in steps[number : loop.first]]
+        for turn in range(loop.turns):
+            found += [called(step, turn) for step in steps[loop.first : loop.end]]
+        number = loop.end
+    return found + [called(step, 0) for step in steps[number:]]
+
+
+def _place(
+    name: str, place: _Root, slots: Mapping[str, int], offsets: Mapping[str, int], sizes: Mapping[str, int], turn: int
 ) -> Place:
-    root, offset = roots[name]
-    begin = offsets.get(root, 0) + offset
+    root, offset, stride = place
+    begin = offsets.get(root, 0) + offset + turn * stride
     # Inputs, outputs and constants have no size here: a use of the whole is a use of everything in the slot.
     end = begin + sizes[name] if name in sizes else 1 << 62
     return Place(slots[root], begin, end)
 
 
-def _lanes(steps: Sequence[Step], places: Mapping[str, Place], threads: int) -> list[int]:
-    """Lane of each step: PARALLEL, or the worker of a serial one. Costly independent serial steps get their own lanes.
+def _lanes(calls: Sequence[_Call], threads: int) -> list[int]:
+    """Lane of each call: PARALLEL, or the worker of a serial one. Costly independent serial ones get their own lanes.
 
-    A serial step follows the serial step that it depends on, so that chains need no barrier.
+    A serial call follows the serial call that it depends on, so that chains need no barrier.
     """
     lanes: list[int] = []
-    recent: dict[int, list[_Access]] = {}  # what serial steps touched since the last parallel one, by lane
+    recent: dict[int, list[_Access]] = {}  # what serial calls touched since the last parallel one, by lane
     busy = [0.0] * (MAX_LANES if threads > 1 else 1)
-    for step in steps:
+    for call in calls:
+        step = call[0]
         if step.extent > 1 and not 0 < step.cost < SMALL_SECONDS:
             lanes.append(PARALLEL)
             recent.clear()
             busy = [0.0] * len(busy)
             continue
-        mine = _accesses(step, places)
+        mine = _accesses(call)
         spread = step.cost >= SPREAD_SECONDS
         lane = 0
         if spread or recent.keys() - {0}:
@@ -267,14 +320,14 @@ def _lanes(steps: Sequence[Step], places: Mapping[str, Place], threads: int) -> 
     return lanes
 
 
-def _phases(steps: Sequence[Step], places: Mapping[str, Place], lanes: Sequence[int]) -> list[int]:
-    """Number of barriers before each step; steps of equal number may run at the same time unless they share a lane."""
+def _phases(calls: Sequence[_Call], lanes: Sequence[int]) -> list[int]:
+    """Number of barriers before each call; calls of equal number may run at the same time unless they share a lane."""
     phases: list[int] = []
     since: dict[int, list[_Access]] = {}
     phase = 0
-    for step, lane in zip(steps, lanes, strict=True):
-        mine = _accesses(step, places)
-        # Steps on one serial lane are run by one worker in order, so they never need to meet.
+    for call, lane in zip(calls, lanes, strict=True):
+        mine = _accesses(call)
+        # Calls on one serial lane are run by one worker in order, so they never need to meet.
         if any(_conflict(mine, theirs) for other, theirs in since.items() if other != lane or lane == PARALLEL):
             phase += 1
             since.clear()
@@ -296,11 +349,9 @@ def _epochs(phases: Sequence[int], lanes: Sequence[int]) -> list[int]:
     return epochs
 
 
-def _accesses(step: Step, places: Mapping[str, Place]) -> list[_Access]:
-    return [
-        (places[name].slot, places[name].offset, places[name].end, write)
-        for name, write in zip(step.args, step.writes, strict=True)
-    ]
+def _accesses(call: _Call) -> list[_Access]:
+    step, places = call
+    return [(place.slot, place.offset, place.end, write) for place, write in zip(places, step.writes, strict=True)]
 
 
 def _conflict(mine: Sequence[_Access], others: Sequence[_Access]) -> bool:
@@ -314,10 +365,11 @@ def _conflict(mine: Sequence[_Access], others: Sequence[_Access]) -> bool:
 
 def _plan(
     steps: Sequence[Step],
-    roots: Mapping[str, tuple[str, int]],
+    roots: Mapping[str, _Root],
     own: Mapping[str, int],
     sizes: Mapping[str, int],
     epochs: Sequence[int] | None,
+    loops: Sequence[Loop],
 ) -> ArenaPlan:
     """Arena offsets. With `epochs`, memory is not reused within one, unless that makes the arena much larger."""
     lives: dict[str, tuple[int, int]] = {}
@@ -326,6 +378,13 @@ def _plan(
             root = roots[name][0]
             if root in own:
                 lives[root] = (lives.get(root, (number, 0))[0], number)
+    sliced = {root for root, _, stride in roots.values() if stride}
+    for loop in loops:
+        # What comes into a loop, goes out of it, or is made slice by slice, has to last from its begin to its end.
+        for root, (lo, hi) in lives.items():
+            inside = loop.first <= lo and hi < loop.end and root not in sliced
+            if not inside and lo < loop.end and hi >= loop.first:
+                lives[root] = (min(lo, loop.first), max(hi, loop.end - 1))
     tight = plan_arena([Buffer(name, sizes[name], *life) for name, life in lives.items()])
     if epochs is None:
         return tight

@@ -46,6 +46,7 @@ def explain(
     told: dict[str, Any] = {}
     ways: dict[str, str] = {}
     layouts: dict[str, dict[str, Any]] = {}
+    sliced: dict[str, list[dict[str, Any]]] = {}
     if common.is_bundle(model):
         if scheme is not None:
             raise Error(f"{model} is a bundle, which is compiled already; --quantize takes a model (.onnx)")
@@ -54,6 +55,7 @@ def explain(
         for part in opened.bundle.partitions:
             ways |= ways_of(part.artifact)
             layouts |= {part.name: part.artifact.metadata["layouts"]} if "layouts" in part.artifact.metadata else {}
+            sliced |= {part.name: part.artifact.metadata["sliced"]} if "sliced" in part.artifact.metadata else {}
     else:
         from nestc.driver import explain as explain_model
         from nestc.graph.bind import bind, bind_batch
@@ -87,7 +89,8 @@ def explain(
         report = {**plan.to_json(), "fallback_ops": plan.fallback_ops, "passes": notes}
         report |= {"quantized": told} if told else {}
         report |= {"ways": ways} if ways else {}
-        common.print_json({**report, "layouts": layouts} if layouts else report)
+        report |= {"layouts": layouts} if layouts else {}
+        common.print_json({**report, "sliced": sliced} if sliced else report)
         return
     for line in words:
         print(line)
@@ -102,6 +105,16 @@ def explain(
         print("\nkernels of the CPU: " + ", ".join(f"{way} {count}" for way, count in Counter(ways.values()).items()))
     for name, found in layouts.items():
         print(f"layouts of {name}: {_layouts_text(found)}")
+    for name, runs in sliced.items():
+        for run in runs:
+            print(f"slices of {name}: {_slices_text(run)}")
+
+
+def _slices_text(run: dict[str, Any]) -> str:
+    """Which regions compute the batch slice by slice, in words."""
+    images = "one image" if run["images"] == 1 else f"{run['images']} images"
+    gain = f"modelled to save {run['modelled_gain_seconds'] * 1e3:.2g} ms"
+    return f"{run['regions']} regions from {run['first']} to {run['last']}, {images} at a time ({gain})"
 
 
 def _layouts_text(found: dict[str, Any]) -> str:

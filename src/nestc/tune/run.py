@@ -135,12 +135,13 @@ def one_by_one(tasks: Sequence[Task], seconds: float) -> Iterator[Found]:
 def network_tasks(target: CpuTarget, partitions: Sequence[Partition]) -> tuple[list[Task], float]:
     """A task for each geometry that can be computed in several ways, those that take most time first; and the seconds
     that all kernels of the network take."""
-    regions = [region for partition in partitions for region in partition.regions]
+    kernels = [each for partition in partitions for each in target.kernels(partition)]
+    regions, turns = [action.region for action, _ in kernels], {action.region.name: count for action, count in kernels}
     weights: dict[str, float] = {}
     for partition in partitions:
         weights |= _region_seconds(target, partition)
-    borders = {name: each for partition in partitions for name, each in target.borders(partition).items()}
-    network = constant_bytes(regions)
+    borders = {action.region.name: action.layouts for action, _ in kernels}
+    network = constant_bytes([region for partition in partitions for region in partition.regions])
     tasks = [
         Task(
             key=key,
@@ -152,7 +153,7 @@ def network_tasks(target: CpuTarget, partitions: Sequence[Partition]) -> tuple[l
             threads=target.threads,
             exact=target.exact,
             evicted=evicting(network - constant_bytes(same[:1])),
-            count=len(same),
+            count=sum(turns[region.name] for region in same),
             weight=sum(weights[region.name] for region in same),
         )
         for key, same in distinct(regions, target.cpu, target.exact).items()

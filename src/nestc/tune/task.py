@@ -46,8 +46,8 @@ class Task:
     """A region whose ways are to be measured.
 
     ``machine`` and ``code`` are the fingerprint that whoever measures must have (`measure.fingerprint`). ``borders``:
-    layouts in which its inputs and outputs lie in the network (`CpuTarget.borders`). ``evicted``: bytes of other data
-    that pass through the caches between two of its runs. ``count``: how often the network has such a region;
+    layouts in which its inputs and outputs lie in the network (`CpuTarget.kernels`). ``evicted``: bytes of other data
+    that pass through the caches between two of its runs. ``count``: how often the network computes such a region;
     ``weight``: the seconds that all of them take in it, by which regions are ordered.
     """
 

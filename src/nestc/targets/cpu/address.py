@@ -18,7 +18,7 @@ from nestc.kernels.api import PLAIN, Layout, physical_shape
 from nestc.kernels.ops.attributes import axis_of
 from nestc.kernels.ops.move import taken
 from nestc.kernels.small import storage
-from nestc.targets.cpu.layout import Action, Convert, Lower, View, same_bytes, stored
+from nestc.targets.cpu.layout import Convert, Lower, Program, Turns, View, same_bytes, stored
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Copy:
     elements: TensorType
 
 
-Step: TypeAlias = Lower | Convert | Copy
+Step: TypeAlias = Lower | Convert | Copy | Turns
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,15 @@ def nbytes(type_: TensorType, layout: Layout) -> int:
 
 
 def address(
-    actions: Sequence[Action],
+    actions: Program,
     inputs: Sequence[str],
     outputs: Sequence[str],
     types: Mapping[str, TensorType],
 ) -> Addressed:
-    """Turn views, and the concatenations and splits that can be, into addresses. `inputs` and `outputs`: the border."""
+    """Turn views, and the concatenations and splits that can be, into addresses; what is inside of `Turns` stays.
+
+    `inputs` and `outputs` are the buffers at the border.
+    """
     return _Addresser(inputs, outputs, types).run(actions)
 
 
@@ -70,10 +73,13 @@ class _Addresser:
         self.sizes: dict[str, int] = {}
         self.made: dict[str, int] = {}  # bytes of the buffers that steps write
 
-    def run(self, actions: Sequence[Action]) -> Addressed:
+    def run(self, actions: Program) -> Addressed:
         for action in actions:
             if isinstance(action, View):
                 self.view(action)
+            elif isinstance(action, Turns):
+                self.made.update(action.sizes)
+                self.steps.append(action)
             elif isinstance(action, Convert):
                 type_ = self.types[action.value]
                 if same_bytes(type_, action.source, action.target):

@@ -62,6 +62,33 @@ class View:
 Action: TypeAlias = Lower | Convert | View
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Actions that are executed `count` times, each time for one slice of the batch.
+
+    ``types`` are those of one slice. ``inputs`` and ``outputs`` are the buffers that actions outside make and read;
+    ``parts`` gives, of those that hold the whole batch, the bytes of one slice, and ``sizes`` what each of the outputs
+    takes as a whole.
+    """
+
+    count: int
+    actions: tuple[Action, ...]
+    types: Mapping[str, TensorType]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parts: Mapping[str, int]
+    sizes: Mapping[str, int]
+
+
+Program: TypeAlias = Sequence[Action | Turns]
+
+
+def lowered(program: Program) -> list[Lower]:
+    """All regions that kernels compute, those of loops for one turn."""
+    inner = [each for action in program for each in (action.actions if isinstance(action, Turns) else (action,))]
+    return [action for action in inner if isinstance(action, Lower)]
+
+
 def stored(value: str, layout: Layout) -> str:
     """Name of the buffer that holds `value` in `layout`."""
     return value if layout == PLAIN else f"{value}@{layout.block}"
