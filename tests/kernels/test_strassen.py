@@ -171,7 +171,7 @@ def test_machine_code_does_what_the_interpreter_does(fused, stored):
 
 
 def test_large_weights_are_not_stored_more_than_once():
-    small, large = Halves(128, 384, 768, MACHINE), Halves(128, 768, 768, MACHINE)
+    small, large = Halves(1, 128, 384, 768, MACHINE), Halves(1, 128, 768, 768, MACHINE)
     assert (small.stored, large.stored) == (POSITIONS, 4)
     region, values = product_region((12,), 1024, 1040)
     halves = STRASSEN.source(region, MACHINE).halves
@@ -192,11 +192,23 @@ def test_rows_of_other_sizes_lend_each_other_only_rounding():
     """A row a thousand times larger than the one it is paired with costs that one three digits, and no more."""
     region, values = product_region((8,), 64, 64)
     x = values["x"].copy()
-    x[:4] *= 1000
+    x[::2] *= 1000
     lowered = STRASSEN.lower(region, MACHINE, dict.fromkeys((*region.inputs, *region.outputs), PLAIN))
     found = run_lowered(region, lowered, {"x": x}, MACHINE)["y"]
     expected = x.astype(np.float64) @ values["w"].astype(np.float64)
     assert np.abs(found - expected).max() < BOUND * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_items_of_a_batch_do_not_meet(rows):
+    region, values = product_region((3, rows), 64, 64)
+    conv, images = pointwise_region(3, 64, 64, (1, rows))
+    for of, name in ((region, "y"), (conv, "y")):
+        x = (values if of is region else images)["x"].copy()
+        x[1] = np.nan
+        layouts = STRASSEN.layouts(of, MACHINE, dict.fromkeys(of.inputs, PLAIN))
+        found = run_lowered(of, STRASSEN.lower(of, MACHINE, layouts), {"x": x}, MACHINE, layouts)[name]
+        assert np.isnan(found[1]).all() and np.isfinite(found[[0, 2]]).all()
 
 
 # -- machines
@@ -224,7 +236,7 @@ def test_vectors_of_other_widths(bytes_):
 @given(st.integers(2, 4000), st.integers(1, 200), st.integers(1, 200), st.sampled_from([None, False, True]))
 @settings(deadline=None, max_examples=100)
 def test_cuts_cover_all_pairs_and_columns(rows, blocks, vectors, fused):
-    halves = Halves(rows, 16 * blocks, 16 * vectors, dataclasses.replace(MACHINE, vector_bytes=32))
+    halves = Halves(3, rows, 16 * blocks, 16 * vectors, dataclasses.replace(MACHINE, vector_bytes=32))
     cut = plan(halves, fused)
     assert halves.groups(cut) * cut.mr >= halves.pairs > (halves.groups(cut) - 1) * cut.mr
     assert halves.steps(cut) * cut.columns * cut.nr >= halves.vectors

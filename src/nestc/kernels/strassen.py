@@ -1,15 +1,15 @@
 """Strassen's algorithm for large products by constant matrices: seven products of halves instead of eight.
 
 V. Strassen, "Gaussian Elimination is not Optimal", Numerische Mathematik 13 (1969), in S. Winograd's form with fewer
-sums (`strassen_plan`). One level: the rows of `a`, the columns of `b` and k are halved. For MatMul and Gemm, and
-convolutions of one tap, which are such products.
+sums (`strassen_plan`). One level: even and odd rows of `a`, halves of the columns of `b` and of k. For MatMul and Gemm,
+and convolutions of one tap, which are such products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import ceil, inf
+from math import ceil, inf, prod
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +33,10 @@ from nestc.tensor.vectorize import vectorize
 _CACHE_LINE = 64
 
 
+Row = tuple[Expr, Expr]
+"""Image (or sequence, or other item of a batch), and row in it."""
+
+
 class Source(Protocol):
     """A product as Strassen's kernel sees it: rows of inputs, a constant matrix, and where results go."""
 
@@ -48,11 +52,11 @@ class Source(Protocol):
         """The parameter that holds the inputs."""
         ...
 
-    def inputs(self, x: Buffer, row: Expr, block: Expr) -> Expr:
+    def inputs(self, x: Buffer, row: Row, block: Expr) -> Expr:
         """A vector of neighbouring inputs of a row."""
         ...
 
-    def stores(self, operands: Operands, tail: Tail, row: Expr, column: Expr, value: Expr) -> tuple[Stmt, ...]:
+    def stores(self, operands: Operands, tail: Tail, row: Row, column: Expr, value: Expr) -> tuple[Stmt, ...]:
         """Scalar stores of an output whose sum is `value`."""
         ...
 
@@ -65,7 +69,8 @@ class ProductSource:
         self.product = product_of(op, region)
         p = self.product
         self.value = p.a
-        self.halves = Halves(p.m, p.k, p.n, machine)
+        items = prod(p.fold[:-1])
+        self.halves = Halves(items, p.m // items, p.k, p.n, machine)
 
     @staticmethod
     def refusal(region: Region, product: Product) -> str | None:
@@ -84,14 +89,18 @@ class ProductSource:
         """`a` as a matrix."""
         return operands.view(self.value, (self.product.m, self.product.k))
 
-    def inputs(self, x: Buffer, row: Expr, block: Expr) -> Expr:
+    def inputs(self, x: Buffer, row: Row, block: Expr) -> Expr:
         """Neighbours along k."""
         lanes = self.halves.lanes
-        return load(x, row, ix.mul(block, lanes), lanes=lanes)
+        return load(x, self.flat(row), ix.mul(block, lanes), lanes=lanes)
 
-    def stores(self, operands: Operands, tail: Tail, row: Expr, column: Expr, value: Expr) -> tuple[Stmt, ...]:
+    def stores(self, operands: Operands, tail: Tail, row: Row, column: Expr, value: Expr) -> tuple[Stmt, ...]:
         """Through Gemm's addend and the tail."""
-        return scaled_stores(self.product, operands, tail, ((), row, column), value, 1.0)
+        return scaled_stores(self.product, operands, tail, ((), self.flat(row), column), value, 1.0)
+
+    def flat(self, row: Row) -> Expr:
+        """A row among all rows."""
+        return ix.flatten(row, (self.halves.items, self.halves.rows))
 
 
 class PointwiseSource:
@@ -102,8 +111,8 @@ class PointwiseSource:
         self.shape: ConvShape = conv_shape(op, region)
         s = self.shape
         self.value = op.inputs[0]
-        self.pixels = int(np.prod(s.out))
-        self.halves = Halves(s.batch * self.pixels, s.in_channels, s.out_channels, machine)
+        self.pixels = prod(s.out)
+        self.halves = Halves(s.batch, self.pixels, s.in_channels, s.out_channels, machine)
 
     def matrix(self) -> np.ndarray:
         """The weights."""
@@ -116,25 +125,25 @@ class PointwiseSource:
         lanes = self.halves.lanes
         return operands.view(self.value, (self.shape.batch, self.shape.in_channels // lanes, self.pixels * lanes))
 
-    def inputs(self, x: Buffer, row: Expr, block: Expr) -> Expr:
+    def inputs(self, x: Buffer, row: Row, block: Expr) -> Expr:
         """A block of channels of a pixel."""
+        n, pixel = row
         lanes = self.halves.lanes
-        n, pixel = ix.unflatten(row, (self.shape.batch, self.pixels))
         return load(x, n, block, ix.mul(pixel, lanes), lanes=lanes)
 
-    def stores(self, operands: Operands, tail: Tail, row: Expr, column: Expr, value: Expr) -> tuple[Stmt, ...]:
+    def stores(self, operands: Operands, tail: Tail, row: Row, column: Expr, value: Expr) -> tuple[Stmt, ...]:
         """With the bias, through the tail."""
-        n, *pixel = ix.unflatten(row, (self.shape.batch, *self.shape.out))
+        n, pixel = row
         if self.op.input(2):
             value = Binary("add", value, operands.load(self.op.inputs[2], (column,)))
-        return tail.stores((n, column, *pixel), value)
+        return tail.stores((n, column, *ix.unflatten(pixel, self.shape.out)), value)
 
 
 class StrassenFamily:
     """MatMul, Gemm and convolutions of one tap on float32, by constants whose sizes have two whole vectors as factors.
 
-    Sums are of sums, so that errors are relative to the largest elements of both halves of a row or column, and an
-    infinity in one of the two rows of a pair reaches the other.
+    Sums are of sums, so that errors are relative to the largest elements of two neighbouring rows, and an infinity in
+    one of them reaches the other. Items of a batch do not meet, as far as the shapes tell them apart.
     """
 
     def __init__(self, fused: bool | None = None) -> None:
@@ -210,7 +219,7 @@ def _anchor(region: Region) -> Op | None:
 class _Strassen(PositionProducts):
     """Builds the kernels of one product.
 
-    A *tile* is a pair of rows, one of each half. An item of the parallel loop is a chunk of groups of them, and a chunk
+    A *tile* is a pair of neighbouring rows. An item of the parallel loop is a chunk of groups of them, and a chunk
     of columns unless the sums of inputs are fused into it. U is [chunk of outputs][register column][stored sum][block
     of inputs][lane][nr * lanes]; a sum that is not stored is computed by the first group of an item that uses it, and
     kept in scratch memory for the others.
@@ -365,11 +374,12 @@ class _Strassen(PositionProducts):
             group = ix.add(ix.mul(chunk, cut.groups), q)
             with k.when(binary("le", group, last)):
                 group = binary("min", group, last)
-                # Past the last pair it is multiplied once more, and not stored.
+                # Past the last pair, and where there is no second row, one is multiplied once more, and not stored.
                 pair = binary("min", ix.add(ix.mul(group, cut.mr), j), ix.const(h.pairs - 1))
-                rows = pair, binary("min", ix.add(pair, h.pairs), ix.const(h.rows - 1))
+                item, first = self.rows(pair)
+                rows = first, binary("min", ix.add(first, 1), ix.const(h.rows - 1))
                 quarters = [
-                    code.name(self.source.inputs(x, row, ix.add(block, half * h.blocks)))
+                    code.name(self.source.inputs(x, (item, row), ix.add(block, half * h.blocks)))
                     for row in rows
                     for half in (0, 1)
                 ]
@@ -377,6 +387,11 @@ class _Strassen(PositionProducts):
                 offset = ix.mul(ix.add(ix.mul(place, cut.mr), j), lanes)
                 for position, signs in enumerate(INPUTS):
                     k.store(v, (position, offset), _sum(signs, quarters))
+
+    def rows(self, pair: Expr) -> Row:
+        """The first row of a pair."""
+        item, number = ix.unflatten(pair, (self.halves.items, self.halves.pairs // self.halves.items))
+        return item, ix.mul(number, 2)
 
     # -- sums of products
 
@@ -397,12 +412,13 @@ class _Strassen(PositionProducts):
                         found = [code.name(load(m, *tile, place, lanes=lanes)) for place in places]
                         for number, signs in enumerate(OUTPUTS):
                             k.store(done, (*divmod(number, 2), 0), _sum(signs, found))
+                        item, first = self.rows(binary("min", pair, ix.const(h.pairs - 1)))
                         with k.loop("r", 2) as r:
-                            row = ix.add(ix.mul(r, h.pairs), pair)
+                            row = ix.add(first, r)
                             with k.when(binary("lt", row, ix.const(h.rows))):
-                                self.finish(k, done, r, binary("min", row, ix.const(h.rows - 1)), vector)
+                                self.finish(k, done, r, (item, binary("min", row, ix.const(h.rows - 1))), vector)
 
-    def finish(self, k: Builder, done: Buffer, r: Expr, row: Expr, vector: Expr) -> None:
+    def finish(self, k: Builder, done: Buffer, r: Expr, row: Row, vector: Expr) -> None:
         """Store a vector of outputs of both halves of a row."""
         for half in (0, 1):
             lane = Var(f"lane{half}", self.lanes)

@@ -26,8 +26,9 @@ _MOST_BYTES = 2 << 20  # of weights of which all sums are stored; larger ones ta
 
 @dataclass(frozen=True)
 class Halves:
-    """A product of a matrix (rows, inputs) by one of (inputs, outputs), all of them halved."""
+    """Products of `items` matrices (rows, inputs) by one of (inputs, outputs), all of them halved."""
 
+    items: int
     rows: int
     inputs: int
     outputs: int
@@ -45,8 +46,8 @@ class Halves:
 
     @property
     def pairs(self) -> int:
-        """Pairs of rows; the last one may lack its second row."""
-        return ceil(self.rows / 2)
+        """Pairs of rows of all items; the last one of each may lack its second row."""
+        return self.items * ceil(self.rows / 2)
 
     @property
     def blocks(self) -> int:
@@ -124,4 +125,4 @@ def cycles(h: Halves, cut: Plan) -> float:
 
 def direct_cycles(h: Halves) -> float:
     """Modelled cycles of the direct kernel on the same terms."""
-    return together(h.rows * h.inputs * h.outputs / (2 * h.lanes) / _DIRECT, h.bytes / MEMORY)
+    return together(h.items * h.rows * h.inputs * h.outputs / (2 * h.lanes) / _DIRECT, h.bytes / MEMORY)
