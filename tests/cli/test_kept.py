@@ -248,7 +248,7 @@ def test_a_kernel_that_is_not_valid_is_refused_every_time(cache):
     kernel = builder.finish(())
     with ThreadPoolExecutor(1) as pool:
         for _ in range(2):
-            worker = Assembler(host_machine(), (), None, pool)
+            worker = Assembler(host_machine(), (), None, pool, 1)
             with pytest.raises(Error, match="outside its extent"):
                 worker.add_kernel(kernel)
 

@@ -360,3 +360,47 @@ def test_a_run_with_kernels_that_want_other_layouts_stays_whole(monkeypatch: pyt
     with nestc.compile(model, targets=["cpu"], threads=1) as executable:
         assert "sliced" not in executable.bundle.partitions[0].artifact.metadata
     assert len(asked) == 2
+
+
+def test_a_slice_that_is_too_little_for_the_threads_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels would have fewer iterations than two for each thread."""
+    from nestc.targets.cpu import assemble
+
+    net = Net(4, 3, 20)
+    model = net.model(net.conv(net.op("Relu", net.conv("x", 3, 8, 3)), 8, 8))
+    force(monkeypatch, 1)
+    monkeypatch.setattr(assemble, "SPREAD_SECONDS", 0.0)
+    for iterations, sliced in ((0, True), (1000, False)):
+        monkeypatch.setattr(assemble, "ITERATIONS", iterations)
+        with nestc.compile(model, targets=["cpu"], threads=2) as executable:
+            assert ("sliced" in executable.bundle.partitions[0].artifact.metadata) == sliced
+
+
+def test_quantized_networks_go_in_slices_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers come out the same, whole and in slices."""
+    net = Net(4, 3, 20)
+
+    def quantized(x: str, scale: float) -> str:
+        operands = [net.constant(np.array(scale, np.float32)), net.constant(np.array(0, np.int8))]
+        return net.op("DequantizeLinear", net.op("QuantizeLinear", x, *operands), *operands)
+
+    def conv(x: str, before: int, after: int, kernel: int) -> str:
+        weight = net.constant(net.random.integers(-127, 128, (after, before, kernel, kernel)).astype(np.int8))
+        scales = [net.constant(np.full(after, 0.004, np.float32)), net.constant(np.zeros(after, np.int8))]
+        real = net.op("DequantizeLinear", weight, *scales, axis=0)
+        return net.op("Conv", x, real, pads=[kernel // 2] * 4)
+
+    x = quantized("x", 0.03)
+    for before, after, kernel in ((3, 4, 3), (4, 16, 1), (16, 4, 3)):
+        x = quantized(net.op("Relu", conv(x, before, after, kernel)), 0.05)
+    model = net.model(x)
+    feeds = {"x": np.random.default_rng(1).standard_normal((4, 3, 20, 20)).astype(np.float32)}
+    found: list[np.ndarray] = []
+    for images in (4, 1):
+        if images == 1:
+            force(monkeypatch, images)
+        with nestc.compile(model, targets=["cpu"], threads=1) as executable:
+            assert ("sliced" in executable.bundle.partitions[0].artifact.metadata) == (images == 1)
+            found.append(executable.run(feeds)[x])
+    np.testing.assert_array_equal(*found)
+    assert found[0].std() > 0

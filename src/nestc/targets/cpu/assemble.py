@@ -13,7 +13,7 @@ import numpy as np
 from nestc.codegen.llvm import print_kernel
 from nestc.codegen.llvm_types import width
 from nestc.codegen.objects import compile_ir, compile_kernel, kernel_key, known_kernel
-from nestc.codegen.schedule import Alias, Loop, Step
+from nestc.codegen.schedule import SPREAD_SECONDS, Alias, Loop, Step
 from nestc.graph.region import TensorType
 from nestc.kernels import generic
 from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered
@@ -26,10 +26,14 @@ from nestc.tensor.math import expand
 from nestc.tensor.text import kernel_text
 from nestc.tensor.verify import verify
 
+ITERATIONS = 2
+"""Of the parallel loop of a kernel that each thread should have; with fewer, one thread often waits for another."""
+
 
 class Assembler:
     """Collects what `codegen.main` makes a program of. `border`: inputs and outputs of the partition, which others
-    make and keep. Kernels are compiled in `pool`; ``objects`` has the code of each as soon as that is done."""
+    make and keep. Kernels are compiled in `pool`; ``objects`` has the code of each as soon as that is done. ``narrow``
+    names the regions in loops that give `threads` too little to do at a time."""
 
     def __init__(
         self,
@@ -37,11 +41,13 @@ class Assembler:
         border: Sequence[str],
         emit: Callable[[str, str, str], None] | None,
         pool: ThreadPoolExecutor,
+        threads: int,
     ) -> None:
         self.machine = machine
         self.border = frozenset(border)
         self.emit = emit
         self.pool = pool
+        self.threads = threads
         self.steps: list[Step] = []
         self.loops: list[Loop] = []
         self.sizes: dict[str, int] = {}
@@ -49,6 +55,7 @@ class Assembler:
         self.weights: dict[str, np.ndarray] = {}
         self.objects: dict[str, Future[bytes]] = {}
         self.scratch = 0
+        self.narrow: set[str] = set()
         self.parts: dict[str, str] = {}  # of buffers at the border of the loop at hand: the slice of one turn
 
     def add(
@@ -94,7 +101,14 @@ class Assembler:
         names = {name: self.place(stored(name, layouts.get(name, PLAIN))) for name in (*region.inputs, *region.outputs)}
         for name in region.outputs:
             self.size(names[name], region.types[name], layouts.get(name, PLAIN))
+        first = len(self.steps)
         self.add_launches(lowered, names, region.name, seconds(region))
+        if self.parts and any(self.starves(step) for step in self.steps[first:]):
+            self.narrow.add(region.name)
+
+    def starves(self, step: Step) -> bool:
+        """Whether a step takes long enough to be shared, but has too few iterations for it."""
+        return self.threads > 1 and step.cost >= SPREAD_SECONDS and step.extent < ITERATIONS * self.threads
 
     def add_conversion(self, action: Convert, type_: TensorType) -> None:
         """A conversion kernel; its region names the value ``source`` before and ``target`` after."""

@@ -179,11 +179,17 @@ class _Compiler:
 
     def run(self, way: Callable[[Region], Family | None]) -> Artifact:
         """Lower every region the way that `way` says."""
-        program, types = self.plan(way)
         p = self.partition
+        program, types = self.plan(way)
         with self.pool() as pool:
             assembler = self.assembler(pool)
             assembler.add(program, p.inputs, p.outputs, types)
+            whole: set[str] = set()
+            while assembler.narrow - whole:
+                whole |= assembler.narrow
+                program, types = self.plan(way, whole=frozenset(whole))
+                assembler = self.assembler(pool)
+                assembler.add(program, p.inputs, p.outputs, types)
         ways = {action.region.name: action.family.name for action in lowered(program)}
         ways.update({first: ways[second] for second, first in self.firsts.items()})
         return self.program(assembler, {name: types[name] for name in (*p.inputs, *p.outputs)}, ways)
@@ -206,9 +212,12 @@ class _Compiler:
                     assembler.add_conversion(Convert(name, made, wanted), region.types[name])
         return self.program(assembler, p.types, {region.name: family.name})
 
-    def plan(self, way: Callable[[Region], Family | None], fuse: bool = True) -> tuple[Program, dict[str, TensorType]]:
+    def plan(
+        self, way: Callable[[Region], Family | None], fuse: bool = True, whole: frozenset[str] = frozenset()
+    ) -> tuple[Program, dict[str, TensorType]]:
         """What is to be done for the regions, each computed the way that `way` says, and the types of all values.
-        With `fuse`, neighbours are joined where that is expected to be faster.
+        With `fuse`, neighbours are joined where that is expected to be faster; regions named in `whole` compute the
+        whole batch at a time.
 
         Raises UnsupportedOp for a region that no family lowers.
         """
@@ -221,7 +230,6 @@ class _Compiler:
         self.firsts = merged.firsts
         for region in merged.regions:
             types.update(region.types)
-        whole: frozenset[str] = frozenset()
         while True:
             slices = choose_slices(merged.regions, p.outputs, self.machine, self.threads, whole)
             # What is computed for a slice at a time is computed the way that is best for a slice.
@@ -245,7 +253,8 @@ class _Compiler:
 
     def assembler(self, pool: ThreadPoolExecutor) -> Assembler:
         """What puts a program of this partition together."""
-        return Assembler(self.machine, (*self.partition.inputs, *self.partition.outputs), self.emit, pool)
+        border = (*self.partition.inputs, *self.partition.outputs)
+        return Assembler(self.machine, border, self.emit, pool, self.threads)
 
     def pool(self) -> ThreadPoolExecutor:
         """Threads that compile kernels."""
