@@ -67,20 +67,25 @@ def product_region(rows, k, n, tail=(), **attributes) -> tuple[Region, dict[str,
     return finished([helper.make_node("Gemm", ["x", "w", "b"], ["y"], "product", **attributes)], values, "y", tail)
 
 
-def pointwise_region(batch, channels, outputs, size, tail=(), bias=True) -> tuple[Region, dict[str, np.ndarray]]:
+def pointwise_region(
+    batch, channels, outputs, size, tail=(), bias=True, stride=1
+) -> tuple[Region, dict[str, np.ndarray]]:
     """A convolution of one tap."""
     random = np.random.default_rng(channels + outputs)
     x = random.standard_normal((batch, channels, *size)).astype(np.float32)
     w = (random.standard_normal((outputs, channels)) / np.sqrt(channels)).astype(np.float32)
     ones = (1,) * len(size)
     values = {"x": x, "w": w.reshape(outputs, channels, *ones)}
-    y = np.moveaxis(np.tensordot(w.astype(np.float64), x.astype(np.float64), (1, 1)), 0, 1)
+    read = x[(slice(None), slice(None), *(slice(None, None, stride),) * len(size))]
+    y = np.moveaxis(np.tensordot(w.astype(np.float64), read.astype(np.float64), (1, 1)), 0, 1)
     if bias:
         values["b"] = random.standard_normal(outputs).astype(np.float32)
         y = y + values["b"].reshape(-1, *ones)
     values["y"] = y
-    names = ["x", "w", "b"] if bias else ["x", "w"]
-    return finished([helper.make_node("Conv", names, ["y"], "conv", kernel_shape=ones)], values, "y", tail)
+    names, strides = ["x", "w", "b"] if bias else ["x", "w"], (stride,) * len(size)
+    return finished(
+        [helper.make_node("Conv", names, ["y"], "conv", kernel_shape=ones, strides=strides)], values, "y", tail
+    )
 
 
 def check(region, values, cut: Plan | None = None, stored=POSITIONS, jit=True, cpu=MACHINE):
@@ -138,10 +143,11 @@ def test_random_products(data):
 @given(st.data())
 def test_random_convolutions(data):
     draw = data.draw
-    size = draw(st.sampled_from([(7,), (1, 2), (5, 5), (14, 14), (3, 4, 3)]))
+    size = draw(st.sampled_from([(7,), (1, 8), (5, 5), (14, 14), (3, 4, 3)]))
     channels, outputs = (16 * draw(st.integers(1, 6)) for _ in range(2))
     tail = draw(st.sampled_from(TAILS))
-    check(*pointwise_region(draw(st.integers(1, 2)), channels, outputs, size, tail, draw(st.booleans())))
+    bias, stride = draw(st.booleans()), draw(st.integers(1, 3))
+    check(*pointwise_region(draw(st.integers(1, 2)), channels, outputs, size, tail, bias, stride))
 
 
 @settings(deadline=None, max_examples=25)
@@ -257,8 +263,10 @@ def test_what_is_refused():
     assert reason(turned) == "only a matrix by a matrix is halved"
     conv, _ = pointwise_region(1, 32, 32, (4, 4))
     assert reason(conv) is None
-    strided = dataclasses.replace(conv.ops[0], attributes={**conv.ops[0].attributes, "strides": (2, 2)})
-    assert reason(dataclasses.replace(conv, ops=(strided,))) == "only convolutions of one tap are products"
+    padded = dataclasses.replace(conv.ops[0], attributes={**conv.ops[0].attributes, "pads": (1, 0, 0, 0)})
+    assert (
+        reason(dataclasses.replace(conv, ops=(padded,))) == "only convolutions of one tap without padding are products"
+    )
 
 
 def test_halves_of_odd_vectors_are_no_way():

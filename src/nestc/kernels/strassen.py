@@ -122,13 +122,16 @@ class PointwiseSource:
 
     def view(self, operands: Operands) -> Buffer:
         """The map, its pixels in one piece."""
-        lanes = self.halves.lanes
-        return operands.view(self.value, (self.shape.batch, self.shape.in_channels // lanes, self.pixels * lanes))
+        s, lanes = self.shape, self.halves.lanes
+        return operands.view(self.value, (s.batch, s.in_channels // lanes, prod(s.size) * lanes))
 
     def inputs(self, x: Buffer, row: Row, block: Expr) -> Expr:
-        """A block of channels of a pixel."""
+        """A block of channels of the pixel that an output pixel is made of."""
         n, pixel = row
-        lanes = self.halves.lanes
+        s, lanes = self.shape, self.halves.lanes
+        if max(s.strides) > 1:
+            places = (ix.mul(place, stride) for place, stride in zip(ix.unflatten(pixel, s.out), s.strides))
+            pixel = ix.flatten(tuple(places), s.size)
         return load(x, n, block, ix.mul(pixel, lanes), lanes=lanes)
 
     def stores(self, operands: Operands, tail: Tail, row: Row, column: Expr, value: Expr) -> tuple[Stmt, ...]:
@@ -166,7 +169,9 @@ class StrassenFamily:
             reason = f"the weights of {op.name!r} are not constant"
         else:
             shape = conv_shape(op, region)
-            reason = None if shape.pointwise and shape.group == 1 else "only convolutions of one tap are products"
+            one_tap = prod(shape.kernel) == 1 and not any(shape.pads_begin) and shape.group == 1
+            inside = all(s * (n - 1) < size for s, n, size in zip(shape.strides, shape.out, shape.size))
+            reason = None if one_tap and inside else "only convolutions of one tap without padding are products"
         return reason or tail_refusal(region, op)
 
     def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
