@@ -223,10 +223,9 @@ class Direct:
         self.lanes = machine.lanes("float32")
         registers = machine.tile_registers if self.dtype == "float32" else machine.tile_registers // 2
         self.registers = registers
-        # Of few channels the loops around are written out, and LLVM loads the weights of two steps early; a tile that
-        # has no room for them is spilled (a first layer of 3 channels then takes 1.4 to 2 times as long).
-        few = min(shape.in_channels // shape.group, self.lanes) <= self.lanes // 2
-        self.early = 2 if few and prod(shape.kernel) > 1 else 1
+        # Of few channels the loops around are written out: a tile that is spilled is so all the time (a first layer of
+        # 3 channels then takes 1.4 to 2 times as long).
+        self.few = min(shape.in_channels // shape.group, self.lanes) <= self.lanes // 2 and prod(shape.kernel) > 1
         group_vectors = ceil(shape.out_channels // shape.group / self.lanes)
         self.flat = shape.pointwise and len(shape.out) > 1
         self.original = shape
@@ -270,14 +269,14 @@ class Direct:
     def register_tile(self, vectors: int, pixels: int, registers: int) -> tuple[int, int]:
         """The tile that was chosen, no larger than what there is; else by rule."""
         if self.choice.tile is None:
-            return register_tile(vectors, pixels, registers, self.early)
+            return register_tile(vectors, pixels, registers, self.few)
         mr, nr = self.choice.tile
         return min(mr, pixels, registers), min(nr, vectors)
 
     def tiles_beside(self) -> list[tuple[int, int]]:
         """Other register tiles than this one's, for each number of vectors the one with the least modelled cycles."""
         vectors = ceil(self.shape.out_channels // self.shape.group / self.lanes)
-        tiles = register_tiles(vectors, min(self.shape.out[-1], 96), self.registers, self.early)
+        tiles = register_tiles(vectors, min(self.shape.out[-1], 96), self.registers, self.few)
         return [tile for tile in tiles if tile != (self.mr, self.nr)][:_OTHER_TILES]
 
     def lower(self) -> Lowered:
