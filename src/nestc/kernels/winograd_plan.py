@@ -6,7 +6,7 @@ from functools import lru_cache
 from math import ceil, prod
 
 from nestc.kernels.choices import below
-from nestc.kernels.conv_shape import kept_weights
+from nestc.kernels.conv_shape import spilling
 from nestc.kernels.position_products import Plan
 from nestc.kernels.winograd_matrices import Transform
 from nestc.kernels.winograd_tiles import Tiles
@@ -25,6 +25,7 @@ _PRODUCTS = 8  # share of L2 that M may take, which is read soon after it was wr
 # Of the cycles that the model counts (measured on a Zen 3 with layers of ResNet-18 and VGG16, one core).
 _TRANSFORM = 0.5  # cycles of an instruction of the transforms
 TILE = 25.0  # cycles that a register tile takes beside its multiply-adds, and a tile beside its transform
+_RESULT = 2.5  # cycles of a register tile for each vector of results, where tiles are compared
 MEMORY = 4.5  # bytes a cycle that weights come from memory with
 _L2, L3 = 32.0, 10.0  # bytes a cycle that weights come from there with, or V is written and read
 _EXPOSED = 0.25  # part of the shorter of two things that are done at once, and which is not hidden by the longer one
@@ -74,9 +75,11 @@ def tile(tiles: int, vectors: int, channels: int, registers: int) -> tuple[int, 
     best, best_cost = (1, 1), float("inf")
     for nr in range(1, min(4, vectors) + 1):
         for mr in range(1, min(tiles, registers) + 1):
-            if mr * nr + kept_weights(nr, registers) + 1 > registers:
+            factor = spilling(mr, nr, registers)
+            if factor is None:
                 break
-            cost = ceil(tiles / mr) * ceil(vectors / nr) * (channels * step_cycles(mr, nr) + TILE)
+            cost = factor * channels * step_cycles(mr, nr) + _RESULT * mr * nr
+            cost *= ceil(tiles / mr) * ceil(vectors / nr)
             if cost < best_cost - 1e-9:
                 best, best_cost = (mr, nr), cost
     return best
