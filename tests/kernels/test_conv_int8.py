@@ -17,7 +17,7 @@ from nestc.codegen.objects import compile_ir
 from nestc.kernels import conv_pack
 from nestc.kernels.api import PLAIN, CpuMachine, Layout
 from nestc.kernels.conv_int8 import CONV_INT8
-from nestc.kernels.conv_pack import pair_tile, sums_tile
+from nestc.kernels.conv_pack import pair_tile, paired_tile, sums_tile
 from nestc.kernels.conv_shape import conv_shape
 from nestc.kernels.families import choose
 from nestc.kernels.testing import host_machine, op_of, region_of, run_lowered, type_of
@@ -235,10 +235,19 @@ def test_layers_on_every_machine(name: str, which: str) -> None:
     check(*quantized_case(0, x, w, relu=True, bits=bits, **attributes), "yq", which)
 
 
-@pytest.mark.parametrize("way", sorted(conv_pack.WAYS))
+PAIRED = (3, 3)  # among the ways: `byte_pairs`
+
+
+def only(way: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kernels multiply in one way alone (where it can be had)."""
+    monkeypatch.setattr(conv_pack, "WAYS", {(0, 0): 1.0} if way == PAIRED else {way: 1.0})
+    monkeypatch.setattr(conv_pack, "PAIRED", (0.0, 0.0, 0.0) if way == PAIRED else (1e9, 1e9, 1e9))
+
+
+@pytest.mark.parametrize("way", [*sorted(conv_pack.WAYS), PAIRED])
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_way_of_multiplying(name: str, way: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_pack, "WAYS", {way: 1.0})
+    only(way, monkeypatch)
     x, w, attributes = LAYERS[name]
     check(*quantized_case(0, x, w, **attributes), "yq")
 
@@ -263,12 +272,12 @@ def test_no_sum_can_saturate(seed: int, columns: int, depth: int, count: int, bi
     np.testing.assert_array_equal(total, units)
 
 
-@pytest.mark.parametrize("way", [(0, 0), (1, 1), (2, 2)])
+@pytest.mark.parametrize("way", [(0, 0), (1, 1), (2, 2), PAIRED])
 @pytest.mark.parametrize("name", ["1x1", "3x3", "first layer"])
 def test_machine_code_does_what_the_interpreter_does(
     name: str, way: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conv_pack, "WAYS", {way: 1.0})
+    only(way, monkeypatch)
     x, w, attributes = LAYERS[name]
     x = (1, min(x[1], 6), 4, 5)
     w = (9, x[1], *w[2:])
@@ -356,6 +365,18 @@ def test_a_tile_fits_the_registers(vectors: int, pixels: int, registers: int) ->
     for depth, together in ((1, 1), (1, 2), (2, 1), (2, 2)):
         mr, nr = sums_tile(vectors, pixels, registers, depth, together)
         assert 1 <= mr <= pixels and 1 <= nr <= vectors and mr * nr + depth * nr + depth + 2 <= registers
+    mr, nr = paired_tile(vectors, pixels, registers)
+    assert 1 <= mr <= pixels and 1 <= nr <= vectors and mr * nr + 3 * nr + 3 <= registers
+
+
+@pytest.mark.parametrize(("arch", "register"), [("avx2", "ymm"), ("avx512", "zmm")])
+def test_weights_of_eight_bits_multiply_as_bytes(arch: str, register: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(PAIRED, monkeypatch)
+    loops = hot_loops("1x1 of many channels", arch)
+    assert loops
+    for loop in loops:
+        assert re.search(rf"\tvpmaddubsw\t.*%{register}", loop) and "(%rsp)" not in loop
+    assert any("vpxor" in loop and "vpaddw" in loop for loop in loops)
 
 
 def widest_case(channels: int, bias: int, group: int = 1) -> tuple[Any, Arrays]:

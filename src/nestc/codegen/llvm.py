@@ -38,6 +38,8 @@ from nestc.tensor.ir import (
     Store,
     Unary,
     Var,
+    loads,
+    statements,
 )
 
 _CACHE_LINE = 64
@@ -216,16 +218,29 @@ class _Printer(Arithmetic):
             del self.env[s.var.name]
             return
         start, stop = ("%begin", "%end") if s.kind == "parallel" else ("0", str(s.var.extent))
+        body = s.body
         var, following = self.fresh(f"{s.var.name}."), self.fresh("next")
-        head, latch, done = (f"L{self.count}.{part}" for part in ("head", "latch", "done"))
-        self.enter()
+        first, head, latch, done = (f"L{self.count}.{part}" for part in ("first", "head", "latch", "done"))
+        guarded = _limited(s)
+        if guarded is None:
+            self.enter()
+        else:
+            # A body that runs while the variable is below a limit: the loop ends there, and may not run at all.
+            limit, body = guarded
+            stop = self.value(Binary("min", limit, Const(s.var.extent, "int64")))
+            some = self.emit(f"icmp sgt i64 {stop}, 0")
+            hoisted: _Lines = []
+            self.lines.append(hoisted)
+            self.do(f"br i1 {some}, label %{first}, label %{done}")
+            self.label(first)
+            self.scopes.append(_Scope(before=hoisted))
         self.do(f"br label %{head}")
         before = self.block
         self.label(head)
         self.do(f"{var} = phi i64 [ {start}, %{before} ], [ {following}, %{latch} ]")
         self.env[s.var.name] = var
         self.depth[var] = len(self.scopes) - 1
-        self.statements(s.body)
+        self.statements(body)
         self.leave()
         del self.env[s.var.name]
         self.do(f"br label %{latch}")
@@ -568,6 +583,23 @@ class _Printer(Arithmetic):
             return value
         zero = "zeroinitializer" if lanes > 1 else "0"
         return self.emit(f"icmp ne {vector_type('i8', lanes)} {value}, {zero}")
+
+
+def _limited(s: For) -> tuple[Expr, Block] | None:
+    """The limit and the body of a serial loop all of which runs only while its variable is below a limit that stays the
+    same; None if it is another kind of loop."""
+    if s.kind != "serial" or len(s.body) != 1:
+        return None
+    only = s.body[0]
+    if not isinstance(only, If) or only.orelse or not isinstance(only.cond, Binary):
+        return None
+    cond = only.cond
+    if cond.op != "lt" or cond.a != s.var or ix.depends(cond.b, s.var):
+        return None
+    stored = {each.buffer.name for each in statements(only.then) if isinstance(each, Store)}
+    if any(each.buffer.name in stored for each in loads(cond.b)):
+        return None
+    return cond.b, only.then
 
 
 def _flat(lines: _Lines) -> Iterator[str]:

@@ -108,9 +108,9 @@ class Stage:
         """Scratch that the stage takes."""
         return self.blocks * self.stride * self.element
 
-    def declare(self) -> None:
+    def declare(self, beyond: int = 0) -> None:
         """Reserve the scratch memory."""
-        self.buffer = self.builder.scratch("staged", (self.blocks * self.stride,), self.dtype)
+        self.buffer = self.builder.scratch("staged", (self.blocks * self.stride + beyond,), self.dtype)
 
     def place(self, block: Expr, plane: Expr, row: Expr, column: Expr) -> Expr:
         """Place of the first channel of a staged pixel."""
