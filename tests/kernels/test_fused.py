@@ -186,7 +186,7 @@ def test_random_depthwise_and_pointwise(data: st.DataObject) -> None:
         (draw(st.integers(kernel[0], 30)), draw(st.integers(kernel[1] + 1, 30))),
         kernel,
         (draw(st.integers(1, 3)), draw(st.integers(1, 2))),
-        (*(draw(st.integers(0, k // 2)) for k in kernel), *(draw(st.integers(1, 2)) for _ in kernel)),
+        (draw(st.integers(0, kernel[0] // 2)), draw(st.integers(0, kernel[1] // 2)), 1, draw(st.integers(1, 2))),
         draw(st.integers(1, 2)),
         draw(st.sampled_from(sorted(ACTIVATIONS))),
         draw(st.booleans()),

@@ -11,7 +11,7 @@ from nestc.kernels.api import CpuMachine, Family, Layout, Lowered
 from nestc.kernels.choices import below
 from nestc.kernels.conv import CONV, ConvFamily
 from nestc.kernels.conv_shape import conv_shape
-from nestc.kernels.fused import BARRIER_SECONDS, FLOPS_PER_SECOND, STREAM_RATE, Pair, element_bytes, parts
+from nestc.kernels.fused import BARRIER_SECONDS, FLOPS_PER_SECOND, STREAM_RATE, Pair, element_bytes, parts, rate
 from nestc.kernels.fused_rows import RowsOf
 from nestc.kernels.operands import Index, Operands
 from nestc.kernels.pool import POOL, WINDOWED, Window, Windowed, pooling_of, windows
@@ -69,7 +69,8 @@ class ConvPool:
             return 0.0  # weights that leave L1 are better read once for several rows
         line_bytes = 2 * lanes * element * shape.out[1]
         cut = _cut(windows(pair.anchor, pair.second)[0], shape.batch * ceil(vectors / 2), line_bytes, machine)
-        spared = 2 * element * shape.batch * shape.out_channels * prod(shape.out) / STREAM_RATE
+        between = 2 * element * shape.out_channels * prod(shape.out)
+        spared = shape.batch * between / min(STREAM_RATE, rate(machine, between))
         again = (cut.strips - 1) * cut.overlap / shape.out[0] * shape.flops / FLOPS_PER_SECOND
         return (spared - again) / threads + (BARRIER_SECONDS if threads > 1 else 0.0)
 

@@ -11,7 +11,7 @@ from nestc.kernels.api import PLAIN, CpuMachine, Family, Launch, Layout, Lowered
 from nestc.kernels.choices import CONV_BY_RULE, ConvChoice
 from nestc.kernels.conv import CONV, ConvFamily, Direct, lower_dense
 from nestc.kernels.conv_shape import conv_shape
-from nestc.kernels.fused import STREAM_RATE, Pair, element_bytes, parts
+from nestc.kernels.fused import STREAM_RATE, Pair, element_bytes, parts, rate
 from nestc.kernels.operands import Operands
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, load, splat, within
@@ -55,11 +55,10 @@ class ScaledWeights:
         """Modelled seconds that are saved: the map is not read and written once more, but the weights are."""
         pair = parts(region)
         assert pair is not None
-        shape = conv_shape(pair.anchor, pair.second)
-        spared = (
-            2 * shape.in_channels * (prod(shape.out) - shape.out_channels) * element_bytes(region.types[pair.between])
-        )
-        return spared / STREAM_RATE / threads
+        shape, type_ = conv_shape(pair.anchor, pair.second), region.types[pair.between]
+        pixel = 2 * element_bytes(type_) * shape.in_channels
+        speed = min(STREAM_RATE, rate(machine, pixel * prod(shape.out)))
+        return pixel * (prod(shape.out) - shape.out_channels) / speed / threads
 
     def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
         """As the convolution wants them; scales as they come."""
