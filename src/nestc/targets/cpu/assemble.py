@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +17,7 @@ from nestc.codegen.objects import compile_ir, compile_kernel, kernel_key, known_
 from nestc.codegen.schedule import SPREAD_SECONDS, Alias, Loop, Step
 from nestc.graph.region import TensorType
 from nestc.kernels import generic
-from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered
+from nestc.kernels.api import PLAIN, CpuMachine, Launch, Layout, Lowered
 from nestc.runtime.arrays import aligned
 from nestc.targets.cpu import address
 from nestc.targets.cpu.cost import seconds
@@ -56,6 +57,7 @@ class Assembler:
         self.objects: dict[str, Future[bytes]] = {}
         self.scratch = 0
         self.narrow: set[str] = set()
+        self.made: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}  # temporaries by kernel and what it read
         self.parts: dict[str, str] = {}  # of buffers at the border of the loop at hand: the slice of one turn
 
     def add(
@@ -84,13 +86,14 @@ class Assembler:
     def add_turns(self, turns: Turns) -> None:
         """A loop over slices; its kernels are lowered once."""
         first = len(self.steps)
+        self.made = {}
         self.parts = {buffer: f"{buffer}/{len(self.loops)}" for buffer in turns.parts}
         for buffer, size in turns.parts.items():
             self.aliases[self.parts[buffer]] = Alias(buffer, 0, size)
             self.sizes[self.parts[buffer]] = size
         self.sizes.update({buffer: size for buffer, size in turns.sizes.items() if buffer not in self.border})
         self.add(turns.actions, turns.inputs, turns.outputs, turns.types)
-        self.parts = {}
+        self.parts, self.made = {}, {}
         if len(self.steps) > first:
             self.loops.append(Loop(first, len(self.steps), turns.count))
 
@@ -131,18 +134,24 @@ class Assembler:
 
     def add_launches(self, lowered: Lowered, names: Mapping[str, str], prefix: str, cost: float) -> None:
         """The kernels of what was lowered. `names`: the buffers of its inputs and outputs; `prefix` names what is its
-        own; `cost`: modelled seconds."""
-        names = dict(names)
-        for name, type_ in lowered.temporaries.items():
-            names[name] = f"{prefix}/{name}"
-            self.size(names[name], type_, PLAIN)
+        own; `cost`: modelled seconds. A temporary that another region's kernel has made already is not made again (the
+        same sums of inputs for three projections of a value)."""
+        own = {name: f"{prefix}/{name}" for name in (*lowered.temporaries, *lowered.constants)}
+        names = {**names, **own}
         for name, array in lowered.constants.items():
-            names[name] = f"{prefix}/{name}"
             self.weights[names[name]] = aligned(array)
         heaviest = max((_extent(launch.kernel) for launch in lowered.launches), default=1)
-        for launch in lowered.launches:
+        writes_of = [_writes(launch) for launch in lowered.launches]
+        writers = Counter(name for writes in writes_of for name in writes)
+        for launch, writes in zip(lowered.launches, writes_of, strict=True):
             kernel = launch.kernel
             symbol = self.add_kernel(kernel)
+            if all(name in lowered.temporaries and writers[name] == 1 for name in writes):
+                reads = tuple(names[name] for name in launch.args if name not in writes)
+                made = self.made.setdefault((symbol, reads), tuple(names[name] for name in writes))
+                if made[0] != names[writes[0]]:
+                    names.update(zip(writes, made, strict=True))
+                    continue
             stores = written(kernel)
             moved = sum(b.size * width(b.dtype) // 8 for b in kernel.params)
             share = cost if _extent(kernel) == heaviest else 0.0
@@ -157,6 +166,9 @@ class Assembler:
                     kernel.origin,
                 )
             )
+        for name, type_ in lowered.temporaries.items():
+            if names[name] == own[name]:
+                self.size(names[name], type_, PLAIN)
 
     def add_kernel(self, kernel: Kernel) -> str:
         """The symbol of `kernel`, which is compiled once however often a model uses it."""
@@ -182,6 +194,13 @@ class Assembler:
             self.emit("llvm", symbol, code.text)
             self.emit("asm", symbol, compile_ir(code.text, self.machine, assembly=True).assembly)
         return symbol
+
+
+def _writes(launch: Launch) -> list[str]:
+    """The values that a launch writes."""
+    stores = written(launch.kernel)
+    both = zip(launch.args, launch.kernel.params, strict=True)
+    return list(dict.fromkeys(name for name, buffer in both if buffer.name in stores))
 
 
 def _extent(kernel: Kernel) -> int:
