@@ -203,7 +203,7 @@ def test_refusals(node: NodeProto, feeds: dict[str, Array], reason: str) -> None
 
 
 def test_tiles_fit_the_registers() -> None:
-    assert choose_tile(1024, 1024, 8, MACHINE if MACHINE.vector_registers == 16 else SSE2) == Tile(6, 2)
+    assert choose_tile(1024, 1024, 8, MACHINE if MACHINE.vector_registers == 16 else SSE2) == Tile(5, 2)
     for machine in (MACHINE, AVX512, NEON, SSE2):
         for m in (1, 2, 3, 5, 8, 100):
             for n in (1, 8, 9, 100):

@@ -8,7 +8,7 @@ from math import ceil, prod
 
 from nestc.graph.region import Op, Region
 from nestc.kernels.api import CpuMachine
-from nestc.kernels.conv_shape import kept_weights
+from nestc.kernels.conv_shape import spilling
 from nestc.kernels.operands import Operands
 from nestc.kernels.tail import Tail
 from nestc.tensor import index as ix
@@ -139,13 +139,14 @@ def choose_tiles(m: int, n: int, lanes: int, machine: CpuMachine) -> list[Tile]:
     for rows in range(1, min(m, registers) + 1):
         for wide in range(1, min(vectors, 8) + 1):
             # The accumulators, the operand that is kept for a step, and what streams by.
-            if rows * wide + kept_weights(min(rows, wide), registers) + 1 > registers:
+            factor = spilling(max(rows, wide), min(rows, wide), registers)
+            if factor is None:
                 continue
             full, rest = divmod(m, rows)
             cycles = ceil(vectors / wide) * (
                 full * _step_cycles(rows, wide) + (_step_cycles(rest, wide) if rest else 0)
             )
-            found.append((cycles, -rows * wide, Tile(rows, wide, split_of(rows, wide, machine))))
+            found.append((factor * cycles, -rows * wide, Tile(rows, wide, split_of(rows, wide, machine))))
     ranked = [tile for _, _, tile in sorted(found, key=lambda each: each[:2])]
     return [tile for index, tile in enumerate(ranked) if all(tile.vectors != each.vectors for each in ranked[:index])]
 
