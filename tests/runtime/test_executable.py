@@ -96,6 +96,12 @@ def test_inputs_that_native_code_cannot_read_are_copied(executable: Executable):
         (lambda e: e(X.astype(np.float64), X), "input 'a' must be float32[2,3,4], but is float64[2,3,4]"),
         (lambda e: e(X.astype(">f4"), X), "input 'a' must be float32[2,3,4], but is >f4[2,3,4]"),
         (lambda e: e(X, 1.0), "input 'b' must be float32[2,3,4], but is float64[]"),
+        (
+            lambda e: e({"a": X, "b": X}),
+            "a call takes arrays in graph order; inputs by name go to exe.run({'a': array, 'b': array})",
+        ),
+        (lambda e: e(X, {"b": X}), "inputs by name go to exe.run({'b': array})"),
+        (lambda e: e.submit(X, {}), "inputs by name go to exe.run({name: array})"),
         (lambda e: e.run({"a": X}), "input 'b' is missing; the inputs are a, b"),
         (lambda e: e.run({"a": X, "c": X, "b": X}), "there is no input 'c'; the inputs are a, b"),
         (lambda e: e(X, X, out=X.copy()), "out= has 1 arrays, but the outputs are total, product"),

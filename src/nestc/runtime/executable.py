@@ -377,6 +377,9 @@ class Executable:
         return [inputs[spec.name] for spec in self._specs]
 
     def _check_count(self, arrays: Sequence[np.ndarray]) -> None:
+        for array in arrays:
+            if isinstance(array, Mapping):
+                raise _by_name(array)
         if len(arrays) != len(self._specs):
             wanted = ", ".join(spec.name for spec in self._specs) or "none"
             raise ShapeError(f"the model has {len(self._specs)} inputs ({wanted}), but {len(arrays)} were given")
@@ -423,6 +426,8 @@ class _Wanted:
     def input(self, array: np.ndarray) -> np.ndarray:
         """`array`, or a copy that native code can read. Raises ShapeError, or _OtherShape if only the shape differs."""
         if type(array) is not np.ndarray:
+            if isinstance(array, Mapping):
+                raise _by_name(array)
             array = np.asarray(array)
         if array.shape != self.shape and not self.fits(array.shape):
             raise _OtherShape
@@ -462,6 +467,12 @@ class _Wanted:
         if self.dtype.kind in "fV":
             return np.random.default_rng(seed).standard_normal(cast(Shape, self.shape)).astype(self.dtype)
         return np.zeros(cast(Shape, self.shape), self.dtype)
+
+
+def _by_name(inputs: Mapping[Any, Any]) -> ShapeError:
+    """What a call answers that gets inputs by name."""
+    names = ", ".join(f"{name!r}: array" for name in inputs) or "name: array"
+    return ShapeError(f"a call takes arrays in graph order; inputs by name go to exe.run({{{names}}})")
 
 
 def _writable_in_place(array: np.ndarray, inputs: Sequence[np.ndarray]) -> bool:
