@@ -357,6 +357,18 @@ def test_scaled_weights_of_rows_and_with_a_chosen_tile() -> None:
     case.close(case.fused(family))
 
 
+def test_chosen_tiles() -> None:
+    tiled = ConvFamily(ConvChoice(tile=(3, 2)))
+    deep = depthwise_case(24, 40, (12, 12))
+    family = DEPTHWISE_POINTWISE.replacing(CONV, tiled)
+    assert family is not None and family.name == "depthwise_pointwise_3x2"
+    np.testing.assert_array_equal(deep.fused(family), deep.apart(CONV, CONV))
+    stem = pool_case(3, 40, (21, 20))
+    family = CONV_POOL.replacing(tiled, POOL)
+    assert family is not None and family.name == "conv_pool_3x2"
+    np.testing.assert_array_equal(stem.fused(family), stem.apart(CONV, POOL))
+
+
 def test_normalisation_and_activation_before_a_convolution() -> None:
     feeds = {"X": numbers(0, 2, 20, 12, 10), "scale": numbers(1, 1, 20, 1, 1), "shift": numbers(2, 1, 20, 1, 1)}
     first = [
@@ -395,7 +407,7 @@ def test_refusals() -> None:
 
 def test_other_algorithms_are_not_replaced() -> None:
     winograd = WINOGRAD[0]
-    assert CONV_POOL.replacing(winograd, POOL) is None and CONV_POOL.replacing(CONV, POOL) is CONV_POOL
+    assert CONV_POOL.replacing(winograd, POOL) is None and CONV_POOL.replacing(CONV, POOL) is not None
     assert DEPTHWISE_POINTWISE.replacing(CONV, winograd) is None
     assert SCALED_WEIGHTS.replacing(Generic(), winograd) is None
     assert ELEMENTWISE_POINTWISE.replacing(Generic(), winograd) is None

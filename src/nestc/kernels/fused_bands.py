@@ -11,7 +11,7 @@ import numpy as np
 
 from nestc.graph.region import Op, Region
 from nestc.kernels.api import CpuMachine, Family, Layout, Lowered
-from nestc.kernels.choices import below
+from nestc.kernels.choices import CONV_BY_RULE, ConvChoice, below
 from nestc.kernels.conv import CONV, ConvFamily, depthwise
 from nestc.kernels.conv_shape import ConvShape, conv_shape
 from nestc.kernels.depthwise import Depthwise
@@ -62,12 +62,17 @@ class DepthwisePointwise:
     the two kernels, so the results are the same to the bit.
     """
 
-    name = "depthwise_pointwise"
     exact = True
 
+    def __init__(self, choice: ConvChoice = CONV_BY_RULE) -> None:
+        self.choice = choice
+        self.name = f"depthwise_pointwise{choice.text}"
+
     def replacing(self, first: Family, second: Family) -> DepthwisePointwise | None:
-        """This family if both would be computed directly, else None."""
-        return self if isinstance(first, ConvFamily) and isinstance(second, ConvFamily) else None
+        """This family with the tile of the second if both would be computed directly, else None."""
+        if not isinstance(first, ConvFamily) or not isinstance(second, ConvFamily):
+            return None
+        return DepthwisePointwise(second.choice)
 
     def refusal(self, region: Region) -> str | None:
         """Why this family does not lower `region`; None if it does."""
@@ -91,7 +96,7 @@ class DepthwisePointwise:
         operands = Operands(Builder("depthwise_pointwise"), region, layouts)
         shape = _shape_of_first(pair)
         first = Depthwise(operands.part(pair.first), pair.first.ops[0], shape, machine)
-        return _Banded(pair, operands, machine, layouts, first).lower()
+        return _Banded(pair, operands, machine, layouts, self.choice, first).lower()
 
     def gain(self, region: Region, machine: CpuMachine, threads: int) -> float:
         """Modelled seconds that one kernel saves: the map between the two is neither written nor read, and threads meet
@@ -111,12 +116,15 @@ class ElementwisePointwise:
     the scales of squeeze-and-excite, normalisation and activation before a convolution. Results are those of two
     kernels to the bit."""
 
-    name = "elementwise_pointwise"
     exact = True
 
+    def __init__(self, choice: ConvChoice = CONV_BY_RULE) -> None:
+        self.choice = choice
+        self.name = f"elementwise_pointwise{choice.text}"
+
     def replacing(self, first: Family, second: Family) -> ElementwisePointwise | None:
-        """This family if the convolution would be computed directly, else None."""
-        return self if isinstance(second, ConvFamily) else None
+        """This family with the tile of the convolution if that would be computed directly, else None."""
+        return ElementwisePointwise(second.choice) if isinstance(second, ConvFamily) else None
 
     def refusal(self, region: Region) -> str | None:
         """Why this family does not lower `region`; None if it does."""
@@ -146,7 +154,7 @@ class ElementwisePointwise:
         assert source is not None
         operands = Operands(Builder("elementwise_pointwise"), region, layouts)
         first = _Elementwise(operands.part(_after(source, pair.first)), source, machine.lanes("float32"))
-        return _Banded(pair, operands, machine, layouts, first).lower()
+        return _Banded(pair, operands, machine, layouts, self.choice, first).lower()
 
     def gain(self, region: Region, machine: CpuMachine, threads: int) -> float:
         """Modelled seconds that one kernel saves, as of a depthwise convolution: what a kernel of its own reads takes
@@ -251,7 +259,13 @@ class _Banded:
     [block of channels][pixel][lanes], then every group of outputs from it."""
 
     def __init__(
-        self, pair: Pair, operands: Operands, machine: CpuMachine, layouts: Mapping[str, Layout], first: _Maker
+        self,
+        pair: Pair,
+        operands: Operands,
+        machine: CpuMachine,
+        layouts: Mapping[str, Layout],
+        choice: ConvChoice,
+        first: _Maker,
     ) -> None:
         self.operands, self.first = operands, first
         self.shape = shape = conv_shape(pair.anchor, pair.second)
@@ -268,7 +282,7 @@ class _Banded:
         operands.hold(pair.between, band, self.place)
         # A line of products is a band.
         self.bands = shape.size[0] // self.rows
-        self.products = RowsOf(operands.part(pair.second), pair.anchor, machine, layouts, self.bands)
+        self.products = RowsOf(operands.part(pair.second), pair.anchor, machine, layouts, choice, self.bands)
 
     def place(self, index: Index) -> Index:
         """Place in the band of an element of the map."""

@@ -8,7 +8,7 @@ from math import ceil, prod
 
 from nestc.graph.region import Region
 from nestc.kernels.api import CpuMachine, Family, Layout, Lowered
-from nestc.kernels.choices import below
+from nestc.kernels.choices import CONV_BY_RULE, ConvChoice, below
 from nestc.kernels.conv import CONV, ConvFamily
 from nestc.kernels.conv_shape import conv_shape
 from nestc.kernels.fused import BARRIER_SECONDS, FLOPS_PER_SECOND, STREAM_RATE, Pair, element_bytes, parts, rate
@@ -29,12 +29,15 @@ class ConvPool:
     Sums are those of the two kernels to the bit.
     """
 
-    name = "conv_pool"
     exact = True
 
+    def __init__(self, choice: ConvChoice = CONV_BY_RULE) -> None:
+        self.choice = choice
+        self.name = f"conv_pool{choice.text}"
+
     def replacing(self, first: Family, second: Family) -> ConvPool | None:
-        """This family if the convolution would be computed directly, else None."""
-        return self if isinstance(first, ConvFamily) else None
+        """This family with the tile of the convolution if that would be computed directly, else None."""
+        return ConvPool(first.choice) if isinstance(first, ConvFamily) else None
 
     def refusal(self, region: Region) -> str | None:
         """Why this family does not lower `region`; None if it does."""
@@ -89,7 +92,7 @@ class ConvPool:
         pair = parts(region)
         assert pair is not None
         both = {**layouts, pair.between: Layout(machine.lanes("float32"))}
-        return _Rolling(pair, Operands(Builder("conv_pool"), region, both), machine, both).lower()
+        return _Rolling(pair, Operands(Builder("conv_pool"), region, both), machine, both, self.choice).lower()
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,14 @@ class _Rolling:
     """Builds the kernel. Rows of the map lie in scratch memory [vector of channels][row of the band][column][lanes];
     the last ones move to the front where the next band reads them again."""
 
-    def __init__(self, pair: Pair, operands: Operands, machine: CpuMachine, layouts: Mapping[str, Layout]) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        operands: Operands,
+        machine: CpuMachine,
+        layouts: Mapping[str, Layout],
+        choice: ConvChoice,
+    ) -> None:
         op = pair.first.ops[0]
         self.operands, self.builder = operands, operands.builder
         self.shape = shape = conv_shape(op, pair.first)
@@ -130,7 +140,7 @@ class _Rolling:
         self.window = windows(pair.anchor, pair.second)[0]
         type_ = operands.type(pair.between)
         after = operands.part(pair.second)
-        self.conv = RowsOf(operands.part(pair.first), op, machine, layouts, shape.out[0])
+        self.conv = RowsOf(operands.part(pair.first), op, machine, layouts, choice, shape.out[0])
         self.vectors = ceil(shape.out_channels / self.lanes)
         self.groups, group = self.conv.group_chunks, self.conv.nr
         line_bytes = group * self.lanes * shape.out[1] * element_bytes(type_)
