@@ -11,16 +11,16 @@ import numpy as np
 
 from nestc.graph.region import Region, TensorType
 from nestc.kernels.api import CpuMachine, Layout, Lowered
-from nestc.kernels.byte_pairs import UNITS, VECTORS, PairedUnits
 from nestc.kernels.conv_pack import Window, pack
 from nestc.kernels.conv_shape import ConvShape, Tile, cut_row, fold_pixels
 from nestc.kernels.conv_stage import Stage
 from nestc.kernels.operands import Operands
+from nestc.kernels.paired_steps import PairedSteps
 from nestc.kernels.requantize import Requantize
 from nestc.kernels.tail import Tail
 from nestc.tensor import index as ix
 from nestc.tensor.build import Builder, binary, clamp, constant, less, load, splat
-from nestc.tensor.ir import Binary, Bitcast, Buffer, Cast, Dot, Expr, Load, PairSum, Repeat, Var
+from nestc.tensor.ir import Binary, Buffer, Cast, Dot, Expr, Load, PairSum, Repeat, Var
 from nestc.tensor.vectorize import vectorize
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class _Cut:
 @dataclass(frozen=True)
 class _At:
     """Where a tile stands: image, group, register column of the group, outer axes, row of the item and of the image,
-    first output of the row, chunk of input blocks."""
+    first output of the row, chunk of input blocks; number of the tile among those of an item and chunk."""
 
     n: Expr
     group: Expr
@@ -57,6 +57,7 @@ class _At:
     row: Expr
     start: Expr
     blocks: Expr
+    number: Expr
 
 
 class IntegerConvolution:
@@ -149,18 +150,19 @@ class IntegerConvolution:
         self.bytes_out = self.narrow_view()
         if self.bytes_out is None:
             self.tail.declare()
-        self.stage.declare(self.reach)
+        self.stage.declare(0 if self.steps is None else self.steps.reach)
         self.tiles = cut_row(s.out[-1], s.out[-1], 1, 1, 1, 0, self.mr)
         width = max(t.width for t in self.tiles)
         self.acc = k.regs("acc", (width, self.nr), self.lanes, "int32")
-        depth = 2 if self.packed.paired is not None else max(1, self.packed.depth)
-        self.mreg = k.regs("m", (self.nr,), self.lanes * self.group, self.pair[1])
-        self.wreg = k.regs("w", (depth, self.nr), self.lanes * self.group, self.pair[1])
-        self.xreg = k.regs("x", (depth,), self.lanes * self.group, self.pair[0])
-        self.block_chunk = self.blocks_per_chunk()
-        self.block_chunks = self.stage.blocks // self.block_chunk
-        if self.packed.paired is not None:
-            self.block_chunks = self.packed.paired.chunks
+        if self.steps is None:
+            depth = max(1, self.packed.depth)
+            self.wreg = k.regs("w", (depth, self.nr), self.lanes * self.group, self.pair[1])
+            self.xreg = k.regs("x", (depth,), self.lanes * self.group, self.pair[0])
+            self.block_chunk = self.blocks_per_chunk()
+            self.block_chunks = self.stage.blocks // self.block_chunk
+        else:
+            self.steps.declare()
+            self.block_chunks = self.steps.paired.chunks
         if self.block_chunks > 1:
             self.partial = k.scratch("partial", (self.cut.rows, s.out[-1], self.nr * self.lanes), "int32")
         outer_axes = s.out[:-2]
@@ -174,11 +176,13 @@ class IntegerConvolution:
                 with k.when(less(chunk, self.column_chunks)), k.loop("ic", self.block_chunks) as ic:
                     with k.loop("r", cut.rows) as r:
                         row = ix.add(first, r)
+                        number = ix.mul(r, sum(tile.count for tile in self.tiles))
                         with k.when(less(row, s.out[-2])):
                             for tile in self.tiles:
                                 with k.loop("t", tile.count) as t:
                                     start = ix.add(ix.mul(t, tile.width), tile.start)
-                                    self.tile(tile, _At(n, group, chunk, outer, r, row, start, ic))
+                                    self.tile(tile, _At(n, group, chunk, outer, r, row, start, ic, ix.add(number, t)))
+                                number = ix.add(number, tile.count)
         return Lowered((self.operands.launch(),), constants=self.operands.constants)
 
     # -- numbers
@@ -217,17 +221,13 @@ class IntegerConvolution:
         rows = (s.group * self.column_chunks, self.nr * self.lanes)
         initial = initial.reshape(rows)
         packed, paired = self.packed, self.packed.paired
-        self.extra = self.offsets = self.counts = None
-        self.reach = 0
+        self.extra = self.offsets = self.steps = None
         if paired is None:
             self.weights_buffer = self.define("packed", packed.weights)
         else:
             initial += paired.offset
-            self.weights_buffer = self.define("steps", paired.vectors)
-            self.counts = self.define("counts", paired.counts)
-            self.offsets = self.define("offsets", self.unit_offsets(paired.numbers).astype(np.uint32))
-            # A power of two beyond all offsets, so that to be in range costs them nothing or one instruction.
-            self.reach = 1 << self.farthest.bit_length()
+            places = self.unit_offsets(paired.numbers)
+            self.steps = PairedSteps(self.builder, paired, self.nr, places, self.farthest, self.define)
         self.initial = self.define("initial", initial.astype(np.int32))
         known_now = isinstance(self.conv.zero, int)
         self.sums = None if known_now else self.define("sums", sums.astype(np.int32).reshape(rows))
@@ -330,8 +330,17 @@ class IntegerConvolution:
                 for j, i in places:
                     done = load(self.partial, at.item_row, ix.add(at.start, j), i * lanes, lanes=lanes)
                     k.store(self.acc, (j, i, 0), done)
-        if self.packed.paired is not None:
-            self.paired_sum(tile, at, column, self.packed.paired)
+        if self.steps is not None:
+            pixel = self.stage.column_axis.stride * self.window.block
+            start = self.tile_place(at)
+            self.steps.prefetch(column, at.blocks, at.number, self.cut.rows * sum(each.count for each in self.tiles))
+            self.steps.add(
+                column,
+                at.blocks,
+                tile.width,
+                self.acc,
+                lambda j, place: load(self.stage.buffer, ix.add(start, place, j * pixel), lanes=self.group),
+            )
         else:
             with k.loop("ib", self.block_chunk) as ib:
                 self.block_sum(tile, at, column, ix.add(ix.mul(at.blocks, self.block_chunk), ib))
@@ -383,66 +392,41 @@ class IntegerConvolution:
                 [load(self.weights_buffer, *index, ix.add(unit, d), i * wide, lanes=wide) for i in range(self.nr)]
                 for d in range(depth)
             ]
-            first_place = ix.add(place, ix.mul(unit, self.group))
-            self.multiply(tile, weights, [ix.add(first_place, d * self.group) for d in range(depth)])
+            self.multiply(tile, weights, ix.add(place, ix.mul(unit, self.group)))
 
     def extra_sum(self, tile: Tile, at: _At, column: Expr) -> None:
         """What was taken off the weights lest a sum saturate."""
         assert self.extra is not None and self.offsets is not None
-        k, stage, wide = self.builder, self.stage, self.lanes * self.group
-        row, first = ix.mul(at.item_row, stage.row_axis.stride), ix.mul(at.start, stage.column_axis.stride)
-        tile_place = stage.place(ix.const(0), ix.const(0), row, first)
+        k, wide = self.builder, self.lanes * self.group
+        tile_place = self.tile_place(at)
         with k.loop("e", self.extra.shape[1]) as e:
             offset = clamp(load(self.offsets, column, e), 0, self.farthest)
             weights = [[load(self.extra, column, e, i * wide, lanes=wide) for i in range(self.nr)]]
-            self.multiply(tile, weights, [ix.add(tile_place, offset)])
+            self.multiply(tile, weights, ix.add(tile_place, offset))
 
-    def paired_sum(self, tile: Tile, at: _At, column: Expr, paired: PairedUnits) -> None:
-        """The sum over one chunk of the steps of `byte_pairs`: of each the units' places come from a table."""
-        assert self.offsets is not None and self.counts is not None
-        k, stage, wide = self.builder, self.stage, self.lanes * self.group
-        row, first = ix.mul(at.item_row, stage.row_axis.stride), ix.mul(at.start, stage.column_axis.stride)
-        tile_place = stage.place(ix.const(0), ix.const(0), row, first)
-        for kind, most in enumerate(paired.most):
-            with k.loop("e", most) as e, k.when(less(e, load(self.counts, column, at.blocks, kind))):
-                unit, vector = (ix.add(ix.mul(e, a), b) for a, b in paired.places(kind))
-                offsets = [load(self.offsets, column, at.blocks, ix.add(unit, d)) for d in range(UNITS[kind])]
-                places = [ix.add(tile_place, ix.mod(Cast(offset, "int64"), self.reach)) for offset in offsets]
-                constants = [
-                    [
-                        load(self.weights_buffer, column, at.blocks, ix.add(vector, d), i * wide, lanes=wide)
-                        for i in range(self.nr)
-                    ]
-                    for d in range(VECTORS[kind])
-                ]
-                self.multiply(tile, constants[: len(places)], places, *constants[len(places) :])
+    def tile_place(self, at: _At) -> Expr:
+        """Where the inputs of a tile begin in the stage."""
+        row = ix.mul(at.item_row, self.stage.row_axis.stride)
+        return self.stage.place(ix.const(0), ix.const(0), row, ix.mul(at.start, self.stage.column_axis.stride))
 
-    def multiply(
-        self, tile: Tile, weights: Sequence[Sequence[Expr]], places: Sequence[Expr], masks: Sequence[Expr] = ()
-    ) -> None:
-        """Broadcast each output's unit of channels (or the units of `weights`, which are summed together) from its
-        place on, and add its products with nr vectors of weights. Where `masks` are set the last one is complemented.
-        """
+    def multiply(self, tile: Tile, weights: Sequence[Sequence[Expr]], place: Expr) -> None:
+        """Broadcast each output's unit of channels (or the units of `weights`, which are summed together) from `place`
+        on, and add its products with nr vectors of weights."""
         k, lanes, group = self.builder, self.lanes, self.group
         wide = lanes * group
         pixel = self.stage.column_axis.stride * self.window.block
         for d, vectors in enumerate(weights):
             for i, vector in enumerate(vectors):
                 k.store(self.wreg, (d, i, 0), vector)
-        for i, mask in enumerate(masks):
-            k.store(self.mreg, (i, 0), mask)
         for j in range(tile.width):
             for d in range(len(weights)):
-                at = ix.add(places[d], j * pixel)
+                at = ix.add(place, j * pixel + d * group)
                 k.store(self.xreg, (d, 0), Repeat(load(self.stage.buffer, at, lanes=group), lanes))
             for i in range(self.nr):
-                factors: list[tuple[Expr, Expr]] = [
+                factors = [
                     (load(self.xreg, d, 0, lanes=wide), load(self.wreg, d, i, 0, lanes=wide))
                     for d in range(len(weights))
                 ]
-                if masks:
-                    x, w = factors[-1]
-                    factors[-1] = Binary("xor", x, Bitcast(load(self.mreg, i, 0, lanes=wide), x.dtype)), w
                 k.store(self.acc, (j, i, 0), self.added(load(self.acc, j, i, 0, lanes=lanes), factors))
 
     def added(self, total: Expr, factors: Sequence[tuple[Expr, Expr]]) -> Expr:

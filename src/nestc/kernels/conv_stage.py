@@ -109,7 +109,7 @@ class Stage:
         return self.blocks * self.stride * self.element
 
     def declare(self, beyond: int = 0) -> None:
-        """Reserve the scratch memory."""
+        """Reserve the scratch memory, and `beyond` elements that are not filled (nor touched) behind it."""
         self.buffer = self.builder.scratch("staged", (self.blocks * self.stride + beyond,), self.dtype)
 
     def place(self, block: Expr, plane: Expr, row: Expr, column: Expr) -> Expr:
