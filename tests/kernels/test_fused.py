@@ -19,10 +19,11 @@ from nestc.kernels.fused import FusedFamily, join, parts
 from nestc.kernels.fused_bands import DEPTHWISE_POINTWISE, ELEMENTWISE_POINTWISE
 from nestc.kernels.fused_pool import CONV_POOL
 from nestc.kernels.fused_scale import SCALED_WEIGHTS, ScaledWeights
+from nestc.kernels.fused_winograd import WINOGRAD_POOL
 from nestc.kernels.generic import Generic
 from nestc.kernels.pool import POOL
 from nestc.kernels.testing import evaluate, host_machine, region_of, run_lowered
-from nestc.kernels.winograd import WINOGRAD
+from nestc.kernels.winograd import WINOGRAD, WinogradFamily
 
 HOST = host_machine()
 MACHINES = {
@@ -426,3 +427,37 @@ def test_only_the_first_operand_is_joined() -> None:
     assert both is not None and both.inputs == ("X",) and both.outputs == ("f",)
     found = parts(both)
     assert found is not None and found.between == "d" and found.first.ops[0].op_type == "Relu"
+
+
+# -- Winograd's tiles and a pool
+
+
+@pytest.mark.parametrize("lanes", MACHINES)
+@pytest.mark.parametrize("kind", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize("m", [2, 4, 6])
+def test_winograd_and_pool(m: int, kind: str, lanes: int) -> None:
+    winograd = WinogradFamily(m)
+    family = WINOGRAD_POOL.replacing(winograd, POOL)
+    assert family is not None and family.name == f"winograd{m}_pool"
+    # Sizes that tiles do not divide; an odd one, whose last row no window takes; ragged channels.
+    for channels, outputs, size, batch in ((8, 20, (13, 22), 2), (16, 8, (24, 24), 1)):
+        case = pool_case(channels, outputs, size, (2, 2), batch=batch, kind=kind)
+        found = case.fused(family, MACHINES[lanes])
+        expected = case.values[case.output]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * float(np.abs(expected).max()))
+        np.testing.assert_array_equal(found, case.apart(winograd, POOL, MACHINES[lanes]))
+
+
+def test_windows_that_tiles_do_not_cover_are_refused() -> None:
+    def refusal(**attributes: Any) -> str | None:
+        return WINOGRAD_POOL.refusal(pool_case(8, 8, (13, 12), **attributes).region)
+
+    assert refusal(window=(2, 2)) is None
+    several = "windows other than 2x2 side by side lie in several tiles"
+    assert refusal(window=(3, 3)) == several
+    assert refusal(window=(2, 2), border=1) == several
+    assert refusal(window=(2, 2), step=1) == several
+    assert refusal(window=(2, 2), ceil_mode=1) == several
+    assert refusal(window=(2, 2), stride=2) is not None
+    assert WINOGRAD_POOL.replacing(WinogradFamily(3), POOL) is None
+    assert WINOGRAD_POOL.replacing(CONV, POOL) is None

@@ -159,7 +159,7 @@ class WinogradKernel(TileKernel[Transform]):
         u = operands.buffer(weights)
         self.bias = operands.buffer(bias_name) if bias_name in types else None
         source = operands.buffer(x if cut.fused else v_name)
-        self.tail = Tail(operands, self.op)
+        self.tail = self.output_tail(operands)
         self.tail.declare()
         m = self.products(k)
         v = k.scratch("v", (self.positions, self.lines(cut.groups * self.block()))) if cut.fused else source
@@ -267,6 +267,10 @@ class WinogradKernel(TileKernel[Transform]):
         return Fma(x, w, acc)
 
     # -- the output transform
+
+    def output_tail(self, operands: Operands) -> Tail:
+        """What becomes of an output."""
+        return Tail(operands, self.op)
 
     def output_tile(
         self, k: Builder, code: Code[Transform], half: Buffer, vector: Expr, corner: tuple[Expr, Expr, Expr]

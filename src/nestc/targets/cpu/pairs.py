@@ -12,8 +12,9 @@ from nestc.kernels.fused import FusedFamily, join
 from nestc.kernels.fused_bands import DEPTHWISE_POINTWISE, ELEMENTWISE_POINTWISE
 from nestc.kernels.fused_pool import CONV_POOL
 from nestc.kernels.fused_scale import SCALED_WEIGHTS
+from nestc.kernels.fused_winograd import WINOGRAD_POOL
 
-FUSED: tuple[FusedFamily, ...] = (DEPTHWISE_POINTWISE, ELEMENTWISE_POINTWISE, CONV_POOL, SCALED_WEIGHTS)
+FUSED: tuple[FusedFamily, ...] = (DEPTHWISE_POINTWISE, ELEMENTWISE_POINTWISE, CONV_POOL, WINOGRAD_POOL, SCALED_WEIGHTS)
 """Families that are asked about each pair."""
 
 
@@ -52,11 +53,7 @@ def merge_pairs(
         if second is None or region.name in joined or region.name in gone or second.name in joined:
             continue
         both = join(region, second)
-        family = None if both is None else _best(both, machine, threads, exact)
-        alone = None if family is None else (way(region), way(second))
-        if family is None or alone is None or alone[0] is None or alone[1] is None:
-            continue
-        family = family.replacing(alone[0], alone[1])
+        family = None if both is None else _best(both, (region, second), way, machine, threads, exact)
         if both is None or family is None:
             continue
         joined[second.name], families[second.name], firsts[second.name] = both, family, region.name
@@ -65,9 +62,23 @@ def merge_pairs(
     return Merged(left, families, firsts)
 
 
-def _best(region: Region, machine: CpuMachine, threads: int, exact: bool) -> FusedFamily | None:
-    """The family that is modelled to save most of the time of a joined region; None if none saves any."""
-    found = [family for family in FUSED if (family.exact or not exact) and family.refusal(region) is None]
-    gains = [(family.gain(region, machine, threads), family) for family in found]
-    gain, best = max(gains, key=lambda each: each[0], default=(0.0, None))
-    return best if gain > 0 else None
+def _best(
+    both: Region,
+    halves: tuple[Region, Region],
+    way: Callable[[Region], Family | None],
+    machine: CpuMachine,
+    threads: int,
+    exact: bool,
+) -> FusedFamily | None:
+    """The family that is modelled to save most of the time of a joined region among those that can stand for the ways
+    of its halves; None if none saves any."""
+    found = [family for family in FUSED if (family.exact or not exact) and family.refusal(both) is None]
+    gains = [(family.gain(both, machine, threads), family) for family in found]
+    saving = sorted((each for each in gains if each[0] > 0), key=lambda each: -each[0])
+    if not saving:
+        return None
+    first, second = map(way, halves)
+    if first is None or second is None:
+        return None
+    standing = (family.replacing(first, second) for _, family in saving)
+    return next((family for family in standing if family is not None), None)
