@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from onnx import helper
 from nestc.kernels.api import PLAIN, Layout
 from nestc.kernels.checking import by_onnxruntime
 from nestc.kernels.conv import CONV
-from nestc.kernels.conv_shape import cut_row, fold_pixels, register_tile
+from nestc.kernels.conv_shape import ConvShape, Tile, columns_pay, cut_row, fold_pixels, met, register_tile
 from nestc.kernels.testing import evaluate, host_machine, region_of, run_lowered
 
 MACHINE = host_machine()
@@ -107,6 +109,39 @@ def test_sums_in_chunks_of_input_channels():
 def test_pointwise_that_leaves_pixels_out(size):
     x, w, b = tensors(0, (2, 24, *size), (20, 24, *(1,) * len(size)))
     check(x, w, b, tail=True, strides=[min(2, n) for n in size])
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "strides", "pads"),
+    [
+        ((28, 28), (5, 5), [1, 1], [2, 2, 2, 2]),
+        ((11, 23), (3, 3), [2, 2], [1, 1, 0, 1]),
+        ((6, 5), (2, 4), [1, 3], [0, 3, 1, 3]),
+        ((40,), (5,), [1], [2, 2]),
+        ((4, 5, 9), (3, 2, 3), [1, 1, 1], [1, 0, 1, 1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize(("channels", "jit"), [(1, True), (3, True), (2, False)])
+def test_one_vector_of_outputs_of_few_channels(size, kernel, strides, pads, channels, jit):
+    """The weights of a kernel row are in registers, and an input is read once for all columns that it meets."""
+    assert columns_pay(ConvShape(1, 1, channels, 8, size, size, kernel, tuple(strides), (1,) * len(size), ()), 8, 16)
+    x, w, b = tensors(0, (1, channels, *size), (8, channels, *kernel))
+    check(x, w, b, blocked=False, jit=jit, tail=True, strides=strides, pads=pads)
+
+
+def test_what_each_input_meets():
+    shape = ConvShape(1, 1, 1, 8, (1, 8), (1, 4), (1, 3), (1, 2), (1, 1), (0, 1))
+    border, inner = Tile(0, 2, 1, ((1,), (0, 1), (0, 1))), Tile(2, 2, 1, None)
+    assert met(border, shape) == {1: [(0, 1)], 2: [(1, 0), (0, 2)], 3: [(1, 1)], 4: [(1, 2)]}
+    assert met(inner, shape) == {0: [(0, 0)], 1: [(0, 1)], 2: [(1, 0), (0, 2)], 3: [(1, 1)], 4: [(1, 2)]}
+    assert not columns_pay(dataclasses.replace(shape, kernel=(1, 2)), 8, 16)  # no input meets two columns
+    assert not columns_pay(dataclasses.replace(shape, out_channels=9), 8, 16)
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_an_axis_of_which_only_padding_is_read(group):
+    x, w, b = tensors(0, (1, 8, 3, 1), (8, 8 // group, 1, 1))
+    check(x, w, b, strides=[1, 2], pads=[0, 1, 0, 0], group=group)
 
 
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil, prod
-from typing import NamedTuple
 
 import numpy as np
 
 from nestc.graph.region import Op, Region, TensorType
-from nestc.kernels.api import PLAIN, CpuMachine, Launch, Layout, Lowered
+from nestc.kernels.api import PLAIN, CpuMachine, Layout, Lowered
 from nestc.kernels.choices import CONV_BY_RULE, ConvChoice, below
-from nestc.kernels.conv_shape import ConvShape, Tile, conv_shape, cut_row, fold_pixels, register_tile, register_tiles
+from nestc.kernels.conv_pick import pick_pixels, strided_pointwise
+from nestc.kernels.conv_shape import (
+    ConvShape,
+    Tile,
+    columns_pay,
+    conv_shape,
+    cut_row,
+    fold_pixels,
+    met,
+    register_tile,
+    register_tiles,
+)
 from nestc.kernels.operands import Operands
 from nestc.kernels.tail import Tail, tail_refusal
 from nestc.tensor import index as ix
@@ -97,50 +107,12 @@ def lower_dense(
     """A convolution that is not depthwise, by `kernel`."""
     if not _blocked_groups(shape, machine.lanes("float32")):
         return kernel(region, op, _merge_groups(shape), machine, layouts, shape.group, choice).lower()
-    if _strided_pointwise(shape) and layouts[op.inputs[0]].block:
-        picked = _pick_pixels(region, op, shape, layouts)
+    if strided_pointwise(shape) and layouts[op.inputs[0]].block:
+        picked = pick_pixels(region, op, shape, layouts)
         inner = conv_shape(picked.op, picked.region)
         rest = kernel(picked.region, picked.op, inner, machine, picked.layouts, 1, choice).lower()
         return Lowered((picked.launch, *rest.launches), picked.temporaries, rest.constants)
     return kernel(region, op, shape, machine, layouts, 1, choice).lower()
-
-
-def _strided_pointwise(shape: ConvShape) -> bool:
-    """A 1x1 convolution that leaves pixels out."""
-    return shape.group == 1 and prod(shape.kernel) == 1 and max(shape.strides) > 1 and not any(shape.pads_begin)
-
-
-class _Picked(NamedTuple):
-    """The copy of the pixels that are read, and the plain 1x1 convolution that is left."""
-
-    launch: Launch
-    temporaries: Mapping[str, TensorType]
-    region: Region
-    op: Op
-    layouts: Mapping[str, Layout]
-
-
-def _pick_pixels(region: Region, op: Op, shape: ConvShape, layouts: Mapping[str, Layout]) -> _Picked:
-    """The pixels that are read are copied together first: a plain 1x1 convolution has long rows, and the copy is read
-    from the cache for every group of outputs."""
-    x, picked = op.inputs[0], f"{op.inputs[0]}.picked"
-    dtype = region.types[x].dtype
-    type_ = TensorType(dtype, (shape.batch, shape.in_channels, *shape.out))
-    types = {**region.types, picked: type_}
-    both = {**layouts, picked: layouts[x]}
-    copying = Operands(Builder("conv_pick"), Region(region.name, None, (), (x,), (picked,), types, {}), both)
-    source, target = copying.buffer(x), copying.buffer(picked)
-    block = layouts[x].block
-    with copying.builder.parallel("item", *target.shape[:-2]) as outer:
-        with copying.builder.loop("w", shape.out[-1]) as w:
-            place = tuple(ix.mul(i, s) for i, s in zip((*outer[2:], w), shape.strides))
-            value = load(source, *outer[:2], *place, 0, lanes=block)
-            copying.builder.store(target, (*outer, w, 0), value)
-    first = copying.launch(region.origin)
-    dense = Op(op.op_type, (picked, *op.inputs[1:]), op.outputs, {**op.attributes, "strides": None}, op.domain, op.name)
-    ops = tuple(dense if each is op else each for each in region.ops)
-    inner = Region(region.name, region.anchor, ops, region.inputs, region.outputs, types, region.constants)
-    return _Picked(first, {picked: TensorType(dtype, target.shape)}, inner, dense, both)
 
 
 def _anchor(region: Region) -> Op | None:
@@ -226,6 +198,10 @@ class Direct:
         # Of few channels the loops around are written out: a tile that is spilled is so all the time (a first layer of
         # 3 channels then takes 1.4 to 2 times as long).
         self.few = min(shape.in_channels // shape.group, self.lanes) <= self.lanes // 2 and prod(shape.kernel) > 1
+        self.columns = 0  # kernel columns whose weights are in registers at once
+        if self.few and self.together == 1 and columns_pay(shape, self.lanes, registers):
+            self.columns = shape.kernel[-1]
+            registers -= self.columns - 2
         group_vectors = ceil(shape.out_channels // shape.group / self.lanes)
         self.flat = shape.pointwise and len(shape.out) > 1
         self.original = shape
@@ -316,7 +292,7 @@ class Direct:
         self.row_tiles = sum(t.count for t in self.tiles)
         self.item_tiles = self.row_tiles * self.row_chunk
         self.acc = k.regs("acc", (max(t.width for t in self.tiles), nr), lanes, self.dtype)
-        self.wreg = k.regs("w", (nr,), lanes * self.together, self.factor)
+        self.wreg = k.regs("w", (max(nr, self.columns),), lanes * self.together, self.factor)
         self.xreg = k.regs("x", (), lanes * self.together, self.factor)
         self.block_chunks = self.blocks // self.block_chunk
         if self.block_chunks > 1:
@@ -441,6 +417,9 @@ class Direct:
         s, k = self.shape, self.builder
         axis = len(taps)
         if axis == len(at.outer):
+            if self.columns:
+                self.kernel_columns(tile, at, ib, step, taps, places)
+                return
             if self.flat:
                 self.prefetch_inputs(tile, at, ib, places)
             # Of a strided convolution neighbouring columns share no inputs: few channels make such a loop longer.
@@ -457,6 +436,22 @@ class Direct:
             place = ix.add(ix.mul(at.outer[axis], s.strides[axis]), ix.mul(kh, s.dilations[axis]), -s.pads_begin[axis])
             with k.when(within(place, s.size[axis])):
                 self.kernel_rows(tile, at, ib, step, (*taps, kh), (*places, place))
+
+    def kernel_columns(
+        self, tile: Tile, at: _At, ib: Expr, step: int, taps: tuple[Expr, ...], places: tuple[Expr, ...]
+    ) -> None:
+        """A kernel row whose weights are all in registers: an input is broadcast once for all outputs that meet it."""
+        k, lanes, channel = self.builder, self.lanes, self.channel(at, ib)
+        first = ix.add(ix.mul(at.start, self.shape.strides[-1]), -self.shape.pads_begin[-1])
+        for c in range(step):
+            for kw in range(self.columns):
+                k.store(self.wreg, (kw, 0), load(self.weights, at.oc, ib, *taps, kw, c, 0, lanes=lanes))
+            for column, products in met(tile, self.shape).items():
+                place = (at.n, ix.add(channel, c), *self.pixel((*places, ix.add(first, column))))
+                k.store(self.xreg, (0,), self.broadcast(place, None))
+                for j, kw in products:
+                    factors = Load(self.xreg, (ix.const(0),), lanes), load(self.wreg, kw, 0, lanes=lanes)
+                    k.store(self.acc, (j, 0, 0), self.added(load(self.acc, j, 0, 0, lanes=lanes), *factors))
 
     def multiply(
         self, tile: Tile, at: _At, ib: Expr, step: int, taps: tuple[Expr, ...], places: tuple[Expr, ...]
@@ -569,7 +564,7 @@ def conv_ways(region: Region, machine: CpuMachine, around: ConvFamily = CONV) ->
     groups = 1
     if not _blocked_groups(shape, machine.lanes("float32")):
         groups, shape = shape.group, _merge_groups(shape)
-    if _strided_pointwise(shape):
+    if strided_pointwise(shape):
         shape = replace(shape, size=shape.out, strides=(1,) * len(shape.out))
     given = around.choice
     direct = Direct(region, op, shape, machine, {}, groups, given)

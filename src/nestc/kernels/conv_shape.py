@@ -37,6 +37,8 @@ class ConvShape:
         the innermost one."""
         rank = len(self.out)
         while rank > 1 and self.size[rank - 1] == self.out[rank - 1] == self.kernel[rank - 1] == 1:
+            if self.pads_begin[rank - 1]:  # the only output is padding
+                break
             rank -= 1
         axes = (self.size, self.out, self.kernel, self.strides, self.dilations, self.pads_begin)
         cut = (axis[:rank] for axis in axes)
@@ -120,6 +122,24 @@ def cut_row(out: int, size: int, kernel: int, stride: int, dilation: int, pad: i
             tiles.append(Tile(start, width, 1, taps))
         start += width
     return tuple(tiles)
+
+
+def met(tile: Tile, shape: ConvShape) -> dict[int, list[tuple[int, int]]]:
+    """The inputs of a row that a tile reads, counted from the first one, and the pairs (output, kernel column) that
+    each of them meets."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for kw in range(shape.kernel[-1]):
+        for j in range(tile.width) if tile.taps is None else tile.taps[kw]:
+            found.setdefault(j * shape.strides[-1] + kw * shape.dilations[-1], []).append((j, kw))
+    return dict(sorted(found.items()))
+
+
+def columns_pay(shape: ConvShape, lanes: int, registers: int) -> bool:
+    """Whether the weights of a whole kernel row should be in registers: where one vector of outputs leaves room for
+    them, a tile would else be bound by broadcasting each input once for every column that it meets."""
+    columns = shape.kernel[-1]
+    shared = columns > shape.strides[-1] and shape.dilations[-1] == 1
+    return shared and shape.group == 1 and shape.out_channels <= lanes and registers - columns >= 9
 
 
 def fold_pixels(pixels: int, widest: int) -> tuple[int, int]:
