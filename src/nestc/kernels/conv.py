@@ -196,8 +196,10 @@ class Direct:
         registers = machine.tile_registers if self.dtype == "float32" else machine.tile_registers // 2
         self.registers = registers
         # Of few channels the loops around are written out: a tile that is spilled is so all the time (a first layer of
-        # 3 channels then takes 1.4 to 2 times as long).
+        # 3 channels then takes 1.4 to 2 times as long). Long kernels stream their weights, which wide tiles use more.
+        taps = prod(shape.kernel) * (shape.in_channels // shape.group)
         self.few = min(shape.in_channels // shape.group, self.lanes) <= self.lanes // 2 and prod(shape.kernel) > 1
+        self.few = self.few and 2 * taps * self.lanes * self.element < machine.l1_bytes // 2
         self.columns = 0  # kernel columns whose weights are in registers at once
         if self.few and self.together == 1 and columns_pay(shape, self.lanes, registers):
             self.columns = shape.kernel[-1]
