@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from partition_fakes import (
@@ -20,7 +21,7 @@ from partition_fakes import (
 )
 
 from nestc.errors import TargetError
-from nestc.graph.region import Op, Region
+from nestc.graph.region import Op, Region, TensorType
 from nestc.partition.measure import attribute
 from nestc.targets.api import Artifact, Partition
 
@@ -130,6 +131,17 @@ def test_steps_of_nodes_that_share_a_name_go_with_the_next() -> None:
     steps = [Step(1, ("Neg:",)), Step(2, ("Abs:n_c",))]
     assert attribute(steps, [*twice, CHAIN[2]]) == pytest.approx((0.0, 0.0, 3 * US))
     assert attribute(steps[:1], twice) == (0.0, 0.0)
+
+
+def test_a_step_of_two_regions_is_shared() -> None:
+    step = Step(6, (*CHAIN[0].origin, *CHAIN[1].origin))
+    assert attribute([step], CHAIN) == pytest.approx((3 * US, 3 * US, 0.0))
+    weights = {"w": TensorType("float32", (3,)), "v": TensorType("float32", (9,))}
+    few, many = (
+        replace(each, types={**each.types, **weights}, constants={name: lambda: np.zeros(1)})
+        for each, name in zip(CHAIN[:2], weights, strict=True)
+    )
+    assert attribute([step], [few, many]) == pytest.approx((1.5 * US, 4.5 * US))
 
 
 def test_a_launch_is_what_the_call_takes_beside_the_program(tmp_path: Path) -> None:

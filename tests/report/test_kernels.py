@@ -72,6 +72,14 @@ def test_bytes_are_the_roof_of_a_pooling(on_cpu: package.Executable) -> None:
     assert kernel.roof_ms == pytest.approx(1280 / 5e5)  # more than 512 bytes, so of the second cache
 
 
+def test_a_kernel_of_two_regions_has_the_work_of_both(on_cpu: package.Executable) -> None:
+    origin = ("Conv:conv", "Relu:relu", "MaxPool:pool")
+    (kernel,) = found(on_cpu, {"symbol": "conv_pool", "origin": origin, "us": 50.0, "team_us": None})
+    assert kernel.shape == "1x3x8x8 * 4x3x3x3 -> 1x4x4x4"
+    # Four for each of 64 windows more; what lies between the two crosses no border.
+    assert (kernel.operations, kernel.data) == (256 * 55 + 256, 4 * (192 + 64))
+
+
 def test_worst_first_and_what_has_no_roof_last(on_cpu: package.Executable) -> None:
     gemm = {"symbol": "gemm", "origin": ("Gemm:gemm",), "us": 500.0, "team_us": None}
     foreign = {"symbol": "vendor", "us": 9000.0}

@@ -56,6 +56,21 @@ def test_a_device_that_tells_only_the_whole(on_cpu: nestc.Executable) -> None:
     assert region_times(vendor, regions[:1], rows, WHOLE) == {regions[0].name: WHOLE}
 
 
+def test_regions_share_the_kernel_that_computes_both(on_cpu: nestc.Executable) -> None:
+    conv, pool, *_ = regions = graph_of(on_cpu.bundle).regions
+    rows = [{"origin": (*conv.origin, *pool.origin), "us": 100.0}]
+    found = region_times(partition(on_cpu, "cpu-native", {}), regions, rows, WHOLE)
+    operations = 256 * 55, 256
+    assert {name: spent.ms for name, spent in found.items()} == {
+        conv.name: pytest.approx(0.1 * operations[0] / sum(operations)),
+        pool.name: pytest.approx(0.1 * operations[1] / sum(operations)),
+    }
+    assert "computes several regions" in found[pool.name].about
+    # A kernel of part of what is known, and of something else, belongs to nobody.
+    rows = [{"origin": (*conv.origin, "Other:one"), "us": 100.0}]
+    assert region_times(partition(on_cpu, "cpu-native", {}), regions, rows, WHOLE) == {}
+
+
 def test_layers_without_a_clock_tell_nothing(on_cpu: nestc.Executable) -> None:
     regions = graph_of(on_cpu.bundle).regions
     timing = {"cycles": 7, "layers": [{"name": regions[0].name, "cycles": 7}]}

@@ -110,8 +110,9 @@ def _scale(
 ) -> Launch:
     """A kernel that multiplies weights [group of outputs][block][1][..][channel][outputs] by the scales of their
     channels."""
-    both = {scales: layouts.get(scales, PLAIN)}
-    operands = Operands(Builder("scale_weights"), region, both)
+    pair = parts(region)
+    assert pair is not None
+    operands = Operands(Builder("scale_weights"), pair.first, {scales: layouts.get(scales, PLAIN)})
     for name in (packed, scaled):
         operands.define(name, type_)
     k, source, target = operands.builder, operands.buffer(packed), operands.buffer(scaled)
@@ -127,7 +128,7 @@ def _scale(
             place = (group, block, *zeros, c, 0)
             value = load(source, *place, lanes=wide)
             k.store(target, place, Binary("mul", value, splat(factor, wide)))
-    return operands.launch()
+    return operands.launch(pair.first.origin)
 
 
 SCALED_WEIGHTS = ScaledWeights()

@@ -422,7 +422,8 @@ def _told(work: _Work, loaded: _Loaded, timed: Timed | None, shares: bool) -> _W
 def attribute(steps: Sequence[_Step], regions: Sequence[Region]) -> tuple[float, ...]:
     """Seconds of each region, of what the steps of a program take that computes all of them.
 
-    A step belongs to the region whose nodes its origin lists. One that belongs to none (a conversion between layouts)
+    A step belongs to the region whose nodes its origin lists; of several, each has a part of it by the bytes of its
+    constants, which tell of the multiplications of a layer. One that belongs to none (a conversion between layouts)
     goes to the region of the next step that does, which asked for it, or at the end to the last one.
     """
     owners: dict[str, int] = {}
@@ -436,12 +437,14 @@ def attribute(steps: Sequence[_Step], regions: Sequence[Region]) -> tuple[float,
     last: int | None = None
     for step in steps:
         seconds = (step.us if step.team_us is None else step.team_us) * 1e-6
-        owner = next((owners[node] for node in step.origin if node in owners and node not in shared), None)
-        if owner is None:
+        mine = sorted({owners[node] for node in step.origin if node in owners and node not in shared})
+        if not mine:
             waiting += seconds
             continue
-        found[owner] += seconds + waiting
-        waiting, last = 0.0, owner
+        weights = [constant_bytes([regions[owner]]) for owner in mine]
+        for owner, weight in zip(mine, weights, strict=True):
+            found[owner] += (seconds + waiting) * (weight / sum(weights) if any(weights) else 1 / len(mine))
+        waiting, last = 0.0, mine[-1]
     if last is not None:
         found[last] += waiting
     return tuple(found)

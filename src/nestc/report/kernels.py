@@ -11,9 +11,9 @@ import numpy as np
 
 from nestc.graph.region import Op, Region
 from nestc.report.graph import Graph, graph_of
-from nestc.report.observe import region_of
+from nestc.report.observe import regions_of
 from nestc.report.roofs import Bandwidth, Roof, bandwidths, processor
-from nestc.report.work import nbytes, numbers, operations, work
+from nestc.report.work import nbytes, numbers, operations, together, work
 from nestc.runtime.stages import CPU
 
 if TYPE_CHECKING:
@@ -198,16 +198,16 @@ def _kernels(
         calls = tuple(Call(str(row.get("symbol", "")), _ms(row)) for row in members)
         name = max(calls, key=lambda call: call.ms).symbol
         ms = sum(call.ms for call in calls)
-        place = region_of(frozenset(origin), origins, at)
+        places = regions_of(frozenset(origin), origins, at)
         modelled = any(row.get("kind") == "modelled" for row in members)
-        if place is None and origin and all(node.startswith(LAYOUT) for node in origin):
+        if not places and origin and all(node.startswith(LAYOUT) for node in origin):
             found.append(Kernel(name, calls, device, origin, "", ms, False, roof="nothing", roof_ms=0.0))
             continue
-        if place is None or modelled or resources.get(device, CPU) != CPU:
+        if not places or modelled or resources.get(device, CPU) != CPU:
             found.append(Kernel(name, calls, device, origin, "", ms, modelled))
             continue
-        at = place
-        region = graph.regions[place]
+        at = places[0]
+        region = together([graph.regions[place] for place in places])
         ops = [op for op in region.ops if f"{op.op_type}:{op.name}" in origin]
         amount = _Amount.of(region, ops, graph.weights)
         roof, roof_ms = _bound(amount, numbers(region), limits, model)

@@ -15,6 +15,7 @@ from nestc.bundle.dtypes import numpy_dtype
 from nestc.errors import ShapeError
 from nestc.graph.region import Region
 from nestc.report.schema import Figure, total
+from nestc.report.work import operations
 
 if TYPE_CHECKING:
     from nestc.runtime.executable import Executable
@@ -156,23 +157,46 @@ def _measured(regions: Sequence[Region], rows: Sequence[Mapping[str, Any]]) -> d
     """From the kernels of native code, each of which names the nodes that it computes."""
     origins = [frozenset(region.origin) for region in regions]
     spent: dict[str, float] = {}
+    shared: set[str] = set()
     at = 0
     for row in rows:
-        nodes = frozenset(row.get("origin") or ())
-        place = region_of(nodes, origins, at)
-        if place is None:
+        places = regions_of(frozenset(row.get("origin") or ()), origins, at)
+        if not places:
             continue
-        at = place
+        at = places[0]
         took = row["us"] if row.get("team_us") is None else row["team_us"]
-        spent[regions[place].name] = spent.get(regions[place].name, 0.0) + took / 1e3
-    return {name: Spent(ms, "measured", about="its kernels, one by one") for name, ms in spent.items()}
+        here = [regions[place] for place in places]
+        for region, share in zip(here, _shares(here), strict=True):
+            spent[region.name] = spent.get(region.name, 0.0) + share * took / 1e3
+        if len(here) > 1:
+            shared.update(region.name for region in here)
+    about = ("its kernels, one by one", "its share, by operations, of a kernel that computes several regions")
+    return {name: Spent(ms, "measured", about=about[name in shared]) for name, ms in spent.items()}
 
 
-def region_of(nodes: frozenset[str], origins: Sequence[frozenset[str]], at: int) -> int | None:
-    """The place of the region (by the nodes of each) that a kernel of these nodes belongs to; None if there is none.
+def _shares(regions: Sequence[Region]) -> list[float]:
+    """The parts of the operations of some regions that each has; equal ones where they are not known."""
+    counts = [[operations(op, region.types) for op in region.ops] for region in regions]
+    sums = [sum(count or 0 for count in each) for each in counts]
+    whole = sum(sums)
+    return [each / whole for each in sums] if whole else [1 / len(regions)] * len(regions)
+
+
+def regions_of(nodes: frozenset[str], origins: Sequence[frozenset[str]], at: int) -> list[int]:
+    """The places of the regions (by the nodes of each) that a kernel of these nodes computes: of the one that it is a
+    part of, or of several that it is all of.
 
     Kernels come in the order of their regions, so that of several regions with equal names the next one from `at`
     counts.
     """
     order = (*range(at, len(origins)), *range(at))
-    return next((number for number in order if nodes and nodes <= origins[number]), None)
+    one = next((number for number in order if nodes and nodes <= origins[number]), None)
+    if one is not None:
+        return [one]
+    inside = [number for number in order if origins[number] and origins[number] <= nodes]
+    left, found = set(nodes), list[int]()
+    for number in inside:
+        if origins[number] <= left:
+            left -= origins[number]
+            found.append(number)
+    return [] if left else sorted(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import cast
@@ -71,6 +71,23 @@ def work(region: Region, weights: Collection[str] = ()) -> Work:
         bytes_in=total_bytes(region.types, inputs),
         bytes_out=total_bytes(region.types, region.outputs),
         weights=total_bytes(region.types, constants),
+    )
+
+
+def together(regions: Sequence[Region]) -> Region:
+    """Neighbouring regions, each of which reads what the one before makes, as one; what lies between is no border."""
+    if len(regions) == 1:
+        return regions[0]
+    read = {name for region in regions for name in region.inputs}
+    made = {name for region in regions for name in region.outputs}
+    return Region(
+        regions[-1].name,
+        None,
+        tuple(op for region in regions for op in region.ops),
+        tuple(dict.fromkeys(name for region in regions for name in region.inputs if name not in made)),
+        tuple(name for region in regions for name in region.outputs if name not in read),
+        {name: type_ for region in regions for name, type_ in region.types.items()},
+        {name: reader for region in regions for name, reader in region.constants.items()},
     )
 
 
