@@ -35,6 +35,7 @@ _ITEM_FLOPS = 1_000_000  # least work of one parallel item: some 10 us
 _LEAST_ITEMS = 16  # items that large weights leave for the workers to share
 _LONG_SUM = 512  # products of a sum that may be worth cutting, to be measured
 _OTHER_TILES = 3  # worth measuring
+_COLUMNS_TOGETHER = 4  # kernel columns that are written out; all 128 of a long stride are slower to fetch and decode
 
 
 class ConvFamily:
@@ -425,7 +426,8 @@ class Direct:
             if self.flat:
                 self.prefetch_inputs(tile, at, ib, places)
             # Of a strided convolution neighbouring columns share no inputs: few channels make such a loop longer.
-            together = min(s.strides[-1], s.kernel[-1]) if step <= self.lanes // 2 and s.dilations[-1] == 1 else 1
+            most = min(s.strides[-1], s.kernel[-1], _COLUMNS_TOGETHER)
+            together = most if step <= self.lanes // 2 and s.dilations[-1] == 1 else 1
             whole = s.kernel[-1] // together
             with k.loop("kw", whole) as kw:
                 for each in range(together):
