@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx import NodeProto, helper
 
 from nestc.graph.region import Region
+from nestc.kernels import gemm_int8
 from nestc.kernels.api import PLAIN, CpuMachine
 from nestc.kernels.gemm_int8 import GEMM_INT8
 from nestc.kernels.testing import host_machine, region_of, run_lowered
@@ -210,6 +211,26 @@ def test_weights_whose_products_are_added_in_16_bits(largest: int, halves: bool,
     layouts = GEMM_INT8.layouts(region, machine, dict.fromkeys(region.inputs, PLAIN))
     kernel = GEMM_INT8.lower(region, machine, layouts).launches[-1].kernel
     assert ("PairSum" in repr(kernel.body)) == halves
+
+
+@pytest.mark.parametrize("a", ["uint8", "int8"])
+@pytest.mark.parametrize("shape", [(6, 4, 5), (13, 150, 40), (31, 70, 17), (9, 3000, 24), (3, 10, 5, 37, 33)])
+@pytest.mark.parametrize("weights", ["normal", "ends"])
+def test_weights_of_8_bits_in_pairs(
+    a: str, shape: tuple[int, ...], weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the weights, if units that saturate are complemented (`byte_pairs`), also in batches and long sums."""
+    machine = dataclasses.replace(MACHINE, dot_bytes=32, vnni=False, dotprod=False)
+    monkeypatch.setattr(gemm_int8, "PAIRED", (0.0, 0.0, 0.0))
+    *batch, m, k, n = shape
+    rng, limits = np.random.default_rng(3), np.iinfo(a)
+    b = np.clip(np.round(rng.normal(0, 40, (*batch[:1], k, n))), -128, 127).astype(np.int8)
+    if weights == "ends":
+        b = rng.choice(np.array([-128, -127, 127], np.int8), b.shape)
+    feeds = {"a": rng.choice(np.array([limits.min, limits.max, 5], a), (*batch[:1], m, k)), "b": b}
+    feeds["za"] = np.array(3, a)
+    check_integer(feeds, ("b", "za"), machine)
+    check_integer({key: value[..., :2] if key == "b" else value for key, value in feeds.items()}, ("b",), machine)
 
 
 @pytest.mark.parametrize("machine", [SSE2, VNNI, NEON, PORTABLE])

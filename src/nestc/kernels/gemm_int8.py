@@ -10,26 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 
 from nestc.graph.region import Op, Region, TensorType
 from nestc.kernels.api import PLAIN, CpuMachine, Launch, Layout, Lowered
+from nestc.kernels.byte_pairs import PairedUnits, Pairing
+from nestc.kernels.conv_pack import PAIRED, WAYS, paired_tile
 from nestc.kernels.gemm_int8_pack import constant_weights, named_zero, pack_launch, zero_at
-from nestc.kernels.gemm_shape import Product, product_of
+from nestc.kernels.gemm_shape import Product, Tile, product_of
 from nestc.kernels.operands import Operands
+from nestc.kernels.paired_steps import PairedSteps
 from nestc.kernels.panels import PAIRS, Numbers, Panels, to_panels
 from nestc.kernels.quantized import Quantized, QuantizedAnchor, prologue, quantized_anchor
 from nestc.kernels.requantize import Requantize
 from nestc.kernels.small import INTEGERS
 from nestc.kernels.tail import Tail, tail_refusal
-from nestc.tensor.build import constant, load, splat
+from nestc.tensor import index as ix
+from nestc.tensor.build import constant, less, load, splat
 from nestc.tensor.ir import Binary, Bitcast, Buffer, Cast, Dot, Expr, PairSum, Stmt
 from nestc.tensor.rewrite import cast
 
 _BYTES = frozenset({"int8", "uint8"})
 _WEIGHTS = _BYTES | frozenset(INTEGERS)
+_ROWS = 6  # least rows for which it pays that weights are read in an order of their own
 _BOUND = 128  # of two weights of one sign whose products with bytes are summed in 16 bits: 255 * 128 < 2**15
 HALVES = Numbers("uint8", "int8", 4, "int32", 3, 1)
 """Bytes in fours, two of which pmaddubsw adds in 16 bits, pmaddwd with ones both, and an addition."""
@@ -69,7 +74,11 @@ class GemmInt8Family:
         """One launch, after one that packs `b` where it is not constant."""
         found = _read(region)
         assert isinstance(found, Integers)
-        return _IntegerPanels(region, found, machine).lower()
+        weights = constant_weights(found.product, region, found.b_zero)
+        paired = _paired(weights, found.product.m, machine)
+        if paired is not None:
+            return _PairedPanels(region, found, machine, weights, *paired).lower()
+        return _IntegerPanels(region, found, machine, weights).lower()
 
 
 def _read(region: Region) -> Integers | str:
@@ -169,20 +178,47 @@ def _pairs_fit(weights: np.ndarray | None) -> bool:
     return bool(np.abs(even[:, : odd.shape[1]] + odd).max(initial=0) <= _BOUND)
 
 
+def _paired(weights: np.ndarray | None, m: int, machine: CpuMachine) -> tuple[PairedUnits, Tile] | None:
+    """The steps for int8 weights (batch, k, n) and a register tile, where they are expected to be faster than int16."""
+    if weights is None or weights.dtype != np.int8 or weights.size == 0 or m < _ROWS:
+        return None
+    if machine.dot_group == 4 or machine.dot_bytes < 32 or _pairs_fit(weights):
+        return None
+    batch, k, n = weights.shape
+    lanes, units = machine.lanes("int32"), ceil(k / 4)
+    vectors = ceil(n / lanes)
+    rows, together = paired_tile(vectors, m, machine.vector_registers)
+    # Two register columns a panel, so that narrow results are stored in longer pieces.
+    wide = together * min(2, ceil(vectors / together))
+    whole = np.zeros((batch, k, ceil(n / (wide * lanes)) * wide * lanes), np.int8)
+    whole[..., :n] = weights
+    pairing = Pairing(to_panels(whole, together * lanes, 4, units * 4))
+    if float((pairing.counts @ PAIRED).sum()) * together >= WAYS[0, 0] * units * batch * vectors:
+        return None
+    return pairing.pack(machine.l1_bytes * 3 // 4), Tile(rows, wide)
+
+
 class _IntegerPanels(Panels):
     """The kernel. ``quads``: 8-bit factors in fours, else pairs of int16. Where there is no instruction for fours,
     pmaddubsw makes sums of two (``halves``), if none of them can saturate: then all weights have 7 bits, or nearly."""
 
-    def __init__(self, region: Region, integers: Integers, machine: CpuMachine) -> None:
-        self.integers = integers
+    def __init__(
+        self,
+        region: Region,
+        integers: Integers,
+        machine: CpuMachine,
+        weights: np.ndarray | None,
+        tile: Tile | None = None,
+    ) -> None:
+        self.integers, self.weights = integers, weights
         self.zero = integers.a_zero if isinstance(integers.a_zero, str) else f"{integers.product.a}.zero"
-        self.weights = constant_weights(integers.product, region, integers.b_zero)
-        narrow = self.weights is not None and self.weights.dtype == np.int8
-        self.halves = narrow and machine.dot_group != 4 and machine.dot_bytes >= 32 and _pairs_fit(self.weights)
+        narrow = weights is not None and weights.dtype == np.int8
+        fit = tile is not None or (machine.dot_bytes >= 32 and _pairs_fit(weights))
+        self.halves = narrow and machine.dot_group != 4 and fit
         self.quads = self.halves or (narrow and machine.dot_group == 4)
         fours = HALVES if self.halves else Numbers(*machine.dot_dtypes, 4, "int32", 1, 5)
         numbers = fours if self.quads else PAIRS
-        super().__init__("gemm_int8", region, integers.op, integers.product, machine, numbers)
+        super().__init__("gemm_int8", region, integers.op, integers.product, machine, numbers, tile)
         self.staged = self.staged and self.weights is not None and not self.quads
 
     def declare(self) -> tuple[tuple[Launch, ...], Mapping[str, TensorType]]:
@@ -201,7 +237,7 @@ class _IntegerPanels(Panels):
             operands.define(name, type_)
             self.b = operands.buffer(name)
         else:
-            self.b = self.define("panels", to_panels(self.weights, self.width, self.numbers.group, self.depth))
+            self.pack_weights(self.weights)
         if self.quads:
             assert self.weights is not None
             sums = self.weights.sum(axis=1, dtype=np.int32)[:, None, :]
@@ -215,6 +251,10 @@ class _IntegerPanels(Panels):
             self.tail = Requantize(operands, self.region, self.op, integers.scale, axis, integers.bias)
         self.tail.declare()
         return launches, temporaries
+
+    def pack_weights(self, weights: np.ndarray) -> None:
+        """Declare constant weights."""
+        self.b = self.define("panels", to_panels(weights, self.width, self.numbers.group, self.depth))
 
     def declare_a(self, operands: Operands) -> None:
         operands.buffer(self.product.a)
@@ -251,16 +291,77 @@ class _IntegerPanels(Panels):
     def start(self, batch: tuple[Expr, ...], row: Expr, panel: Expr, c: int) -> Expr:
         if not self.quads:
             return super().start(batch, row, panel, c)
+        return self.start_at(self.matrix_panel(batch, panel), ix.const(c * self.lanes))
+
+    def start_at(self, which: Expr, column: Expr) -> Expr:
+        """What the sums of the columns of a panel from `column` on start from: the zero point of the rows taken off."""
         zero: Expr = zero_at(self.operands, self.zero)
         if self.region.types[self.product.a].dtype != self.numbers.a:
             zero = Binary("add", zero, constant(-128 if self.numbers.a == "int8" else 128, "int32"))
         negative = splat(Binary("sub", constant(0, "int32"), zero), self.lanes)
-        return Binary(
-            "mul", negative, load(self.sums, self.matrix_panel(batch, panel), c * self.lanes, lanes=self.lanes)
-        )
+        return Binary("mul", negative, load(self.sums, which, column, lanes=self.lanes))
 
     def stores(self, batch: tuple[Expr, ...], row: Expr, column: Expr, value: Expr) -> tuple[Stmt, ...]:
         return self.tail.stores(self.product.out_index(batch, row, column), value)
+
+
+class _PairedPanels(_IntegerPanels):
+    """The kernel on steps of `byte_pairs`: a panel's register columns one after another, so that a tile has many
+    rows."""
+
+    def __init__(
+        self,
+        region: Region,
+        integers: Integers,
+        machine: CpuMachine,
+        weights: np.ndarray | None,
+        paired: PairedUnits,
+        tile: Tile,
+    ) -> None:
+        super().__init__(region, integers, machine, weights, tile)
+        units = ceil(integers.product.k / 4)
+        self.paired, self.together = paired, paired.vectors.shape[-1] // (4 * self.lanes)
+        self.cut(paired.chunks, ceil(units / paired.chunks))
+        self.stream = PairedSteps(self.k, paired, self.together, paired.numbers * 4, units * 4 - 4, self.define)
+        self.stride = max(self.stride, self.stream.reach + 64)
+
+    def pack_weights(self, weights: np.ndarray) -> None:
+        self.stream.declare()
+        offset = self.paired.offset.astype(np.int32)
+        self.offset = self.define("offset", offset.reshape(-1, self.width))
+
+    def row_tile(self, batch: tuple[Expr, ...], panel: Expr, part: Expr, row: Expr, slot: Expr, rows: int) -> None:
+        k, lanes = self.k, self.lanes
+        places = [(r, c) for r in range(rows) for c in range(self.together)]
+        apart = self.tile.vectors // self.together
+        which = self.matrix_panel(batch, panel)
+        base = ix.add(ix.mul(self.a_matrix(batch), self.product.m), row) if self.apart else ix.const(0)
+        with k.loop("apart", apart) as h:
+            column, first = ix.add(ix.mul(which, apart), h), ix.mul(h, self.together * lanes)
+            for c in range(self.together):
+                at = ix.add(first, c * lanes)
+                start = Binary("add", self.start_at(which, at), load(self.offset, which, at, lanes=lanes))
+                for r in range(rows):
+                    k.store(self.acc, (r, c, 0), start)
+            if self.parts > 1:
+                with k.when(less(0, part)):
+                    for r, c in places:
+                        value = load(self.partial, slot, r, ix.add(first, c * lanes), lanes=lanes)
+                        k.store(self.acc, (r, c, 0), value)
+            self.stream.prefetch(column, part, slot, self.down + 1)
+            self.stream.add(
+                column, part, rows, self.acc, lambda r, place: load(self.a, ix.add(base, r), place, lanes=4)
+            )
+            if self.parts > 1:
+                with k.when(less(part, self.parts - 1)):
+                    for r, c in places:
+                        value = load(self.acc, r, c, 0, lanes=lanes)
+                        k.store(self.partial, (slot, r, ix.add(first, c * lanes)), value)
+            with k.when(less(self.parts - 2, part)):
+                for r, c in places:
+                    k.store(self.done, (r, ix.add(first, c * lanes)), load(self.acc, r, c, 0, lanes=lanes))
+        with k.when(less(self.parts - 2, part)):
+            self.finish(batch, panel, row, rows)
 
 
 GEMM_INT8 = GemmInt8Family()

@@ -94,11 +94,18 @@ class Panels(ABC):
     b: Buffer
 
     def __init__(
-        self, name: str, region: Region, op: Op, product: Product, machine: CpuMachine, numbers: Numbers
+        self,
+        name: str,
+        region: Region,
+        op: Op,
+        product: Product,
+        machine: CpuMachine,
+        numbers: Numbers,
+        tile: Tile | None = None,
     ) -> None:
         self.region, self.op, self.product, self.machine, self.numbers = region, op, product, machine, numbers
         self.lanes = machine.lanes(numbers.acc)
-        self.tile = choose_tile(product.m, product.n, self.lanes, numbers, machine)
+        self.tile = tile or choose_tile(product.m, product.n, self.lanes, numbers, machine)
         self.width = self.tile.vectors * self.lanes
         self.panels = ceil(product.n / self.width)
         self.staged = self.apart = product.m > self.tile.rows
