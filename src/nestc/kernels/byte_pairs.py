@@ -23,7 +23,7 @@ UNITS = (2, 2, 1)
 """Units of a plain, a flipped and a single step."""
 VECTORS = (2, 3, 2)
 """Constants that they read: the weights of the units, then the mask of the last one."""
-_TURNS = 24  # partners that are tried for a unit in a round
+_TURNS = 12  # partners that are tried for a unit in a round
 _Fits = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -138,22 +138,32 @@ class Pairing:
     def _match(self, first: np.ndarray, second: np.ndarray, fits: _Fits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pairs (one of `first`, one of `second`, of the same column) that fit, and what is left of both."""
         found: list[np.ndarray] = [np.zeros((0, 2), np.int64)]
+        sides = [first, second]
+        counts = [np.bincount(self.column[side], minlength=self.columns) for side in sides]
         for turn in range(_TURNS):
-            counts = [np.bincount(self.column[side], minlength=self.columns) for side in (first, second)]
             least = np.minimum(*counts)
             if not least.any():
                 break
             # The shorter side in order, of the longer one a run that starts further on at each turn.
             which = np.repeat(np.arange(self.columns), least)
             rank = _ranks(least)
-            places: list[np.ndarray] = []
+            tried: list[np.ndarray] = []
             for count, turned in zip(counts, (counts[0] > counts[1], counts[0] <= counts[1])):
-                place = (rank + np.where(turned, turn, 0)[which]) % count[which]
-                places.append(place + (np.cumsum(count) - count)[which])
-            held = fits(first[places[0]], second[places[1]])
-            found.append(np.stack([first[places[0][held]], second[places[1][held]]], axis=1))
-            first, second = np.delete(first, places[0][held]), np.delete(second, places[1][held])
-        return np.concatenate(found), first, second
+                place = rank + np.where(turned, turn, 0)[which]
+                place %= count[which]
+                place += (np.cumsum(count) - count)[which]
+                tried.append(place)
+            held = np.flatnonzero(fits(sides[0][tried[0]], sides[1][tried[1]]))
+            if not held.size:
+                continue
+            found.append(np.stack([side[place[held]] for side, place in zip(sides, tried)], axis=1))
+            matched = np.bincount(which[held], minlength=self.columns)
+            counts = [count - matched for count in counts]
+            for i, place in enumerate(tried):
+                left = np.ones(sides[i].size, bool)
+                left[place[held]] = False
+                sides[i] = sides[i][left]
+        return np.concatenate(found), sides[0], sides[1]
 
     def _among(self, units: np.ndarray, fits: _Fits) -> tuple[np.ndarray, np.ndarray]:
         """Pairs among `units` (the largest of a column first) that fit, and what is left: large with small ones, then
