@@ -123,4 +123,6 @@ def _layouts_text(found: dict[str, Any]) -> str:
     if found["conversions"] != found["greedy_conversions"]:
         greedy = found["greedy_modelled_seconds"] * 1e3
         text += f" (chosen one by one: {found['greedy_conversions']} conversions, {greedy:.3g} ms)"
+    if found.get("other_ways"):
+        text += f", {found['other_ways']} regions computed in another way than alone to spare conversions"
     return text + (", proven best by this model" if found["optimal"] else "")

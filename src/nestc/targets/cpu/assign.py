@@ -1,25 +1,27 @@
-"""Layouts chosen over a whole partition: the least sum of what kernels and conversions are modelled to cost.
+"""Layouts and ways chosen over a whole partition: the least sum of what kernels and conversions are modelled to cost.
 
 Each region has a few options (`options`); a value that is read in another layout than it is made in is converted once,
-for all its readers. The sum is minimised by bucket elimination (`partition.labelling`): exact where the graph is
-narrow, which is nearly always; else the best of that guess and of the greedy walk, improved one region at a time.
+for all its readers. Where conversions are left, regions may also be computed in other ways that want other layouts. The
+sum is minimised by bucket elimination (`partition.labelling`): exact where the graph is narrow, which is nearly always;
+else the best of that guess and of the greedy walk, improved one region at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from math import inf
 
 import numpy as np
 
 from nestc.graph.region import TensorType
-from nestc.kernels.api import PLAIN, CpuMachine, Layout
+from nestc.kernels.api import PLAIN, CpuMachine, Family, Layout
 from nestc.partition.labelling import Factor, minimise
 from nestc.targets.cpu.cost import conversion_seconds
 from nestc.targets.cpu.layout import Option, same_bytes
-from nestc.targets.cpu.options import Pair, all_options, greedy_options
+from nestc.targets.cpu.options import Memo, Pair, all_options, greedy_options, joint_options
+from nestc.targets.cpu.ways import Way, distinct_ways
 
 _SAME = 1e-9
 """Relative difference below which two sums count as equal: the greedy choice is kept."""
@@ -32,7 +34,8 @@ _ROUNDS = 20
 class Assignment:
     """The chosen option of each region, and what they are modelled to cost with their conversions, in seconds.
 
-    ``optimal``: nothing else costs less by this model. The same numbers are given of the greedy walk.
+    ``optimal``: nothing else costs less by this model. The same numbers are given of the greedy walk. ``other_ways``:
+    regions that are computed in another way than they would be alone.
     """
 
     options: tuple[Option, ...]
@@ -41,6 +44,7 @@ class Assignment:
     greedy_seconds: float
     greedy_conversions: int
     optimal: bool
+    other_ways: int = 0
 
     def report(self) -> dict[str, float | int | bool]:
         """What to tell of it, as JSON values; seconds are modelled."""
@@ -50,6 +54,7 @@ class Assignment:
             "greedy_conversions": self.greedy_conversions,
             "greedy_modelled_seconds": self.greedy_seconds,
             "optimal": self.optimal,
+            "other_ways": self.other_ways,
         }
 
 
@@ -59,10 +64,42 @@ def assign(
     outputs: Sequence[str],
     types: Mapping[str, TensorType],
     machine: CpuMachine,
+    others: Mapping[str, Sequence[Family]] | None = None,
 ) -> Assignment:
-    """Choose the layouts of all values; those of `inputs` and `outputs` are plain."""
+    """Choose the layouts of all values; those of `inputs` and `outputs` are plain.
+
+    `others` gives, by the name of a region, the families that could compute it instead of the one in `pairs`; one of
+    them is taken where that saves more conversions than it costs.
+    """
     greedy = greedy_options(pairs, inputs, types, machine)
-    return cheapest(all_options(pairs, inputs, types, machine, greedy), inputs, outputs, types)
+    memo: Memo = {}
+    options = all_options(pairs, inputs, types, machine, greedy, memo)
+    alone = cheapest(options, inputs, outputs, types)
+    # Each region alone is computed in the way that costs least, so another one can save conversions only.
+    reach = alone.seconds - sum(option.seconds for option in alone.options)
+    if not others or reach <= _SAME * alone.seconds:
+        return alone
+    ways: dict[str, Sequence[Way]] = {}
+    for region, family in pairs:
+        more = others.get(region.name, ())
+        if family is None or not more:
+            continue
+        block = Layout(machine.lanes("float32"))
+        deep = [types[name] for name in (*region.inputs, *region.outputs) if len(types[name].shape) > 2]
+        near = 2 * sum(conversion_seconds(type_, PLAIN, block) for type_ in deep)
+        found = distinct_ways(region, family, more, machine, min(reach, near))
+        if len(found) > 1:
+            ways[region.name] = found
+    if not ways:
+        return alone
+    start = [_place(each, known) for each, known in zip(alone.options, options, strict=True)]
+    joint = cheapest(joint_options(pairs, inputs, types, machine, options, ways, memo), inputs, outputs, types, start)
+    taken = sum(option.family is not family for option, (_, family) in zip(joint.options, pairs, strict=True))
+    return replace(joint, other_ways=taken) if taken else alone
+
+
+def _place(option: Option, options: Sequence[Option]) -> int:
+    return next(number for number, each in enumerate(options) if each is option)
 
 
 def cheapest(
@@ -70,25 +107,30 @@ def cheapest(
     inputs: Sequence[str],
     outputs: Sequence[str],
     types: Mapping[str, TensorType],
+    start: Sequence[int] | None = None,
 ) -> Assignment:
-    """The options, one of each region's, that cost least together; the first of each are the greedy ones."""
+    """The options, one of each region's, that cost least together; the first of each are the greedy ones.
+
+    Those numbered `start` (the greedy ones) are kept where nothing costs less.
+    """
     problem = _Problem(options, inputs, outputs, types)
     greedy = [0] * len(options)
-    least, optimal = problem.total(greedy), True
-    best = greedy
+    kept = greedy if start is None else list(start)
+    least, optimal = problem.total(kept), True
+    best = kept
     if any(len(each) > 1 for each in options):
         sizes, factors = problem.factors()
         found = minimise(sizes, factors)
         best, optimal = found.labels[: len(options)], found.exact
         if not optimal:
-            best = min((problem.improved(each) for each in (greedy, best)), key=problem.total)
+            best = min((problem.improved(each) for each in (kept, best)), key=problem.total)
         if problem.total(best) >= least * (1 - _SAME):
-            best = greedy
+            best = kept
     return Assignment(
         tuple(each[label] for each, label in zip(options, best, strict=True)),
         problem.total(best),
         len(problem.conversions(best)),
-        least,
+        problem.total(greedy),
         len(problem.conversions(greedy)),
         optimal,
     )
@@ -120,7 +162,7 @@ class _Problem:
             return 0.0
         key = name, source, target
         if key not in self._costs:
-            self._costs[key] = conversion_seconds(self.types[name])
+            self._costs[key] = conversion_seconds(self.types[name], source, target)
         return self._costs[key]
 
     def made(self, name: str, labels: Sequence[int]) -> Layout:

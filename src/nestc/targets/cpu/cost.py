@@ -3,12 +3,13 @@ differ."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Protocol, runtime_checkable
 
 from nestc.graph.region import Op, Region, TensorType
 from nestc.kernels import generic
-from nestc.kernels.api import CpuMachine, Layout
+from nestc.kernels.api import CpuMachine, Family, Layout
 
 # Rates of one core of a current server CPU; they decide chunk sizes and whether a step is worth sharing, no more.
 FLOPS_PER_SECOND = 60e9
@@ -16,9 +17,11 @@ BYTES_PER_SECOND = 10e9
 CYCLES_PER_SECOND = 3.4e9
 """Of the kernels whose cycles are estimated. All of these rates were seen on Zen 3."""
 
-CONVERTED_PER_SECOND = 1.7e9
 CONVERSION_SECONDS = 0.4e-6
-"""Elements that conversions move (85 us for 131200 of float32, 0.6 us for 1032), and what they take at least."""
+WHOLE_BLOCKS_PER_SECOND, INTO_BLOCKS_PER_SECOND, OUT_OF_BLOCKS_PER_SECOND = 3.5e9, 1.2e9, 1.8e9
+"""What conversions take at least, and elements that they move: where channels fill whole blocks, and into and out of
+blocks the last of which is filled in part. In L2 and L3 4.0e9 to 5.6e9, 0.9e9 to 1.6e9 and 1.6e9 to 2.1e9 of float32
+were measured, in networks 3.5e9 of whole blocks."""
 
 _PLAIN_WINDOWS = 2.0
 """What pooling and resizing over rows of pixels take of what they take over vectors of channels."""
@@ -35,9 +38,30 @@ def seconds(region: Region) -> float:
     return max(work / FLOPS_PER_SECOND, traffic / BYTES_PER_SECOND)
 
 
-def conversion_seconds(type_: TensorType) -> float:
+@runtime_checkable
+class Estimated(Protocol):
+    """A family that models its cycles, and those of the direct kernel on the same terms."""
+
+    def cycles(self, region: Region, machine: CpuMachine) -> tuple[float, float]: ...
+
+
+def way_seconds(region: Region, family: Family, known: Sequence[Family], machine: CpuMachine) -> float:
+    """Modelled seconds of a region computed by `family`, to be compared with those of the others that are `known` to
+    compute it: the cycles that it models, or that one of those does of the direct kernel, which `family` is then."""
+    for each in (family, *known):
+        if isinstance(each, Estimated):
+            own, direct = each.cycles(region, machine)
+            return (own if each is family else direct) / CYCLES_PER_SECOND
+    return seconds(region)
+
+
+def conversion_seconds(type_: TensorType, source: Layout, target: Layout) -> float:
     """Modelled seconds to bring a value from one layout into another."""
-    return CONVERSION_SECONDS + prod(type_.shape) / CONVERTED_PER_SECOND
+    if all(type_.shape[1] % each.block == 0 for each in (source, target) if each.block):
+        rate = WHOLE_BLOCKS_PER_SECOND
+    else:
+        rate = INTO_BLOCKS_PER_SECOND if target.block else OUT_OF_BLOCKS_PER_SECOND
+    return CONVERSION_SECONDS + prod(type_.shape) / rate
 
 
 def layout_seconds(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
 
 from nestc.graph.region import Region, TensorType
 from nestc.kernels import generic
@@ -11,6 +13,7 @@ from nestc.kernels.api import PLAIN, CpuMachine, Family, Layout
 from nestc.targets.cpu.address import addressable
 from nestc.targets.cpu.cost import layout_seconds, seconds
 from nestc.targets.cpu.layout import Option, view_layouts
+from nestc.targets.cpu.ways import Way
 
 Pair = tuple[Region, Family | None]
 """A region with the family that computes it; None for a view."""
@@ -45,15 +48,42 @@ def greedy_options(
     return found
 
 
+Memo: TypeAlias = "dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[Option]]"
+"""The options of a region by its name, the inputs that may be had in blocks, and the outputs that are wanted so."""
+
+
 def all_options(
     pairs: Sequence[Pair],
     inputs: Sequence[str],
     types: Mapping[str, TensorType],
     machine: CpuMachine,
     greedy: Sequence[Option],
+    memo: Memo | None = None,
 ) -> list[list[Option]]:
-    """The options of each region, those of `greedy` first, with their modelled seconds."""
-    return _Options(types, machine).run(pairs, inputs, greedy)
+    """The options of each region, those of `greedy` first, with their modelled seconds. `memo` is filled."""
+    return _Options(types, machine, {}, {} if memo is None else memo).run(pairs, inputs, greedy)
+
+
+def joint_options(
+    pairs: Sequence[Pair],
+    inputs: Sequence[str],
+    types: Mapping[str, TensorType],
+    machine: CpuMachine,
+    alone: Sequence[Sequence[Option]],
+    ways: Mapping[str, Sequence[Way]],
+    memo: Memo,
+) -> list[list[Option]]:
+    """The options `alone`, in their order, and behind them those of other `ways` to compute the regions of these names,
+    and what the others then could have in other layouts. The first way of each is that of `pairs`; `memo` is what
+    `all_options` has filled."""
+    found = _Options(types, machine, ways, memo).run(pairs, inputs, [each[0] for each in alone])
+    result: list[list[Option]] = []
+    for before, after in zip(alone, found, strict=True):
+        known = [(option.family, option.layouts) for option in before]
+        of_region = ways.get(before[0].region.name)
+        same = before if of_region is None else [replace(each, seconds=of_region[0].seconds) for each in before]
+        result.append([*same, *(each for each in after if (each.family, each.layouts) not in known)])
+    return result
 
 
 def _full(region: Region, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
@@ -61,8 +91,12 @@ def _full(region: Region, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
 
 
 class _Options:
-    def __init__(self, types: Mapping[str, TensorType], machine: CpuMachine) -> None:
+    def __init__(
+        self, types: Mapping[str, TensorType], machine: CpuMachine, ways: Mapping[str, Sequence[Way]], memo: Memo
+    ) -> None:
         self.types = types
+        self.ways = ways
+        self.memo = memo
         self.machine = machine
         self.block = machine.lanes("float32")
         self.wanted: set[str] = set()  # values that somebody downstream wants in blocks
@@ -72,14 +106,35 @@ class _Options:
         if self.block > 1:
             for region, family in reversed(pairs):
                 self.want(region, family)
+                for way in self.others(region):
+                    self.want(region, way.family)
         self.blocked.update(name for name in inputs if name in self.wanted)
         found: list[list[Option]] = []
         for (region, family), first in zip(pairs, greedy, strict=True):
-            layouts = self.layouts(region, family, first.layouts)
-            self.blocked.update(name for each in layouts for name in region.outputs if each[name].block)
+            state = region.name, tuple(self.open(region)), tuple(self.asked(region))
+            if state not in self.memo:
+                self.memo[state] = self.priced(region, family, self.layouts(region, family, first.layouts))
+            options = list(self.memo[state])
+            for way in self.others(region):
+                options += [
+                    Option(region, way.family, each, way.seconds) for each in self.layouts(region, way.family, None)
+                ]
+            self.blocked.update(name for each in options for name in region.outputs if each.layout(name).block)
             self.blocked.update(name for name in region.outputs if name in self.wanted)
-            found.append(self.priced(region, family, layouts))
+            found.append(options)
         return found
+
+    def open(self, region: Region) -> list[str]:
+        """Inputs that may be had in blocks."""
+        return [name for name in region.inputs if name in self.blocked and self.deep(name)]
+
+    def asked(self, region: Region) -> list[str]:
+        """Outputs that somebody wants in blocks."""
+        return [name for name in region.outputs if name in self.wanted and self.deep(name)]
+
+    def others(self, region: Region) -> Sequence[Way]:
+        """The ways beside the first one."""
+        return self.ways.get(region.name, ())[1:]
 
     def deep(self, name: str) -> bool:
         """Whether a value has channels and places."""
@@ -116,17 +171,19 @@ class _Options:
     def views(self, region: Region) -> list[dict[str, Layout]]:
         return view_layouts(region, self.types, self.block)
 
-    def layouts(self, region: Region, family: Family | None, first: Mapping[str, Layout]) -> list[dict[str, Layout]]:
-        """Every choice of layouts, the first one first."""
-        found = [dict(first)]
+    def layouts(
+        self, region: Region, family: Family | None, first: Mapping[str, Layout] | None
+    ) -> list[dict[str, Layout]]:
+        """Every choice of layouts, the first one first, if there is one."""
+        found = [] if first is None else [dict(first)]
         if self.block == 1:
             return found
         block = Layout(self.block)
-        open_ = [name for name in region.inputs if name in self.blocked and self.deep(name)]
+        open_ = self.open(region)
         if family is None:
             found += [each for each in self.views(region) if not each[region.inputs[0]].block or open_]
         elif family.name in _GENERIC:
-            asked = [name for name in region.outputs if name in self.wanted and self.deep(name)]
+            asked = self.asked(region)
             if open_ or asked:
                 found += generic.layout_options(region, self.block, open_, asked)
         else:
@@ -163,4 +220,4 @@ def _subsets(names: Sequence[str]) -> list[set[str]]:
     return [set(names), set(), *({name} for name in names[: _COMBINATIONS - 2])]
 
 
-__all__ = ["Pair", "all_options", "greedy_options"]
+__all__ = ["Pair", "all_options", "greedy_options", "joint_options"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
@@ -95,20 +95,27 @@ class CpuTarget:
 
     def compile(self, partition: Partition, emit: Callable[[str, str, str], None] | None = None) -> Artifact:
         """Kernels for every region, one object a distinct kernel, and the program that runs them in order."""
-        return _Compiler(self.cpu, partition, emit, self.threads, self.exact).run(self.way)
+        return _Compiler(self.cpu, partition, emit, self.threads, self.exact).run(self.ways)
 
     def way(self, region: Region) -> Family | None:
         """The family that computes a region: what was measured to be fastest, else what is expected to be.
 
         None if nobody lowers it.
         """
+        return next(iter(self.ways(region)), None)
+
+    def ways(self, region: Region) -> tuple[Family, ...]:
+        """The family that computes a region (`way`), and behind it those that could instead; none of them if it was
+        measured to be fastest. Empty if nobody lowers it."""
         ways = alternatives(region, self.cpu, self.exact)
-        return self._tuned.pick(region, ways) if ways else None
+        if not ways or not self._tuned.times(region):
+            return ways
+        return (self._tuned.pick(region, ways),)
 
     def kernels(self, partition: Partition) -> list[tuple[Lower, int]]:
         """The regions that kernels compute, each with its way and layouts, for as many images as it takes at a time,
         and how often it is computed. Neighbours are not joined here."""
-        return _Compiler(self.cpu, partition, None, self.threads).kernels(self.way)
+        return _Compiler(self.cpu, partition, None, self.threads).kernels(self.ways)
 
     def compile_alone(self, region: Region, way: Family, borders: Mapping[str, Layout]) -> Artifact:
         """A program of one region whose inputs and outputs lie in the layouts of its `borders`, for measurements.
@@ -166,9 +173,9 @@ class _Compiler:
         self.firsts: Mapping[str, str] = {}  # of regions that were joined: the first by the second
         self.sliced: list[dict[str, str | int | float]] = []
 
-    def kernels(self, way: Callable[[Region], Family | None]) -> list[tuple[Lower, int]]:
+    def kernels(self, ways: Callable[[Region], tuple[Family, ...]]) -> list[tuple[Lower, int]]:
         """The regions that are lowered, and how often each is computed."""
-        program, _ = self.plan(way, fuse=False)
+        program, _ = self.plan(ways, fuse=False)
         turns = {
             each.region.name: action.count
             for action in program
@@ -177,22 +184,22 @@ class _Compiler:
         }
         return [(action, turns.get(action.region.name, 1)) for action in lowered(program)]
 
-    def run(self, way: Callable[[Region], Family | None]) -> Artifact:
-        """Lower every region the way that `way` says."""
+    def run(self, ways: Callable[[Region], tuple[Family, ...]]) -> Artifact:
+        """Lower every region in one of the `ways`, the first of which is the best one alone."""
         p = self.partition
-        program, types = self.plan(way)
+        program, types = self.plan(ways)
         with self.pool() as pool:
             assembler = self.assembler(pool)
             assembler.add(program, p.inputs, p.outputs, types)
             whole: set[str] = set()
             while assembler.narrow - whole:
                 whole |= assembler.narrow
-                program, types = self.plan(way, whole=frozenset(whole))
+                program, types = self.plan(ways, whole=frozenset(whole))
                 assembler = self.assembler(pool)
                 assembler.add(program, p.inputs, p.outputs, types)
-        ways = {action.region.name: action.family.name for action in lowered(program)}
-        ways.update({first: ways[second] for second, first in self.firsts.items()})
-        return self.program(assembler, {name: types[name] for name in (*p.inputs, *p.outputs)}, ways)
+        taken = {action.region.name: action.family.name for action in lowered(program)}
+        taken.update({first: taken[second] for second, first in self.firsts.items()})
+        return self.program(assembler, {name: types[name] for name in (*p.inputs, *p.outputs)}, taken)
 
     def run_alone(self, family: Family, borders: Mapping[str, Layout]) -> Artifact:
         """The partition's only region, between values in the layouts of its `borders`."""
@@ -213,20 +220,21 @@ class _Compiler:
         return self.program(assembler, p.types, {region.name: family.name})
 
     def plan(
-        self, way: Callable[[Region], Family | None], fuse: bool = True, whole: frozenset[str] = frozenset()
+        self, ways: Callable[[Region], tuple[Family, ...]], fuse: bool = True, whole: frozenset[str] = frozenset()
     ) -> tuple[Program, dict[str, TensorType]]:
-        """What is to be done for the regions, each computed the way that `way` says, and the types of all values.
-        With `fuse`, neighbours are joined where that is expected to be faster; regions named in `whole` compute the
-        whole batch at a time.
+        """What is to be done for the regions, each computed in one of the `ways`, the first of which is the best one
+        alone, and the types of all values. With `fuse`, neighbours are joined where that is expected to be faster;
+        regions named in `whole` compute the whole batch at a time.
 
         Raises UnsupportedOp for a region that no family lowers.
         """
         p = self.partition
         types: dict[str, TensorType] = dict(p.types)
+        known = _Known(ways)
         regions = merge_shuffles(p.regions, p.outputs, self.machine)
         merged = Merged(regions)
         if fuse:
-            merged = merge_pairs(regions, p.outputs, self.machine, self.threads, self.exact, way)
+            merged = merge_pairs(regions, p.outputs, self.machine, self.threads, self.exact, known.first)
         self.firsts = merged.firsts
         for region in merged.regions:
             types.update(region.types)
@@ -235,13 +243,16 @@ class _Compiler:
             # What is computed for a slice at a time is computed the way that is best for a slice.
             small = {name: region for each in slices for name, region in each.small(merged.regions).items()}
             pairs: list[tuple[Region, Family | None]] = []
+            others: dict[str, Sequence[Family]] = {}
             for region in merged.regions:
                 given = small.get(region.name, region)
-                family = merged.families.get(region.name) or (None if _is_view(region) else way(given))
+                family = merged.families.get(region.name) or (None if _is_view(region) else known.first(given))
                 if family is None and not _is_view(region):
                     raise UnsupportedOp(f"region {region.name}: no CPU kernel for {', '.join(region.origin)}")
                 pairs.append((region, family))
-            self.assignment = assign(pairs, p.inputs, p.outputs, types, self.machine)
+                if given is region and region.name not in merged.families and family is not None:
+                    others[region.name] = known.all(region)[1:]
+            self.assignment = assign(pairs, p.inputs, p.outputs, types, self.machine, others)
             actions = actions_of(self.assignment.options, p.inputs, p.outputs)
             program = in_turns(actions, slices, merged.regions, p.outputs, types)
             sliced = [each for each in lowered(program) if each.region.name in small]
@@ -285,3 +296,19 @@ class _Compiler:
         if self.sliced:
             metadata["sliced"] = self.sliced
         return Artifact("cpu-native", {**files, "main.o": main.object}, assembler.weights, metadata)
+
+
+class _Known:
+    """Remembers the ways to compute each region: to find them takes a few milliseconds."""
+
+    def __init__(self, ways: Callable[[Region], tuple[Family, ...]]) -> None:
+        self.ways = ways
+        self.found: dict[int, tuple[Region, tuple[Family, ...]]] = {}  # with the region, so that no other has its id
+
+    def all(self, region: Region) -> tuple[Family, ...]:
+        if id(region) not in self.found:
+            self.found[id(region)] = region, self.ways(region)
+        return self.found[id(region)][1]
+
+    def first(self, region: Region) -> Family | None:
+        return next(iter(self.all(region)), None)
