@@ -23,7 +23,7 @@ from nestc.tensor.math import exp_below
 from nestc.tensor.rewrite import binary, cast
 from nestc.tensor.vectorize import vectorize
 
-_BLOCK = 512  # keys of a block: with six rows of float32 scores 12 KiB
+_BLOCK = 512  # keys of a block: with five rows of float32 scores 10 KiB
 _VECTORS = 2  # vectors of a register tile
 _UNROLL = 4
 _FEW = 4  # up to so many queries, packing the keys would cost more than it saves
@@ -67,7 +67,8 @@ class _Attention:
         self.region, self.op, self.s = region, op, shape
         self.lanes = machine.lanes(shape.dtype)
         self.width = _VECTORS * self.lanes
-        self.rows = max(1, min(shape.length, (machine.vector_registers - 1 - _VECTORS) // _VECTORS))
+        # As in convolutions, beside the accumulators there is room for the right vectors of two steps.
+        self.rows = max(1, min(shape.length, (machine.vector_registers - 1 - 2 * _VECTORS) // _VECTORS))
         self.few = shape.length <= _FEW
         self.block = min(_BLOCK, shape.keys)
         self.padded = ceil(self.block / self.width) * self.width
