@@ -206,4 +206,4 @@ def test_a_network_on_a_small_cache(batch: int, threads: int, exact: bool, scali
 def test_explain_says_what_was_fused(nestc: Callable[..., Any], tmp_path: Any) -> None:
     onnx.save(network(), tmp_path / "net.onnx")
     assert nestc("compile", tmp_path / "net.onnx", "-o", tmp_path / "net.nest", "--threads", 1).status == 0
-    assert "conv_pool" in nestc("explain", tmp_path / "net.nest", "--json").out
+    assert "scaled_weights" in nestc("explain", tmp_path / "net.nest", "--json").out

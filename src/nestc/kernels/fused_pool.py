@@ -11,7 +11,7 @@ from nestc.kernels.api import CpuMachine, Family, Layout, Lowered
 from nestc.kernels.choices import CONV_BY_RULE, ConvChoice, below
 from nestc.kernels.conv import CONV, ConvFamily
 from nestc.kernels.conv_shape import conv_shape
-from nestc.kernels.fused import BARRIER_SECONDS, FLOPS_PER_SECOND, STREAM_RATE, Pair, element_bytes, parts, rate
+from nestc.kernels.fused import BARRIER_SECONDS, FLOPS_PER_SECOND, STREAM_RATE, Pair, element_bytes, idle, parts, rate
 from nestc.kernels.fused_rows import RowsOf
 from nestc.kernels.operands import Index, Operands
 from nestc.kernels.pool import POOL, WINDOWED, Window, Windowed, pooling_of, windows
@@ -21,6 +21,10 @@ from nestc.tensor.ir import Expr
 
 _LEAST_ITEMS = 8
 """Items of the parallel loop; each computes a few rows that its neighbour computes as well."""
+
+
+_SLOWER = 0.08
+"""What a convolution takes longer a row at a time."""
 
 
 class ConvPool:
@@ -59,8 +63,8 @@ class ConvPool:
         return None
 
     def gain(self, region: Region, machine: CpuMachine, threads: int) -> float:
-        """Modelled seconds that are saved: the map between the two is not written and read, but items compute rows that
-        their neighbours compute as well."""
+        """Modelled seconds that are saved: the pool need not read the map from afar (that it is written there hides
+        behind the sums), but items compute rows that their neighbours compute as well, and may be too few."""
         pair = parts(region)
         assert pair is not None
         shape = conv_shape(pair.first.ops[0], pair.first)
@@ -70,12 +74,14 @@ class ConvPool:
         taps = shape.in_channels * prod(shape.kernel)
         if 2 * taps * lanes * element > machine.l1_bytes * 3 // 4:
             return 0.0  # weights that leave L1 are better read once for several rows
+        images = shape.batch * ceil(vectors / 2)
         line_bytes = 2 * lanes * element * shape.out[1]
-        cut = _cut(windows(pair.anchor, pair.second)[0], shape.batch * ceil(vectors / 2), line_bytes, machine)
-        between = 2 * element * shape.out_channels * prod(shape.out)
+        cut = _cut(windows(pair.anchor, pair.second)[0], images, line_bytes, machine)
+        between = element * shape.out_channels * prod(shape.out)
         spared = shape.batch * between / min(STREAM_RATE, rate(machine, between))
-        again = (cut.strips - 1) * cut.overlap / shape.out[0] * shape.flops / FLOPS_PER_SECOND
-        return (spared - again) / threads + (BARRIER_SECONDS if threads > 1 else 0.0)
+        work = shape.flops / FLOPS_PER_SECOND
+        slower = _SLOWER + (cut.strips - 1) * cut.overlap / shape.out[0] + idle(images * cut.strips, threads)
+        return (spared - slower * work) / threads + (BARRIER_SECONDS if threads > 1 else 0.0)
 
     def layouts(self, region: Region, machine: CpuMachine, incoming: Mapping[str, Layout]) -> Mapping[str, Layout]:
         """As both want them, with blocks between them."""
