@@ -242,6 +242,7 @@ def only(way: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let kernels multiply in one way alone (where it can be had)."""
     monkeypatch.setattr(conv_pack, "WAYS", {(0, 0): 1.0} if way == PAIRED else {way: 1.0})
     monkeypatch.setattr(conv_pack, "PAIRED", (0.0, 0.0, 0.0) if way == PAIRED else (1e9, 1e9, 1e9))
+    monkeypatch.setattr(conv_pack, "PAIRED_TILE", 0.0)
 
 
 @pytest.mark.parametrize("way", [*sorted(conv_pack.WAYS), PAIRED])

@@ -222,6 +222,7 @@ def test_weights_of_8_bits_in_pairs(
     """Whatever the weights, if units that saturate are complemented (`byte_pairs`), also in batches and long sums."""
     machine = dataclasses.replace(MACHINE, dot_bytes=32, vnni=False, dotprod=False)
     monkeypatch.setattr(gemm_int8, "PAIRED", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(gemm_int8, "PAIRED_TILE", 0.0)
     *batch, m, k, n = shape
     rng, limits = np.random.default_rng(3), np.iinfo(a)
     b = np.clip(np.round(rng.normal(0, 40, (*batch[:1], k, n))), -128, 127).astype(np.int8)

@@ -15,7 +15,7 @@ from nestc.kernels.conv_pack import Window, pack
 from nestc.kernels.conv_shape import ConvShape, Tile, cut_row, fold_pixels
 from nestc.kernels.conv_stage import Stage
 from nestc.kernels.operands import Operands
-from nestc.kernels.paired_steps import PairedSteps
+from nestc.kernels.paired_steps import FREE_REACH, PairedSteps
 from nestc.kernels.requantize import Requantize
 from nestc.kernels.tail import Tail
 from nestc.tensor import index as ix
@@ -227,7 +227,8 @@ class IntegerConvolution:
         else:
             initial += paired.offset
             places = self.unit_offsets(paired.numbers)
-            self.steps = PairedSteps(self.builder, paired, self.nr, places, self.farthest, self.define)
+            farthest = max(self.farthest, FREE_REACH - 1)
+            self.steps = PairedSteps(self.builder, paired, self.nr, places, farthest, self.define)
         self.initial = self.define("initial", initial.astype(np.int32))
         known_now = isinstance(self.conv.zero, int)
         self.sums = None if known_now else self.define("sums", sums.astype(np.int32).reshape(rows))

@@ -17,7 +17,7 @@ import numpy as np
 from nestc.graph.region import Op, Region, TensorType
 from nestc.kernels.api import PLAIN, CpuMachine, Launch, Layout, Lowered
 from nestc.kernels.byte_pairs import PairedUnits, Pairing
-from nestc.kernels.conv_pack import PAIRED, WAYS, paired_tile
+from nestc.kernels.conv_pack import PAIRED, PAIRED_TILE, WAYS, paired_tile
 from nestc.kernels.gemm_int8_pack import constant_weights, named_zero, pack_launch, zero_at
 from nestc.kernels.gemm_shape import Product, Tile, product_of
 from nestc.kernels.operands import Operands
@@ -193,7 +193,7 @@ def _paired(weights: np.ndarray | None, m: int, machine: CpuMachine) -> tuple[Pa
     whole = np.zeros((batch, k, ceil(n / (wide * lanes)) * wide * lanes), np.int8)
     whole[..., :n] = weights
     pairing = Pairing(to_panels(whole, together * lanes, 4, units * 4))
-    if float((pairing.counts @ PAIRED).sum()) * together >= WAYS[0, 0] * units * batch * vectors:
+    if float((pairing.counts @ PAIRED + PAIRED_TILE).sum()) * together >= WAYS[0, 0] * units * batch * vectors:
         return None
     return pairing.pack(machine.l1_bytes * 3 // 4), Tile(rows, wide)
 

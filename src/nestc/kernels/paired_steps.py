@@ -12,6 +12,7 @@ from nestc.tensor.build import Builder, constant, less, load
 from nestc.tensor.ir import Binary, Bitcast, Buffer, Cast, Dot, Expr, PairSum, Repeat
 
 CACHE_LINE = 64
+FREE_REACH = 1 << 16  # what a number of 16 bits is below anyway
 _BYTES = 4  # of a unit
 
 
@@ -38,7 +39,7 @@ class PairedSteps:
         self.lanes = self.wide // _BYTES
         self.reach = 1 << farthest.bit_length()
         self.counts = define("counts", paired.counts)
-        self.places = define("places", places.astype(np.uint32))
+        self.places = define("places", places.astype(np.uint16 if self.reach <= FREE_REACH else np.uint32))
         self.vectors = define("steps", paired.vectors)
 
     def declare(self) -> None:
