@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 import nestc
 from nestc.codegen.schedule import Alias, Loop, Step, schedule
 from nestc.graph.region import Op, Region, TensorType
+from nestc.targets.cpu import slices
 from nestc.targets.cpu import target as cpu_target
 from nestc.targets.cpu.images import Batch, batch_of, of_images
 from nestc.targets.cpu.machine import machine
@@ -144,8 +145,8 @@ def chain(channels: list[int], pixels: int, images: int) -> list[Region]:
 MACHINE = dataclasses.replace(machine("avx2"), l2_bytes=1 << 20, l3_bytes=8 << 20)
 
 
-def spans(slices: list[Slices]) -> list[tuple[int, int, int, int]]:
-    return [(each.first, each.end, each.images, each.turns) for each in slices]
+def spans(found: list[Slices]) -> list[tuple[int, int, int, int]]:
+    return [(each.first, each.end, each.images, each.turns) for each in found]
 
 
 def test_large_activations_between_small_weights_are_sliced() -> None:
@@ -184,6 +185,17 @@ def _renamed(region: Region) -> Region:
 def test_a_region_that_is_to_stay_whole_parts_a_run() -> None:
     wide = chain([16] * 9, 112, 8)
     assert [span[:2] for span in spans(choose_slices(wide, ["v8"], MACHINE, 1, frozenset({"r3"})))] == [(0, 3), (4, 8)]
+
+
+def test_a_value_is_sliced_for_all_of_a_run_or_for_none() -> None:
+    shapes = {name: (N, N) for name in ("x", "a", "b", "c")}
+    kinds = [Op("Relu", ("x",), ("a",)), Op("Tanh", ("a",), ("b",)), Op("MatMul", ("b", "x"), ("c",))]
+    regions = [
+        dataclasses.replace(region_of(op, shapes={k: shapes[k] for k in (*op.inputs, *op.outputs)}), name=op.outputs[0])
+        for op in kinds
+    ]
+    segments = slices._segments(regions, frozenset(), 0.0)
+    assert [(first, len(batches)) for first, batches in segments] == [(0, 2), (2, 1)]
 
 
 def test_calls_are_bounded() -> None:
@@ -291,9 +303,17 @@ def odd_channels(net: Net) -> tuple[str, ...]:
     return net.op("Sub", net.op("Tanh", mixed), mean), y
 
 
+def square(net: Net) -> tuple[str, ...]:
+    """Rows as the batch: a matrix that one operator reads row by row, and the next one as a whole."""
+    rows = net.op("Reshape", "x", net.constant(np.array([4, -1], np.int64)))
+    few = net.op("MatMul", rows, net.constant(net.random.standard_normal((1200, 4)).astype(np.float32) / 40))
+    left = net.op("Softmax", net.op("Tanh", few), axis=1)
+    product = net.op("MatMul", left, few)
+    return net.op("MatMul", net.op("Softmax", product, axis=1), left), product
+
+
 def force(monkeypatch: pytest.MonkeyPatch, images: int) -> None:
     """Slice whatever can be, so many images at a time."""
-    from nestc.targets.cpu import slices
 
     def chosen(regions, outputs, machine, threads, whole=frozenset()):
         found = []
@@ -307,7 +327,7 @@ def force(monkeypatch: pytest.MonkeyPatch, images: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("images", "arch"), [(1, "native"), (2, "native"), (1, "sse2")])
-@pytest.mark.parametrize("build", [residual, odd_channels])
+@pytest.mark.parametrize("build", [residual, odd_channels, square])
 def test_slices_give_what_the_whole_batch_gives(
     build: Callable[[Net], tuple[str, ...]], images: int, arch: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,7 +345,7 @@ def test_slices_give_what_the_whole_batch_gives(
     with nestc.compile(model, targets=[f"cpu:arch={arch}"], threads=threads) as executable:
         (partition,) = executable.bundle.partitions
         assert partition.artifact.metadata["sliced"][0]["turns"] == 4 // images
-        assert executable.stats()["arena_bytes"] < arena
+        assert executable.stats()["arena_bytes"] < arena or build is square
         for _ in range(3):
             found = executable.run(feeds)
             for name, want in wanted.items():

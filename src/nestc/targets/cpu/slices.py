@@ -118,18 +118,22 @@ def _segments(regions: Sequence[Region], whole: frozenset[str], cache: float) ->
     if not any(_large(region, cache) for region in regions):
         return []
     found: list[tuple[int, list[Batch]]] = []
-    made: set[str] = set()
+    sliced: set[str] = set()
+    shared: set[str] = set()
     for number, region in enumerate(regions):
         batch = None if region.name in whole else batch_of(region)
         if batch is None or not _whole_bytes(region, batch):
-            made = set()
+            sliced, shared = set(), set()
             continue
-        shared = made.intersection(region.inputs) - batch.values
-        if not made or shared or found[-1][1][0].images != batch.images:
-            made = set()
+        parts = batch.values.intersection((*region.inputs, *region.outputs))
+        same = set(region.inputs) - parts
+        # A value that one region reads image by image and another one as a whole ends a run.
+        if not sliced or same & sliced or parts & shared or found[-1][1][0].images != batch.images:
+            sliced, shared = set(), set()
             found.append((number, []))
         found[-1][1].append(batch)
-        made.update(region.outputs)
+        sliced |= parts
+        shared |= same
     return found
 
 
