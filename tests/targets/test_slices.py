@@ -188,7 +188,7 @@ def test_a_region_that_is_to_stay_whole_parts_a_run() -> None:
 
 
 def test_a_value_is_sliced_for_all_of_a_run_or_for_none() -> None:
-    shapes = {name: (N, N) for name in ("x", "a", "b", "c")}
+    shapes = dict.fromkeys(("x", "a", "b", "c"), (N, N))
     kinds = [Op("Relu", ("x",), ("a",)), Op("Tanh", ("a",), ("b",)), Op("MatMul", ("b", "x"), ("c",))]
     regions = [
         dataclasses.replace(region_of(op, shapes={k: shapes[k] for k in (*op.inputs, *op.outputs)}), name=op.outputs[0])
