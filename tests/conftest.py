@@ -1,9 +1,10 @@
-"""The command line, called in this process, for tests anywhere."""
+"""What tests anywhere use: the command line, called in this process, and a function, called in several at once."""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -26,5 +27,21 @@ def nestc(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         code = status([str(argument) for argument in arguments])
         captured = capfd.readouterr()
         return Result(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def at_once() -> Callable[..., None]:
+    """Call a function in processes of their own at once, one for each tuple of arguments; all have to succeed."""
+
+    def call(function: Callable[..., None], *arguments: tuple[Any, ...]) -> None:
+        context = multiprocessing.get_context("spawn")
+        workers = [context.Process(target=function, args=each) for each in arguments]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(30)
+            assert worker.exitcode == 0
 
     return call

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,14 +83,8 @@ def _write_many(path: Path, first: int) -> None:
         store.put(str(number), str(number * number))
 
 
-def test_processes_write_at_once(tmp_path: Path) -> None:
+def test_processes_write_at_once(tmp_path: Path, at_once: Callable[..., None]) -> None:
     path = tmp_path / "tuning.sqlite"
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_write_many, args=(path, first)) for first in (0, 25, 50)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(30)
-        assert worker.exitcode == 0
+    at_once(_write_many, *((path, first) for first in (0, 25, 50)))
     store = TuningStore(path)
     assert [store.get(str(number)) for number in range(75)] == [str(number * number) for number in range(75)]

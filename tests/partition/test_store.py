@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sqlite3
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -109,15 +109,9 @@ def _write_many(path: Path, first: int) -> None:
         assert store.get(Key(str(number), "device")) == replace(ENTRY, runs=number)
 
 
-def test_processes_write_at_once(tmp_path: Path) -> None:
+def test_processes_write_at_once(tmp_path: Path, at_once: Callable[..., None]) -> None:
     path = tmp_path / "profiles.sqlite"
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_write_many, args=(path, first)) for first in (0, 20, 40)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(30)
-        assert worker.exitcode == 0
+    at_once(_write_many, *((path, first) for first in (0, 20, 40)))
     store = ProfileStore(path)
     found = [store.get(Key(str(number), "device")) for number in range(60)]
     assert found == [replace(ENTRY, runs=number) for number in range(60)]
