@@ -9,7 +9,7 @@ from nestc.errors import Error
 from nestc.kernels.testing import Array, Compiled, host_machine
 from nestc.tensor import index as ix
 from nestc.tensor import interp
-from nestc.tensor.build import Builder, constant
+from nestc.tensor.build import Builder, constant, less, load
 from nestc.tensor.ir import Binary, Bitcast, Buffer, Cast, Expr, Fma, Kernel, Load, Select, Shuffle, Store, Unary, Var
 from nestc.tensor.rewrite import substitute_block
 from nestc.tensor.vectorize import vectorize
@@ -190,6 +190,28 @@ def test_masks_and_gathers() -> None:
     interp.run(made, {"x": data, "places": index, "out": want})
     Compiled(made, MACHINE)([data, index, got])
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("counts", [[0, 3, 1, 5], [5, 5, 9, -2], [0, 0, 0, 0]])
+@pytest.mark.parametrize("changes", [False, True])
+def test_loops_that_run_below_a_limit(counts: list[int], changes: bool) -> None:
+    """Such a loop ends at its limit, which may be nothing; but not if the body moves the limit."""
+    b = Builder("k")
+    limits, out = b.param("limits", "int64", (4,)), b.param("out", "int64", (4, 5))
+    with b.loop("r", 4) as r, b.loop("e", 5) as e, b.when(less(e, load(limits, r))):
+        b.store(out, (r, e), ix.add(ix.mul(e, 10), r))
+        if changes:
+            b.store(limits, (r,), ix.add(e, -1))
+    made = b.finish()
+    verify(made)
+    found: list[Array] = []
+    for run in (lambda arrays: interp.run(made, dict(zip(("limits", "out"), arrays))), Compiled(made, MACHINE)):
+        arrays = [np.array(counts, np.int64), np.full((4, 5), -1, np.int64)]
+        run(arrays)
+        found.append(arrays[1])
+    np.testing.assert_array_equal(found[0], found[1])
+    if not changes:
+        assert (found[1] >= 0).sum(axis=1).tolist() == [min(5, max(0, count)) for count in counts]
 
 
 def test_verifier_names_what_is_wrong() -> None:
