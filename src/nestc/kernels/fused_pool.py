@@ -10,7 +10,7 @@ from nestc.graph.region import Region
 from nestc.kernels.api import CpuMachine, Family, Layout, Lowered
 from nestc.kernels.choices import CONV_BY_RULE, ConvChoice, below
 from nestc.kernels.conv import CONV, ConvFamily
-from nestc.kernels.conv_shape import conv_shape
+from nestc.kernels.conv_shape import conv_shape, register_tile
 from nestc.kernels.fused import BARRIER_SECONDS, FLOPS_PER_SECOND, STREAM_RATE, Pair, element_bytes, idle, parts, rate
 from nestc.kernels.fused_rows import RowsOf
 from nestc.kernels.operands import Index, Operands
@@ -74,8 +74,9 @@ class ConvPool:
         taps = shape.in_channels * prod(shape.kernel)
         if 2 * taps * lanes * element > machine.l1_bytes * 3 // 4:
             return 0.0  # weights that leave L1 are better read once for several rows
-        images = shape.batch * ceil(vectors / 2)
-        line_bytes = 2 * lanes * element * shape.out[1]
+        _, group = self.choice.tile or register_tile(vectors, shape.out[1], machine.tile_registers)
+        images = shape.batch * ceil(vectors / group)
+        line_bytes = group * lanes * element * shape.out[1]
         cut = _cut(windows(pair.anchor, pair.second)[0], images, line_bytes, machine)
         between = element * shape.out_channels * prod(shape.out)
         spared = shape.batch * between / min(STREAM_RATE, rate(machine, between))
