@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Protocol
 
 from nestc.graph.region import Op, Region, TensorType
-from nestc.kernels.api import CpuMachine, Family
+from nestc.kernels.api import CpuMachine, Family, Layout
 
 ANCHOR = "fused"
 """The anchor of a region that was joined."""
@@ -104,6 +104,16 @@ def parts(region: Region) -> Pair | None:
     between = after[0].inputs[0]
     first = _part(region, before, (), (between,))
     return Pair(first, _part(region, after, (between,), region.outputs))
+
+
+def joined_layouts(
+    pair: Pair, before: Mapping[str, Layout], second: Family, machine: CpuMachine, incoming: Mapping[str, Layout]
+) -> Mapping[str, Layout]:
+    """Layouts at the border of a joined region: those of its first part, and what `second` wants behind a map in blocks
+    of channels."""
+    block = Layout(machine.lanes("float32"))
+    after = second.layouts(pair.second, machine, {name: incoming.get(name, block) for name in pair.second.inputs})
+    return {name: layout for name, layout in {**after, **before}.items() if name != pair.between}
 
 
 def _part(region: Region, ops: Sequence[Op], more: tuple[str, ...], outputs: tuple[str, ...]) -> Region:

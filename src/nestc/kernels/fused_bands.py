@@ -21,6 +21,7 @@ from nestc.kernels.fused import (
     Pair,
     element_bytes,
     idle,
+    joined_layouts,
     parts,
     rate,
 )
@@ -88,7 +89,7 @@ class DepthwisePointwise:
         """As both convolutions want them."""
         pair = _pair(region)
         before = CONV.layouts(pair.first, machine, {name: incoming[name] for name in pair.first.inputs})
-        return _both(region, pair, before, machine, incoming)
+        return joined_layouts(pair, before, CONV, machine, incoming)
 
     def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
         """One kernel; an item of its parallel loop is a band of rows of an image."""
@@ -145,7 +146,7 @@ class ElementwisePointwise:
         pair = _pair(region)
         block, shape = Layout(machine.lanes("float32")), region.types[pair.between].shape
         own = {name: block if region.types[name].shape == shape else incoming[name] for name in pair.first.inputs}
-        return _both(region, pair, own, machine, incoming)
+        return joined_layouts(pair, own, CONV, machine, incoming)
 
     def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
         """One kernel; an item of its parallel loop is a band of rows of an image."""
@@ -186,16 +187,6 @@ def _pointwise_refusal(pair: Pair) -> str | None:
     if not shape.pointwise or shape.group != 1:
         return "the convolution that follows is not pointwise"
     return None if len(shape.squeezed().out) == 2 else "only maps of rows and columns are cut into bands"
-
-
-def _both(
-    region: Region, pair: Pair, before: Mapping[str, Layout], machine: CpuMachine, incoming: Mapping[str, Layout]
-) -> Mapping[str, Layout]:
-    """Layouts as the first part wants them, `before`, and the convolution after it."""
-    block = Layout(machine.lanes("float32"))
-    after = CONV.layouts(pair.second, machine, {name: incoming.get(name, block) for name in pair.second.inputs})
-    both = {**after, **before}
-    return {name: both[name] for name in (*region.inputs, *region.outputs)}
 
 
 def _price(pair: Pair, machine: CpuMachine, threads: int, flops: int) -> float:

@@ -11,7 +11,17 @@ from nestc.kernels.api import CpuMachine, Family, Layout, Lowered
 from nestc.kernels.choices import CONV_BY_RULE, ConvChoice, below
 from nestc.kernels.conv import CONV, ConvFamily
 from nestc.kernels.conv_shape import conv_shape, register_tile
-from nestc.kernels.fused import BARRIER_SECONDS, FLOPS_PER_SECOND, STREAM_RATE, Pair, element_bytes, idle, parts, rate
+from nestc.kernels.fused import (
+    BARRIER_SECONDS,
+    FLOPS_PER_SECOND,
+    STREAM_RATE,
+    Pair,
+    element_bytes,
+    idle,
+    joined_layouts,
+    parts,
+    rate,
+)
 from nestc.kernels.fused_rows import RowsOf
 from nestc.kernels.operands import Index, Operands
 from nestc.kernels.pool import POOL, WINDOWED, Window, Windowed, pooling_of, windows
@@ -88,11 +98,8 @@ class ConvPool:
         """As both want them, with blocks between them."""
         pair = parts(region)
         assert pair is not None
-        block = Layout(machine.lanes("float32"))
         before = CONV.layouts(pair.first, machine, {name: incoming[name] for name in pair.first.inputs})
-        after = POOL.layouts(pair.second, machine, {n: incoming.get(n, block) for n in pair.second.inputs})
-        both = {**after, **before}
-        return {name: both[name] for name in (*region.inputs, *region.outputs)}
+        return joined_layouts(pair, before, POOL, machine, incoming)
 
     def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
         """One kernel; an item of its parallel loop is a group of channels in a strip of rows of an image."""

@@ -9,7 +9,7 @@ from math import prod
 from nestc.graph.region import Region
 from nestc.kernels.api import CpuMachine, Family, Layout, Lowered
 from nestc.kernels.conv_shape import conv_shape
-from nestc.kernels.fused import BARRIER_SECONDS, STREAM_RATE, Pair, element_bytes, parts, rate
+from nestc.kernels.fused import BARRIER_SECONDS, STREAM_RATE, Pair, element_bytes, joined_layouts, parts, rate
 from nestc.kernels.operands import Index, Operands
 from nestc.kernels.pool import POOL, WINDOWED, Pooling, pooling_of, windows
 from nestc.kernels.position_products import Plan
@@ -70,11 +70,8 @@ class WinogradPool:
         """As both want them, with blocks between them."""
         pair = parts(region)
         assert pair is not None
-        block = Layout(machine.lanes("float32"))
         before = self.winograd.layouts(pair.first, machine, {name: incoming[name] for name in pair.first.inputs})
-        after = POOL.layouts(pair.second, machine, {n: incoming.get(n, block) for n in pair.second.inputs})
-        both = {**after, **before}
-        return {name: both[name] for name in (*region.inputs, *region.outputs)}
+        return joined_layouts(pair, before, POOL, machine, incoming)
 
     def lower(self, region: Region, machine: CpuMachine, layouts: Mapping[str, Layout]) -> Lowered:
         """The kernels of the convolution, whose output transform pools."""
