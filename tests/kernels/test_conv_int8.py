@@ -253,6 +253,14 @@ def test_every_way_of_multiplying(name: str, way: tuple[int, int], monkeypatch: 
     check(*quantized_case(0, x, w, **attributes), "yq")
 
 
+@pytest.mark.parametrize("name", ["1x1", "3x3 in chunks", "first layer", "grouped"])
+@pytest.mark.parametrize("x_dtype", ["uint8", "int8"])
+def test_paired_units_in_wide_vectors(name: str, x_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(PAIRED, monkeypatch)
+    x, w, attributes = LAYERS[name]
+    check(*quantized_case(2, x, w, x_dtype=x_dtype, **attributes), "yq", "wide")
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 999), st.integers(1, 3), st.sampled_from([1, 2]), st.integers(1, 5), st.sampled_from([4, 7, 8]))
 def test_no_sum_can_saturate(seed: int, columns: int, depth: int, count: int, bits: int) -> None:
