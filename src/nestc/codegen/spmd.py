@@ -79,7 +79,8 @@ class _Emitter(Waiting):
 
     def _tables(self) -> tuple[ir.GlobalVariable, ir.GlobalVariable]:
         rows: list[ir.Constant] = []
-        arguments: list[ir.Constant] = []
+        arguments: list[str] = []
+        argument = str(_ARGUMENT)
         followers, heads = _lanes(self.schedule)
         for number, item in enumerate(self.schedule.steps):
             count = len(item.places)
@@ -88,8 +89,11 @@ class _Emitter(Waiting):
             numbers = (item.step.extent, item.grain, chunks, item.lane, follower, len(arguments))
             kernel = self._kernel(item.step.symbol, count)
             rows.append(ir.Constant(_STEP, [kernel, self._trampoline(count), *map(i64, numbers)]))
-            arguments.extend(ir.Constant(_ARGUMENT, [i64(place.slot), i64(place.offset)]) for place in item.places)
-        return self._constant("steps", _STEP, rows), self._constant("arguments", _ARGUMENT, arguments)
+            # As text: there may be thousands of them, which llvmlite takes long to print.
+            arguments += [f"{argument} {{i64 {place.slot}, i64 {place.offset}}}" for place in item.places]
+        type_ = ir.ArrayType(_ARGUMENT, len(arguments))
+        places = ir.FormattedConstant(type_, f"[{', '.join(arguments)}]")
+        return self._constant("steps", _STEP, rows), self._table("arguments", type_, places)
 
     def _phase_table(self) -> tuple[ir.GlobalVariable, int, int]:
         """The phases, their number, and the chunks of a run."""
@@ -105,10 +109,13 @@ class _Emitter(Waiting):
 
     def _constant(self, name: str, element: ir.Type, rows: Sequence[ir.Constant]) -> ir.GlobalVariable:
         type_ = ir.ArrayType(element, len(rows))
+        return self._table(name, type_, ir.Constant(type_, rows))
+
+    def _table(self, name: str, type_: ir.Type, content: ir.Constant) -> ir.GlobalVariable:
         variable = ir.GlobalVariable(self.module, type_, f"{self.prefix}_{name}")
         variable.linkage = "internal"
         variable.global_constant = True
-        cast(Any, variable).initializer = ir.Constant(type_, rows)  # llvmlite declares it as None
+        cast(Any, variable).initializer = content  # llvmlite declares it as None
         return variable
 
     def _kernel(self, symbol: str, count: int) -> ir.Function:
