@@ -33,7 +33,7 @@ _LEAST_ITEMS = 8
 """Items of the parallel loop; each computes a few rows that its neighbour computes as well."""
 
 
-_SLOWER = 0.08
+_SLOWER = 0.1
 """What a convolution takes longer a row at a time."""
 
 
