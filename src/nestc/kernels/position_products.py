@@ -82,6 +82,23 @@ class PositionProducts(ABC):
     def added(self, acc: Expr, x: Expr, w: Expr) -> Expr:
         """``acc + x * w``."""
 
+    def items(
+        self, k: Builder, steps: int, prepare: Callable[[Expr, Expr], None], outputs: Callable[[Expr, Expr], None]
+    ) -> None:
+        """The parallel loop. `prepare` makes a step of V for a chunk of groups, where that is fused into the items;
+        `outputs` multiplies and stores a chunk of groups and one of the `steps` chunks of outputs."""
+        if self.cut.fused:
+            with k.parallel("item", self.chunks) as (chunk,):
+                with k.loop("ib", self.depth) as block:
+                    prepare(chunk, block)
+                with k.loop("o", steps) as o:
+                    outputs(chunk, o)
+            return
+        major, minor = (steps, self.chunks) if self.cut.outputs_first else (self.chunks, steps)
+        with k.parallel("item", major, minor) as (first, second):
+            o, chunk = (first, second) if self.cut.outputs_first else (second, first)
+            outputs(chunk, o)
+
     def block(self) -> int:
         """Elements of V of one group and position."""
         return self.depth * self.cut.mr * self.wide

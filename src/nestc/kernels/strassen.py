@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import ceil, inf, prod
 from typing import Protocol
 
@@ -260,19 +261,13 @@ class _Strassen(PositionProducts):
         m = self.products(k)
         if self.stored < POSITIONS:
             self.sums = k.scratch("sums", (self.depth, self.lanes, cut.nr * self.lanes))
-        steps = self.halves.steps(cut)
-        if cut.fused:
-            v = k.scratch("v", (POSITIONS, self.lines(cut.groups * self.block())))
-            with k.parallel("item", self.chunks) as (chunk,):
-                with k.loop("ib", self.depth) as block:
-                    self.add_inputs(k, x_or_v, v, chunk, block, True)
-                with k.loop("o", steps) as o:
-                    self.multiply(k, u, v, m, chunk, o)
-                    self.add_products(k, m, chunk, o)
-        else:
-            with k.parallel("item", steps, self.chunks) as (o, chunk):
-                self.multiply(k, u, x_or_v, m, chunk, o)
-                self.add_products(k, m, chunk, o)
+        v = k.scratch("v", (POSITIONS, self.lines(cut.groups * self.block()))) if cut.fused else x_or_v
+
+        def outputs(chunk: Expr, o: Expr) -> None:
+            self.multiply(k, u, v, m, chunk, o)
+            self.add_products(k, m, chunk, o)
+
+        self.items(k, self.halves.steps(cut), partial(self.add_inputs, k, x_or_v, v, local=True), outputs)
         launches.append(operands.launch())
         return Lowered(tuple(launches), temporaries, {**operands.constants, weights: packed})
 

@@ -105,7 +105,7 @@ def plan(h: Halves, fused: bool | None = None) -> Plan:
         chunks = max(chunks, min(ceil(_ITEMS / columns), count // _LEAST_GROUPS))
     groups = ceil(count / chunks)
     most = max(1, h.machine.l2_bytes // _PRODUCTS // (4 * POSITIONS * groups * mr * nr * h.lanes))
-    return Plan(mr, nr, groups, below(columns, min(most, max(1, columns * chunks // _ITEMS))), fused)
+    return Plan(mr, nr, groups, below(columns, min(most, max(1, columns * chunks // _ITEMS))), fused, True)
 
 
 @lru_cache(maxsize=1024)

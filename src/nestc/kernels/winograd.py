@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -38,21 +39,12 @@ class WinogradFamily:
 
     def refusal(self, region: Region) -> str | None:
         """Why this family does not lower `region`; None if it does."""
+        reason = untransformable(region)
+        if reason is not None:
+            return reason
         op = anchor_of(region)
-        if op is None:
-            return "its anchor is not Conv"
-        if region.types[op.inputs[0]].dtype != "float32":
-            return "only float32 is transformed"
-        fixed = [name for name in op.inputs[1:] if name]
-        if any(name not in region.constants for name in fixed):
-            return f"the weights of {op.name!r} are not constant"
-        if len(region.types[op.inputs[0]].shape) not in (3, 4):
-            return "only one or two spatial axes are transformed"
-        if 0 in region.types[op.outputs[0]].shape or 0 in region.types[op.inputs[0]].shape:
-            return "an axis is empty"
+        assert op is not None
         s = conv_shape(op, region)
-        if s.group != 1 or max(s.dilations) > 1:
-            return "groups and dilations are not transformed"
         if self.m % 2 and (any(k != 3 for k in s.kernel) or any(stride != 2 for stride in s.strides)):
             return f"tiles of {self.m} outputs are of kernels of 3 with stride 2"
         if self.m % 2 == 0 and max(s.strides) > 1:
@@ -107,6 +99,25 @@ class WinogradFamily:
         op = anchor_of(region)
         assert op is not None
         return WinogradKernel(region, op, layouts, self.tiling(region, machine), cut).lower()
+
+
+def untransformable(region: Region) -> str | None:
+    """Why no family of transformed convolutions lowers `region`; None where the kernel's shape decides."""
+    op = anchor_of(region)
+    if op is None:
+        return "its anchor is not Conv"
+    if region.types[op.inputs[0]].dtype != "float32":
+        return "only float32 is transformed"
+    if any(name not in region.constants for name in op.inputs[1:] if name):
+        return f"the weights of {op.name!r} are not constant"
+    if len(region.types[op.inputs[0]].shape) not in (3, 4):
+        return "only one or two spatial axes are transformed"
+    if 0 in region.types[op.outputs[0]].shape or 0 in region.types[op.inputs[0]].shape:
+        return "an axis is empty"
+    s = conv_shape(op, region)
+    if s.group != 1 or max(s.dilations) > 1:
+        return "groups and dilations are not transformed"
+    return None
 
 
 def anchor_of(region: Region) -> Op | None:
@@ -164,20 +175,13 @@ class WinogradKernel(TileKernel[Transform]):
         m = self.products(k)
         v = k.scratch("v", (self.positions, self.lines(cut.groups * self.block()))) if cut.fused else source
         code = Transforms(k, lanes)
-        steps = self.tiling.steps(cut)
-        if cut.fused:
-            with k.parallel("item", self.chunks) as (chunk,):
-                with k.loop("ib", self.tiling.blocks) as block:
-                    self.input_block(k, code, source, v, chunk, block, True)
-                with k.loop("o", steps) as o:
-                    self.multiply(k, u, v, m, chunk, o)
-                    self.output_tiles(k, code, m, chunk, o)
-        else:
-            major, minor = (steps, self.chunks) if cut.outputs_first else (self.chunks, steps)
-            with k.parallel("item", major, minor) as (first, second):
-                o, chunk = (first, second) if cut.outputs_first else (second, first)
-                self.multiply(k, u, v, m, chunk, o)
-                self.output_tiles(k, code, m, chunk, o)
+
+        def outputs(chunk: Expr, o: Expr) -> None:
+            self.multiply(k, u, v, m, chunk, o)
+            self.output_tiles(k, code, m, chunk, o)
+
+        prepare = partial(self.input_block, k, code, source, v, local=True)
+        self.items(k, self.tiling.steps(cut), prepare, outputs)
         launches.append(operands.launch())
         return Lowered(tuple(launches), temporaries, {**operands.constants, **constants})
 

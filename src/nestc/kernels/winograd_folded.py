@@ -14,7 +14,7 @@ from nestc.kernels.conv import CONV
 from nestc.kernels.conv_shape import ConvShape, conv_shape
 from nestc.kernels.operands import Operands
 from nestc.kernels.tail import tail_refusal
-from nestc.kernels.winograd import WinogradKernel, anchor_of
+from nestc.kernels.winograd import WinogradKernel, anchor_of, untransformable
 from nestc.kernels.winograd_matrices import Transform, transform
 from nestc.kernels.winograd_plan import Tiling, cycles, direct_cycles, plan
 from nestc.kernels.winograd_tiles import otherwise
@@ -45,20 +45,12 @@ class FoldedWinogradFamily:
 
     def refusal(self, region: Region) -> str | None:
         """Why this family does not lower `region`; None if it does."""
+        reason = untransformable(region)
+        if reason is not None:
+            return reason
         op = anchor_of(region)
-        if op is None:
-            return "its anchor is not Conv"
-        if region.types[op.inputs[0]].dtype != "float32":
-            return "only float32 is transformed"
-        if any(name not in region.constants for name in op.inputs[1:] if name):
-            return f"the weights of {op.name!r} are not constant"
-        if len(region.types[op.inputs[0]].shape) not in (3, 4):
-            return "only one or two spatial axes are transformed"
-        if 0 in region.types[op.outputs[0]].shape or 0 in region.types[op.inputs[0]].shape:
-            return "an axis is empty"
+        assert op is not None
         s = conv_shape(op, region)
-        if s.group != 1 or max(s.dilations) > 1:
-            return "groups and dilations are not transformed"
         if max(s.strides) == 1:
             return "there is no stride to fold"
         if max(s.strides) > _LARGEST_STRIDE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -183,19 +184,14 @@ class _Winograd(TileKernel[IntegerTransform]):
         m = self.products(k)
         v = k.scratch("v", (self.positions, self.lines(cut.groups * self.block())), "int16") if cut.fused else source
         back = IntegerTransforms(k, lanes, "int32")
-        steps = self.tiling.steps(cut)
-        if cut.fused:
-            code = IntegerTransforms(k, self.wide, "int16")
-            with k.parallel("item", self.chunks) as (chunk,):
-                with k.loop("ib", self.tiling.pairs) as pair:
-                    self.input_block(k, code, source, v, chunk, pair, True)
-                with k.loop("o", steps) as o:
-                    self.multiply(k, u, v, m, chunk, o)
-                    self.output_tiles(k, back, m, chunk, o)
-        else:
-            with k.parallel("item", self.chunks, steps) as (chunk, o):
-                self.multiply(k, u, v, m, chunk, o)
-                self.output_tiles(k, back, m, chunk, o)
+        code = IntegerTransforms(k, self.wide, "int16") if cut.fused else back
+
+        def outputs(chunk: Expr, o: Expr) -> None:
+            self.multiply(k, u, v, m, chunk, o)
+            self.output_tiles(k, back, m, chunk, o)
+
+        prepare = partial(self.input_block, k, code, source, v, local=True)
+        self.items(k, self.tiling.steps(cut), prepare, outputs)
         launches.append(operands.launch())
         return Lowered(tuple(launches), temporaries, {**operands.constants, **constants})
 
