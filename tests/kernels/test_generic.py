@@ -28,6 +28,7 @@ def check(
     constants: Sequence[str] = (),
     rtol: float = 2e-5,
     interpret: bool = True,
+    atol: float = 0.0,
 ) -> None:
     """Lower and run `nodes`, and compare every output with the reference evaluator."""
     values = evaluate(nodes, feeds)
@@ -41,7 +42,7 @@ def check(
             want = values[name]
             if want.dtype.kind == "f":
                 scale = max(1e-6, float(np.abs(want[np.isfinite(want)]).max(initial=0)))
-                np.testing.assert_allclose(results[name], want, rtol=rtol, atol=rtol * scale)
+                np.testing.assert_allclose(results[name], want, rtol=rtol, atol=max(atol, rtol * scale))
             else:
                 np.testing.assert_array_equal(results[name], want)
 
@@ -99,7 +100,12 @@ def test_large_transpose(shape: tuple[int, ...]) -> None:
 def test_reduce(shape: list[int], kind: str, keep: bool, data: st.DataObject) -> None:
     axes = data.draw(st.lists(st.integers(0, len(shape) - 1), min_size=1, unique=True))
     feeds = {"x": normal(shape), "axes": np.array(axes, np.int64)}
-    check([node(kind, ["x", "axes"], ["o"], keepdims=int(keep))], feeds, ["o"], rtol=1e-4)
+    nodes = [node(kind, ["x", "axes"], ["o"], keepdims=int(keep))]
+    # A sum near zero has the rounding of its terms, in ours and in the reference.
+    atol = 0.0
+    if kind in ("ReduceSum", "ReduceMean"):
+        atol = 1e-6 * float(evaluate(nodes, {**feeds, "x": np.abs(feeds["x"])})["o"].max())
+    check(nodes, feeds, ["o"], rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize(
